@@ -1,0 +1,119 @@
+"""The nine registries: the table of contents of what a project can add."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from fvcore.common.registry import Registry as _Registry
+
+
+class Registry(_Registry):
+    """Names of one kind of component, their classes (or functions), and the keys that each accepts.
+
+    Args:
+        name: what is collected, as it stands in messages.
+        reserved: keys of a config section that belong to the framework, not to the component's signature.
+    """
+
+    def __init__(self, name: str, reserved: Iterable[str] = ()) -> None:
+        super().__init__(name)
+        self.reserved = frozenset(reserved)
+
+    def register(self, obj: Any = None, *, name: str | None = None) -> Any:
+        """Register a class or function, as a decorator or as a call.
+
+        Raises:
+            KeyError: another module has registered the same name.
+        """
+        if obj is None:
+            return lambda decorated: self.register(decorated, name=name)
+        key = name or obj.__name__
+        held = self._obj_map.get(key)
+        if held is not None and (held.__module__, held.__qualname__) != (obj.__module__, obj.__qualname__):
+            raise KeyError(
+                f"{self._name} registry: {key} is registered by {held.__module__} and by {obj.__module__}; "
+                f"names must be unique. Rename one of them, or load only one of the two plugins."
+            )
+        self._obj_map[key] = obj
+        return obj
+
+    def get(self, name: str) -> Any:
+        """Look up a component.
+
+        Raises:
+            KeyError: unknown name; the message holds near names and all known ones.
+        """
+        if name in self._obj_map:
+            return self._obj_map[name]
+        raise KeyError(
+            f"{self._name} registry: {name!r} is unknown{did_you_mean(name, self._obj_map)} "
+            f"Known: {', '.join(sorted(self._obj_map)) or 'none'}. If a project defines it, name the project in PLUGINS."
+        )
+
+    def schema(self, name: str) -> dict[str, Any]:
+        """Keyword-only parameters of a component and their defaults; `inspect.Parameter.empty` where one is required.
+
+        A class that takes `**kwargs` has the keys of its parent as well.
+        """
+        obj = self.get(name)
+        if not inspect.isclass(obj):
+            return _keywords(obj)[0]
+        keys: dict[str, Any] = {}
+        for cls in obj.__mro__:
+            if "__init__" not in vars(cls):
+                continue
+            found, passes_on = _keywords(cls.__init__)
+            keys = {**found, **keys}
+            if not passes_on:
+                break
+        return keys
+
+    def build(self, section: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Make the component that `section.NAME` names.
+
+        Args:
+            section: `NAME` and upper-case keys, which become keyword arguments.
+            args: positional arguments of the component, which no config can set.
+            kwargs: keyword arguments that win over the section.
+
+        Raises:
+            KeyError: unknown name or key.
+        """
+        name = section["NAME"]
+        schema = self.schema(name)
+        given = {key.lower(): value for key, value in section.items() if key != "NAME" and key not in self.reserved}
+        for key in given:
+            if key not in schema:
+                raise KeyError(
+                    f"{name}: unknown key {key.upper()}{did_you_mean(key.upper(), map(str.upper, schema))} "
+                    f"Accepted: {', '.join(sorted(map(str.upper, schema))) or 'none'}."
+                )
+        return self.get(name)(*args, **{**given, **kwargs})
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the nearest known word, else a full stop."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else "."
+
+
+def _keywords(function: Callable) -> tuple[dict[str, Any], bool]:
+    parameters = inspect.signature(function).parameters.values()
+    keys = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return keys, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+BACKBONE_REGISTRY = Registry("BACKBONE")
+HEAD_REGISTRY = Registry("HEAD")
+META_ARCH_REGISTRY = Registry(
+    "META_ARCH", reserved=["BACKBONE", "HEAD", "MEMORY", "LOSSES", "WEIGHTS", "DEVICE", "NORM_GROUP", "DOMAIN_NORM"]
+)
+LOSS_REGISTRY = Registry("LOSS", reserved=["WEIGHT"])
+MEMORY_REGISTRY = Registry("MEMORY")
+PSEUDO_LABEL_REGISTRY = Registry("PSEUDO_LABEL")
+SAMPLER_REGISTRY = Registry("SAMPLER")
+DATASET_REGISTRY = Registry("DATASET")
+HOOK_REGISTRY = Registry("HOOK")

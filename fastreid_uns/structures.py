@@ -1,0 +1,123 @@
+"""What the parts hand to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PROTOCOLS = ("cross_camera", "plain", "one_per_identity")
+
+
+class Record(NamedTuple):
+    """One image of a data set.
+
+    `identity` -1 is junk in a test split and "unknown" in a training split; `camera` -1 is unknown.
+    """
+
+    path: str
+    identity: int
+    camera: int
+
+
+class ReIDData(NamedTuple):
+    """A data set: lists of images and the protocol by which it is scored (one of `PROTOCOLS`)."""
+
+    train: list[Record]
+    query: list[Record]
+    gallery: list[Record]
+    protocol: str
+
+
+class Batch(NamedTuple):
+    """One training batch of B images.
+
+    `index` counts the unlabelled training images 0..N-1 and then the labelled source images N..N+S-1, the same in
+    every epoch. `labels` number the source classes first and the clusters after them, so that they are rows of a
+    memory that holds source rows before target rows; without source sets they are the clusters 0..K-1.
+    """
+
+    views: tuple[Tensor, ...]  # each (B,3,H,W) float32 in 0..1
+    index: Tensor  # (B,) int64
+    labels: Tensor  # (B,) int64
+    cameras: Tensor  # (B,) int64, -1 unknown
+    domains: Tensor  # (B,) int64, 0 = the unlabelled set, 1.. = labelled source sets
+
+
+class HeadOutput(NamedTuple):
+    """What a head gives for B images."""
+
+    pooled: Tensor  # (B,C) before the neck
+    feats: Tensor  # (B,D) unit length, float32
+    parts: Tensor | None = None  # (B,P,D)
+
+
+@dataclass
+class FeatureBank:
+    """What a pseudo-label generator may see of the N unlabelled training images: no path, no identity.
+
+    Domain adaptation adds the S images of the labelled source sets, whose classes are known by right.
+    """
+
+    feats: Tensor  # (N,D) unit length, float32, CPU or device
+    cameras: Tensor  # (N,) int64, -1 unknown
+    extras: dict[str, Tensor] = field(default_factory=dict)  # further outputs of extract(), (N, ...)
+    source_feats: Tensor | None = None  # (S,D) unit length, float32
+    source_labels: Tensor | None = None  # (S,) int64, classes 0..C-1
+
+
+@dataclass
+class PseudoLabels:
+    """The result of one clustering.
+
+    Raises:
+        ValueError: no cluster, gaps in the numbering, or row counts that disagree.
+    """
+
+    labels: Tensor  # (N,) int64, -1 = not in any cluster
+    centroids: Tensor  # (K,D) unit length
+    extras: dict[str, Tensor] = field(default_factory=dict)  # per image, (N, ...)
+
+    def __post_init__(self) -> None:
+        clusters = self.labels[self.labels >= 0].unique()
+        if len(clusters) == 0:
+            raise ValueError(
+                f"PSEUDO_LABELS: every one of {len(self.labels):,} images is an outlier; at least one cluster is "
+                f"needed. Raise PSEUDO_LABELS.EPS or lower MIN_SAMPLES."
+            )
+        if int(clusters[-1]) + 1 != len(clusters):
+            raise ValueError(
+                f"PSEUDO_LABELS: labels run to {int(clusters[-1])} but {len(clusters)} clusters exist; labels must "
+                f"run 0..K-1 without a gap. Renumber them, for example with torch.unique(..., return_inverse=True)."
+            )
+        if len(self.centroids) != len(clusters):
+            raise ValueError(
+                f"PSEUDO_LABELS: {len(self.centroids)} centroids for {len(clusters)} clusters; there must be one for "
+                f"each. Compute them with pseudo_labels.base.centroids(feats, labels)."
+            )
+        for name, value in self.extras.items():
+            if len(value) != len(self.labels):
+                raise ValueError(
+                    f"PSEUDO_LABELS: extras[{name!r}] has {len(value)} rows for {len(self.labels)} images; extras "
+                    f"hold one row for each image. Index them by image."
+                )
+
+    @property
+    def num_clusters(self) -> int:
+        """K."""
+        return len(self.centroids)
+
+    @property
+    def sizes(self) -> Tensor:
+        """(K,) images in each cluster."""
+        return torch.bincount(self.labels[self.labels >= 0], minlength=self.num_clusters)
+
+    def to(self, device: torch.device | str) -> PseudoLabels:
+        """The same labels on another device; not checked again."""
+        moved = object.__new__(PseudoLabels)
+        moved.labels = self.labels.to(device)
+        moved.centroids = self.centroids.to(device)
+        moved.extras = {name: value.to(device) for name, value in self.extras.items()}
+        return moved
