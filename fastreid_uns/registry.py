@@ -54,22 +54,8 @@ class Registry(_Registry):
         )
 
     def schema(self, name: str) -> dict[str, Any]:
-        """Keyword-only parameters of a component and their defaults; `inspect.Parameter.empty` where one is required.
-
-        A class that takes `**kwargs` has the keys of its parent as well.
-        """
-        obj = self.get(name)
-        if not inspect.isclass(obj):
-            return _keywords(obj)[0]
-        keys: dict[str, Any] = {}
-        for cls in obj.__mro__:
-            if "__init__" not in vars(cls):
-                continue
-            found, passes_on = _keywords(cls.__init__)
-            keys = {**found, **keys}
-            if not passes_on:
-                break
-        return keys
+        """Keyword-only parameters of a component and their defaults, see `keywords`."""
+        return keywords(self.get(name))
 
     def build(self, section: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Make the component that `section.NAME` names.
@@ -100,7 +86,24 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else "."
 
 
-def _keywords(function: Callable) -> tuple[dict[str, Any], bool]:
+def keywords(component: Callable) -> dict[str, Any]:
+    """Keyword-only parameters of a function or class and their defaults; `inspect.Parameter.empty` if required.
+
+    A class that takes `**kwargs` has the keys of its parent as well.
+    """
+    if not inspect.isclass(component):
+        return _own_keywords(component)[0]
+    keys: dict[str, Any] = {}
+    for cls in component.__mro__:
+        if "__init__" in vars(cls):
+            found, passes_on = _own_keywords(cls.__init__)
+            keys = {**found, **keys}
+            if not passes_on:
+                break
+    return keys
+
+
+def _own_keywords(function: Callable) -> tuple[dict[str, Any], bool]:
     parameters = inspect.signature(function).parameters.values()
     keys = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     return keys, any(p.kind is p.VAR_KEYWORD for p in parameters)

@@ -11,6 +11,10 @@ from torch import Tensor
 PROTOCOLS = ("cross_camera", "plain", "one_per_identity")
 
 
+class NoClusters(ValueError):
+    """A clustering left every image an outlier."""
+
+
 class Record(NamedTuple):
     """One image of a data set.
 
@@ -73,7 +77,8 @@ class PseudoLabels:
     """The result of one clustering.
 
     Raises:
-        ValueError: no cluster, gaps in the numbering, or row counts that disagree.
+        NoClusters: every image is an outlier.
+        ValueError: gaps in the numbering, or row counts that disagree.
     """
 
     labels: Tensor  # (N,) int64, -1 = not in any cluster
@@ -83,7 +88,7 @@ class PseudoLabels:
     def __post_init__(self) -> None:
         clusters = self.labels[self.labels >= 0].unique()
         if len(clusters) == 0:
-            raise ValueError(
+            raise NoClusters(
                 f"PSEUDO_LABELS: every one of {len(self.labels):,} images is an outlier; at least one cluster is "
                 f"needed. Raise PSEUDO_LABELS.EPS or lower MIN_SAMPLES."
             )

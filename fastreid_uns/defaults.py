@@ -1,0 +1,83 @@
+"""Keys that belong to no component, with their defaults and units.
+
+The keys of a component are the keyword-only parameters of its class; they are completed by `config.load_config`.
+"""
+
+from typing import Any
+
+DEFAULTS: dict[str, Any] = {
+    "PLUGINS": [],  # dotted modules, entry points of the group fastreid_uns.plugins, or folders relative to the YAML
+    "SEED": 1,
+    "OUTPUT_DIR": "output/run",
+    "DETERMINISTIC": False,  # bit-equal runs on CUDA as well, at the price of slower kernels
+    "DATASETS": {
+        "TRAIN": {"NAME": ""},  # images without labels
+        "SOURCES": {},  # labelled sets for domain adaptation, a map of free names
+        "TESTS": {},  # sets to evaluate on, a map of free names
+    },
+    "INPUT": {
+        "SIZE": [256, 128],  # height, width in pixels
+        "MEAN": [0.485, 0.456, 0.406],  # of RGB in 0..1
+        "STD": [0.229, 0.224, 0.225],
+        "VIEWS": ["train"],  # one augmented version of the batch for each name, a key of AUGMENTS
+        "AUGMENTS": {"train": {}},  # presets; the keys of one are the parameters of data.augment.Augment
+        "ON_BAD_IMAGE": "stop",  # stop before the first epoch, or skip with a count
+    },
+    "DATALOADER": {
+        "FEED": "loader",  # loader (decode in every epoch) or cached (decode once)
+        "CACHE": "device",  # where the cached feed keeps the pixels: device, host or disk
+        "WORKERS": 4,  # processes that decode
+        "SAMPLER": {"NAME": "ClusterSampler"},
+        "SOURCE_SAMPLER": {"NAME": "ClusterSampler"},  # of each labelled set, with its true labels
+    },
+    "MODEL": {
+        "NAME": "Baseline",
+        "DEVICE": "auto",  # auto, cpu, cuda
+        "WEIGHTS": "",  # file or URL to start from; imagenet = what the backbone's library publishes; "" = random
+        "NORM_GROUP": 0,  # images that share norm statistics in training; 0 = the batch of one process
+        "DOMAIN_NORM": False,  # norm layers of their own for each of the DATASETS.SOURCES
+        "BACKBONE": {"NAME": "ResNet"},
+        "HEAD": {"NAME": "EmbeddingHead"},
+        "MEMORY": {"NAME": "ClusterMemory"},
+        "LOSSES": {"contrast": {"NAME": "CrossEntropyLoss"}},
+    },
+    "PSEUDO_LABELS": {"NAME": "DBSCANLabels"},
+    "SOLVER": {
+        "OPTIMIZER": "Adam",  # a class of torch.optim, or a name of timm's optimiser factory such as lars
+        "OPTIMIZER_ARGS": {},  # further keyword arguments of the optimiser, lower case
+        "BASE_LR": 3.5e-4,
+        "WEIGHT_DECAY": 5e-4,
+        "WEIGHT_DECAY_NORM": 5e-4,  # of norm weights and all biases
+        "EPOCHS": 50,  # clustering rounds
+        "ITERS_PER_EPOCH": 200,  # optimiser steps
+        "SCHEDULE": "step",  # step, milestones, cosine or constant
+        "STEP_EPOCHS": 20,  # of step: epochs between two decays
+        "MILESTONES": [20, 40],  # of milestones: epochs at which the rate decays
+        "GAMMA": 0.1,  # factor of one decay
+        "MIN_LR": 0.0,  # of cosine: rate at the end
+        "WARMUP_EPOCHS": 0,  # linear rise to BASE_LR
+        "WARMUP_FACTOR": 0.01,  # of BASE_LR at the first step
+        "AMP": "auto",  # bfloat16, float16, none; auto = bfloat16 where the processor has it, else none
+        "CLIP_NORM": 0.0,  # largest norm of the gradient; 0 = no clipping
+        "ACCUMULATE": 1,  # parts into which a batch is cut to save memory
+        "COMPILE": False,  # torch.compile of the encoder
+        "CHANNELS_LAST": True,
+        "FIND_UNUSED": False,  # several processes: search for parameters without gradient in each step
+    },
+    "CHECKPOINT": {
+        "PERIOD": 1,  # epochs; 0 = never
+        "KEEP": 1,  # newest files that stay; the best one stays as well
+    },
+    "LOG": {
+        "PERIOD": 50,  # steps between two lines on the console; 0 = never
+        "WRITERS": ["text", "json", "tensorboard"],
+        "CLUSTER_QUALITY": False,  # ARI, NMI and purity against the true identities, where the set has them
+    },
+    "TEST": {
+        "PERIOD": 10,  # epochs; 0 = only after training
+        "BATCH_SIZE": 256,
+        "RERANK": False,
+        "PATIENCE": 0,  # evaluations without a better mAP after which training stops; 0 = never
+    },
+    "HOOKS": {},  # further hooks, a map of free names
+}

@@ -1,0 +1,113 @@
+"""Parameter groups, optimiser, schedule and precision."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from fastreid_uns.registry import did_you_mean
+
+SCHEDULES = ("step", "milestones", "cosine", "constant")
+PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None}
+
+
+def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser that `SOLVER` names, over all parameters that need a gradient.
+
+    Norm weights and biases (parameters with at most one dimension) decay by `WEIGHT_DECAY_NORM`.
+
+    Raises:
+        KeyError: neither torch.optim nor timm knows the name.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": cfg.SOLVER.WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": cfg.SOLVER.WEIGHT_DECAY_NORM},
+    ]
+    kind = _optimizer_class(cfg.SOLVER.OPTIMIZER)
+    options = {"lr": cfg.SOLVER.BASE_LR, **cfg.SOLVER.OPTIMIZER_ARGS}
+    accepted = inspect.signature(kind).parameters
+    for name in options:
+        if name not in accepted:
+            raise KeyError(
+                f"SOLVER.OPTIMIZER_ARGS: {cfg.SOLVER.OPTIMIZER} takes no {name!r}{did_you_mean(name, accepted)} "
+                f"Accepted: {', '.join(accepted)}."
+            )
+    if "fused" in accepted:
+        options.setdefault("fused", True)
+    return kind([group for group in groups if group["params"]], **options)
+
+
+def _optimizer_class(name: str) -> Any:
+    kind = getattr(torch.optim, name, None)
+    if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer):
+        return kind
+    import timm.optim
+
+    if name in timm.optim.list_optimizers():
+        return timm.optim.get_optimizer_class(name, bind_defaults=False)
+    known = [n for n, v in vars(torch.optim).items() if inspect.isclass(v) and n != "Optimizer"]
+    raise KeyError(
+        f"SOLVER.OPTIMIZER: {name!r} is unknown{did_you_mean(name, [*known, *timm.optim.list_optimizers()])} "
+        f"A class of torch.optim ({', '.join(known)}) or a name of timm.optim is accepted."
+    )
+
+
+def learning_rate_factor(cfg: Any, step: int) -> float:
+    """Factor on `BASE_LR` (on top of it `MIN_LR`, for cosine) at an optimiser step of the run.
+
+    Raises:
+        ValueError: unknown `SOLVER.SCHEDULE`.
+    """
+    solver = cfg.SOLVER
+    epoch = step / solver.ITERS_PER_EPOCH
+    warm = 1.0
+    if epoch < solver.WARMUP_EPOCHS:
+        warm = solver.WARMUP_FACTOR + (1.0 - solver.WARMUP_FACTOR) * epoch / solver.WARMUP_EPOCHS
+    if solver.SCHEDULE == "step":
+        return warm * solver.GAMMA ** (int(epoch) // solver.STEP_EPOCHS)
+    if solver.SCHEDULE == "milestones":
+        return warm * solver.GAMMA ** sum(epoch >= milestone for milestone in solver.MILESTONES)
+    if solver.SCHEDULE == "cosine":
+        after = max(0.0, epoch - solver.WARMUP_EPOCHS) / max(1e-9, solver.EPOCHS - solver.WARMUP_EPOCHS)
+        lowest = solver.MIN_LR / solver.BASE_LR
+        return warm * (lowest + (1.0 - lowest) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, after))))
+    if solver.SCHEDULE == "constant":
+        return warm
+    raise ValueError(
+        f"SOLVER.SCHEDULE: {solver.SCHEDULE!r} is unknown{did_you_mean(solver.SCHEDULE, SCHEDULES)} "
+        f"Accepted: {', '.join(SCHEDULES)}."
+    )
+
+
+def build_schedule(cfg: Any, optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """The schedule of `SOLVER`, to be stepped after every optimiser step."""
+    return LambdaLR(optimizer, functools.partial(learning_rate_factor, cfg))
+
+
+def precision(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of mixed precision, or None for float32.
+
+    Args:
+        name: `bfloat16`, `float16`, `none`, or `auto`: bfloat16 where the processor computes in it, else None.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name == "auto":
+        return torch.bfloat16 if _has_bfloat16(device) else None
+    if name not in PRECISIONS:
+        raise ValueError(f"SOLVER.AMP: {name!r} is unknown; accepted: auto, {', '.join(PRECISIONS)}.")
+    return PRECISIONS[name]
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

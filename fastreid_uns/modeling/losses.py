@@ -1,0 +1,97 @@
+"""Losses as plain modules: the parameter names of `forward` say which tensors a loss wants."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastreid_uns.registry import LOSS_REGISTRY
+
+
+@LOSS_REGISTRY.register()
+class CrossEntropyLoss(nn.Module):
+    """Mean cross entropy of `logits` against `labels`.
+
+    Args:
+        smoothing: share of the target that is spread evenly over all classes, in [0, 1).
+    """
+
+    def __init__(self, *, smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.smoothing = smoothing
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Scalar; logits (B,K), labels (B,) in 0..K-1."""
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing)
+
+
+@LOSS_REGISTRY.register()
+class SoftCrossEntropyLoss(nn.Module):
+    """Mean cross entropy of `logits` against the softmax of `teacher_logits`, which get no gradient."""
+
+    def forward(self, logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """Scalar; both (B,K)."""
+        return F.cross_entropy(logits.float(), teacher_logits.detach().float().softmax(1))
+
+
+@LOSS_REGISTRY.register()
+class SoftTripletLoss(nn.Module):
+    """Soft-margin triplet loss on the hardest positive and negative in the batch.
+
+    An image without a positive or a negative in the batch contributes nothing.
+
+    Source: Hermans et al. 2017, soft-margin batch hard, on Euclidean distances.
+    """
+
+    def forward(self, feats: Tensor, labels: Tensor) -> Tensor:
+        """Scalar; feats (B,D), labels (B,)."""
+        feats = feats.float()
+        norm = feats.pow(2).sum(1)
+        distance = (norm[:, None] + norm[None] - 2.0 * feats @ feats.T).clamp_min(1e-12).sqrt()
+        same = labels[:, None] == labels[None]
+        self_pair = torch.eye(len(feats), dtype=torch.bool, device=feats.device)
+        positive = same & ~self_pair
+        hardest_positive = distance.masked_fill(~positive, -torch.inf).amax(1)
+        hardest_negative = distance.masked_fill(same, torch.inf).amin(1)
+        usable = positive.any(1) & (~same).any(1)
+        gap = torch.where(usable, hardest_positive - hardest_negative, distance.new_zeros(()))
+        return (F.softplus(gap) * usable).sum() / usable.sum().clamp_min(1)
+
+
+class LossSet(nn.Module):
+    """The weighted losses of a config, fed by name.
+
+    Args:
+        losses: name in the log → (module, weight).
+    """
+
+    def __init__(self, losses: Mapping[str, tuple[nn.Module, float]]) -> None:
+        super().__init__()
+        self.losses = nn.ModuleDict({name: loss for name, (loss, _) in losses.items()})
+        self.weights = {name: weight for name, (_, weight) in losses.items()}
+        self.wanted = {name: list(inspect.signature(loss.forward).parameters) for name, (loss, _) in losses.items()}
+
+    def forward(self, offer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`loss_<name>` → weighted scalar.
+
+        Args:
+            offer: every tensor that the model has at hand, by name.
+
+        Raises:
+            KeyError: a loss wants a tensor that is not offered; the message lists the offer.
+        """
+        outputs = {}
+        for name, loss in self.losses.items():
+            missing = [want for want in self.wanted[name] if want not in offer]
+            if missing:
+                raise KeyError(
+                    f"MODEL.LOSSES.{name}: {type(loss).__name__} wants {', '.join(missing)}; this model offers "
+                    f"{', '.join(offer)}. Use another loss, or a MODEL.NAME that offers it."
+                )
+            outputs[f"loss_{name}"] = self.weights[name] * loss(*(offer[want] for want in self.wanted[name]))
+        return outputs
+

@@ -1,0 +1,181 @@
+"""Memories: feature rows beside the network that are contrasted with, and moved, in each step.
+
+A memory replaces its buffer and never changes it in place, so logits of the step keep the rows that they were computed
+with. All ranks gather the same updates in the same order and hold equal rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastreid_uns.registry import MEMORY_REGISTRY
+from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
+from fastreid_uns.utils import dist
+
+
+class Memory(nn.Module):
+    """Rows of unit features; labelled source classes come before everything else.
+
+    Args:
+        dim: D, length of a row.
+        momentum: weight of the old row in an update, in [0, 1].
+        temperature: divides the similarities, > 0.
+
+    Raises:
+        ValueError: momentum or temperature out of range.
+    """
+
+    features: Tensor
+
+    def __init__(self, dim: int, *, momentum: float = 0.1, temperature: float = 0.05) -> None:
+        super().__init__()
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"MODEL.MEMORY.MOMENTUM is {momentum}; a share in [0, 1] is accepted.")
+        if temperature <= 0:
+            raise ValueError(f"MODEL.MEMORY.TEMPERATURE is {temperature}; a number above 0 is accepted.")
+        self.momentum = momentum
+        self.temperature = temperature
+        self.register_buffer("features", torch.zeros(0, dim))
+
+    def reset(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:
+        """Make the rows anew after a clustering."""
+        raise NotImplementedError
+
+    def rows(self, batch: Batch) -> Tensor:
+        """(B,) the row to which each image of the batch belongs."""
+        raise NotImplementedError
+
+    def forward(self, feats: Tensor, labels: Tensor) -> Tensor:
+        """Similarity to every row, divided by the temperature; in training the rows are updated afterwards.
+
+        Args:
+            feats: (B, D) unit length.
+            labels: (B,) row of each image.
+
+        Returns:
+            (B, rows) float32, with gradient to `feats` only.
+        """
+        with torch.autocast(feats.device.type, enabled=False):
+            logits = feats.float() @ self.features.T / self.temperature
+        if self.training:
+            self.update(feats.detach(), labels)
+        return logits
+
+    @torch.no_grad()
+    def update(self, feats: Tensor, labels: Tensor) -> None:
+        """Gather the images of all ranks and replace `features` by the moved rows."""
+        with torch.autocast(feats.device.type, enabled=False):
+            self.features = self._moved(dist.all_gather(feats.float()), dist.all_gather(labels))
+
+    def _moved(self, feats: Tensor, labels: Tensor) -> Tensor:
+        return move_in_order(self.features, feats, labels, self.momentum)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(f"{prefix}features")
+        if saved is not None:
+            self.features = self.features.new_zeros(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@MEMORY_REGISTRY.register()
+class ClusterMemory(Memory):
+    """One row for each source class and each cluster, its centroid; made anew at each clustering.
+
+    Args:
+        hard: move a row once, towards the image of its cluster that is least similar to it, instead of towards each
+            image in turn.
+
+    Source: Dai et al. 2022 (Cluster Contrast), eq. 5 (plain) and the hard variant of its first version.
+    """
+
+    def __init__(self, dim: int, *, momentum: float = 0.1, temperature: float = 0.05, hard: bool = False) -> None:
+        super().__init__(dim, momentum=momentum, temperature=temperature)
+        self.hard = hard
+
+    def reset(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:
+        """Rows = centroids of the source classes, then of the clusters."""
+        self.features = torch.cat([*source_rows(bank), pseudo.centroids.float()]).to(self.features.device)
+
+    def rows(self, batch: Batch) -> Tensor:
+        """(B,) the label of each image."""
+        return batch.labels
+
+    def _moved(self, feats: Tensor, labels: Tensor) -> Tensor:
+        if not self.hard:
+            return super()._moved(feats, labels)
+        similarity = (feats * self.features[labels]).sum(1)
+        order = similarity.argsort(stable=True)
+        order = order[labels[order].argsort(stable=True)]
+        first = _place_in_group(labels[order]) == 0
+        return _write_where(self.features, feats[order], labels[order], first, self.momentum)
+
+
+@MEMORY_REGISTRY.register()
+class InstanceMemory(Memory):
+    """One row for each source class and each training image.
+
+    `reset` sets the image rows to the bank's features. A method that clusters its memory gives those very rows as the
+    bank, and so keeps them; source rows change only when the bank holds fresh source features.
+    """
+
+    def __init__(self, dim: int, *, momentum: float = 0.2, temperature: float = 0.05) -> None:
+        super().__init__(dim, momentum=momentum, temperature=temperature)
+        self.register_buffer("num_source", torch.zeros((), dtype=torch.int64))
+
+    def reset(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:
+        """Rows = source centroids (kept if the bank brings none), then the image features of the bank."""
+        source = source_rows(bank) or [self.features[: int(self.num_source)]]
+        self.features = torch.cat([part.to(self.features.device) for part in (*source, bank.feats.float())])
+        self.num_source = torch.tensor(len(source[0]), device=self.features.device)
+
+    def rows(self, batch: Batch) -> Tensor:
+        """(B,) the class of a source image; the row of its own for an unlabelled one."""
+        return torch.where(batch.domains > 0, batch.labels, batch.index + self.num_source)
+
+
+def source_rows(bank: FeatureBank) -> list[Tensor]:
+    """The unit-length class means (C,D) of the labelled source images, or nothing, as a list to concatenate."""
+    if bank.source_feats is None or bank.source_labels is None:
+        return []
+    labels = bank.source_labels.to(bank.source_feats.device)
+    total = bank.source_feats.new_zeros(int(labels.max()) + 1, bank.source_feats.shape[1])
+    return [F.normalize(total.index_add_(0, labels, bank.source_feats))]
+
+
+def move_in_order(features: Tensor, feats: Tensor, labels: Tensor, momentum: float) -> Tensor:
+    """Rows after `row = unit(momentum * row + (1 - momentum) * image)` for each image in batch order.
+
+    Images of one row act one after the other, those of different rows at once, so the loop is as long as the most
+    frequent label; equal to the loop over images bit for bit.
+
+    Args:
+        features: (rows, D).
+        feats: (B, D) unit length.
+        labels: (B,) row of each image.
+
+    Returns:
+        (rows, D), a new tensor.
+    """
+    order = labels.argsort(stable=True)
+    feats, labels = feats[order], labels[order]
+    place = _place_in_group(labels)
+    for turn in range(int(place.max()) + 1 if len(place) else 0):
+        features = _write_where(features, feats, labels, place == turn, momentum)
+    return features
+
+
+def _place_in_group(labels: Tensor) -> Tensor:
+    """(B,) how many equal labels stand before each one; labels are sorted."""
+    position = torch.arange(len(labels), device=labels.device)
+    return position - torch.searchsorted(labels, labels)
+
+
+def _write_where(features: Tensor, feats: Tensor, labels: Tensor, chosen: Tensor, momentum: float) -> Tensor:
+    """`features` with the rows of the chosen images moved; chosen labels must be unique."""
+    feats, labels = feats[chosen], labels[chosen]
+    moved = F.normalize(momentum * features[labels] + (1.0 - momentum) * feats)
+    return features.index_copy(0, labels, moved)

@@ -1,0 +1,141 @@
+"""What a paper's model is to the trainer, and the model of Cluster Contrast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastreid_uns.modeling.encoder import Encoder
+from fastreid_uns.modeling.losses import LossSet
+from fastreid_uns.modeling.memory import Memory
+from fastreid_uns.modeling.momentum import momentum_copy, update_momentum
+from fastreid_uns.modeling.norm import domain_norm, group_norm_statistics
+from fastreid_uns.modeling.weights import load_weights
+from fastreid_uns.registry import (
+    BACKBONE_REGISTRY,
+    HEAD_REGISTRY,
+    LOSS_REGISTRY,
+    MEMORY_REGISTRY,
+    META_ARCH_REGISTRY,
+)
+from fastreid_uns.structures import Batch, FeatureBank, HeadOutput, PseudoLabels
+
+
+class MetaArch(nn.Module):
+    """The whole model of a method: encoders, memory and losses.
+
+    Args:
+        encoder: images → features.
+        memory: None if the method keeps none.
+        losses: the losses that the config names.
+        num_images: N, unlabelled training images; what a classifier of fixed capacity or a per-image score needs.
+        momentum_encoder: keep a momentum copy of the encoder; it is then what clusters, evaluates and is deployed.
+        encoder_momentum: weight of the old value in the update of that copy, in [0, 1].
+        momentum_buffers: its norm statistics: `own`, `copy` or `average`, see `momentum.update_momentum`.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        memory: Memory | None,
+        losses: LossSet,
+        num_images: int,
+        *,
+        momentum_encoder: bool = False,
+        encoder_momentum: float = 0.999,
+        momentum_buffers: str = "own",
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.memory = memory
+        self.losses = losses
+        self.teacher = momentum_copy(encoder) if momentum_encoder else None
+        self.encoder_momentum = encoder_momentum
+        self.momentum_buffers = momentum_buffers
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Training outputs: keys that begin with `loss` are summed, the rest is logged."""
+        raise NotImplementedError
+
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        """Evaluation outputs of B images; `feats` (B,D) is required, others become `FeatureBank.extras`.
+
+        Args:
+            images: (B,3,H,W) uint8, or float in 0..1.
+        """
+        return {"feats": self.deploy(images).feats}
+
+    def refit(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:
+        """Take over a new clustering; the memory is reset."""
+        if self.memory is not None:
+            self.memory.reset(pseudo, bank)
+
+    @torch.no_grad()
+    def update_momentum(self, momentum: float) -> None:
+        """Move the momentum encoder; the trainer's hook calls it after each step."""
+        if self.teacher is not None:
+            update_momentum(self.teacher, self.encoder, momentum, self.momentum_buffers)
+
+    def memory_bank(self) -> Tensor | None:
+        """(N,D) to cluster instead of fresh features, or None to extract."""
+        return None
+
+    @property
+    def deploy(self) -> Encoder:
+        """The encoder that is evaluated, exported and used."""
+        return self.encoder if self.teacher is None else self.teacher
+
+
+@META_ARCH_REGISTRY.register()
+class Baseline(MetaArch):
+    """Cluster Contrast: features of the first view against the memory; further losses come from the config.
+
+    Losses are offered `feats, pooled, labels, index, cameras, domains`, with a memory `logits`, with a part head
+    `parts`, and with a momentum encoder `teacher_feats` of the last view (and `teacher_logits`).
+
+    Source: Dai et al. 2022 (Cluster Contrast), eq. 4.
+    """
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`loss_<name>` for each configured loss, and `accuracy` of the memory's nearest row."""
+        out: HeadOutput = self.encoder(batch.views[0], batch.domains)
+        offer = {"feats": out.feats, "pooled": out.pooled, **batch._asdict()}
+        del offer["views"]
+        if out.parts is not None:
+            offer["parts"] = out.parts
+        logged = {}
+        if self.teacher is not None:
+            with torch.no_grad():
+                offer["teacher_feats"] = self.teacher(batch.views[-1], batch.domains).feats
+        if self.memory is not None:
+            rows = self.memory.rows(batch)
+            if self.teacher is not None:
+                offer["teacher_logits"] = offer["teacher_feats"] @ self.memory.features.T / self.memory.temperature
+            offer["logits"] = self.memory(out.feats, rows)
+            offer["labels"] = rows
+            logged["accuracy"] = (offer["logits"].detach().argmax(1) == rows).float().mean()
+        return {**self.losses(offer), **logged}
+
+
+def build_model(cfg: Any, num_images: int) -> MetaArch:
+    """The model of a config, with its starting weights, on the CPU.
+
+    Args:
+        cfg: a complete config.
+        num_images: N, unlabelled training images.
+    """
+    backbone = BACKBONE_REGISTRY.build(cfg.MODEL.BACKBONE, tuple(cfg.INPUT.SIZE))
+    head = HEAD_REGISTRY.build(cfg.MODEL.HEAD, backbone.out_channels)
+    encoder = Encoder(backbone, head, mean=cfg.INPUT.MEAN, std=cfg.INPUT.STD)
+    if cfg.MODEL.WEIGHTS:
+        load_weights(encoder, cfg.MODEL.WEIGHTS)
+    if cfg.MODEL.DOMAIN_NORM:
+        domain_norm(encoder, 1 + len(cfg.DATASETS.SOURCES))
+    group_norm_statistics(encoder, cfg.MODEL.NORM_GROUP)
+    memory = MEMORY_REGISTRY.build(cfg.MODEL.MEMORY, encoder.dim) if cfg.MODEL.MEMORY.NAME else None
+    losses = LossSet(
+        {name: (LOSS_REGISTRY.build(section), section.WEIGHT) for name, section in cfg.MODEL.LOSSES.items()}
+    )
+    return META_ARCH_REGISTRY.build(cfg.MODEL, encoder, memory, losses, num_images)

@@ -1,0 +1,43 @@
+"""The momentum encoder (teacher): a copy that follows slowly."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+BUFFER_POLICIES = ("own", "copy", "average")
+
+
+def momentum_copy(module: nn.Module) -> nn.Module:
+    """A copy without gradients, equal to `module` at first."""
+    teacher = copy.deepcopy(module)
+    teacher.requires_grad_(False)
+    return teacher
+
+
+@torch.no_grad()
+def update_momentum(teacher: nn.Module, online: nn.Module, momentum: float, buffers: str = "own") -> None:
+    """Move the teacher's parameters towards the online ones, in place.
+
+    Args:
+        momentum: weight of the old value, in [0, 1].
+        buffers: what becomes of norm statistics: `own` leaves them alone (the teacher runs in train mode and gathers
+            its own, as in MoCo and MMT), `copy` takes the online ones, `average` moves them like parameters.
+
+    Raises:
+        ValueError: unknown buffer policy.
+
+    Source: He et al. 2020 (MoCo), eq. 2.
+    """
+    if buffers not in BUFFER_POLICIES:
+        raise ValueError(f"MODEL.MOMENTUM_BUFFERS: {buffers!r} is unknown; accepted: {', '.join(BUFFER_POLICIES)}.")
+    torch._foreach_lerp_(list(teacher.parameters()), [p.detach() for p in online.parameters()], 1.0 - momentum)
+    if buffers == "own":
+        return
+    for old, new in zip(teacher.buffers(), online.buffers(), strict=True):
+        if buffers == "average" and old.is_floating_point():
+            old.lerp_(new, 1.0 - momentum)
+        else:
+            old.copy_(new)

@@ -1,0 +1,75 @@
+"""From the entries of `PLUGINS` to imported modules."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+
+GROUP = "fastreid_uns.plugins"
+
+
+def resolve_plugin(entry: str, folder: Path) -> str:
+    """An entry as it is valid from everywhere: a folder becomes absolute, names stay as they are.
+
+    Args:
+        entry: dotted module, entry point, or a folder given with a slash or a leading dot.
+        folder: where the file that names it lies.
+    """
+    return str((folder / entry).resolve()) if "/" in entry or entry.startswith(".") else entry
+
+
+def load_plugins(entries: Sequence[str]) -> list[ModuleType]:
+    """Import each entry, which registers its components.
+
+    Args:
+        entries: dotted modules (`fastreid_uns.projects.ACFL`), names of installed entry points in the group
+            `fastreid_uns.plugins`, or absolute paths of folders with an `__init__.py`.
+
+    Raises:
+        ImportError: an entry is none of the three; the message says what was tried.
+    """
+    return [_load(entry) for entry in entries]
+
+
+def _load(entry: str) -> ModuleType:
+    if "/" in entry:
+        return _load_folder(Path(entry))
+    for point in entry_points(group=GROUP, name=entry):
+        loaded = point.load()
+        return loaded if isinstance(loaded, ModuleType) else sys.modules[point.module]
+    try:
+        return importlib.import_module(entry)
+    except ModuleNotFoundError as error:
+        if error.name is None or not entry.startswith(error.name):
+            raise
+        installed = ", ".join(sorted(point.name for point in entry_points(group=GROUP))) or "none"
+        raise ImportError(
+            f"PLUGINS: {entry!r} is no module that Python finds and no entry point of the group {GROUP} "
+            f"(installed: {installed}). A folder next to the YAML is written with a slash, as ./{entry}."
+        ) from error
+
+
+def _load_folder(folder: Path) -> ModuleType:
+    init = folder / "__init__.py"
+    if not init.is_file():
+        raise ImportError(f"PLUGINS: {folder} has no __init__.py; a plugin folder is a Python package. Add the file.")
+    name = f"{folder.name}_{hashlib.sha1(str(folder).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, init, submodule_search_locations=[str(folder)])
+    if spec is None or spec.loader is None:
+        raise ImportError(f"PLUGINS: {init} cannot be loaded as a Python module.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

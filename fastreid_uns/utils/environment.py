@@ -1,0 +1,51 @@
+"""What a run ran on, for the log."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from fastreid_uns import __version__
+from fastreid_uns.utils import dist
+
+LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "numba", "pillow")
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions, commit and hardware, by name."""
+    found = {"fastreid_uns": __version__, "commit": _commit(), "python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            found[library] = "not installed"
+    found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    found["cores"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    found["processes"] = str(dist.world())
+    return found
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parents[2]
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
