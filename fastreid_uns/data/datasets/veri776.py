@@ -1,0 +1,23 @@
+"""VeRi-776 (Liu et al., ICME 2016)."""
+
+from __future__ import annotations
+
+from ...registry import DATASET_REGISTRY
+from ...structures import ReIDData
+from .layout import Known, counted, three_folders
+
+
+@DATASET_REGISTRY.register()
+@counted(Known(train=(37_778, 576), query=(1_678, 200), gallery=(11_579, 200), cameras=20))
+def veri776(*, root: str = "datasets/VeRi") -> ReIDData:
+    """776 vehicles under twenty cameras.
+
+    Args:
+        root: the folder with `image_train`, `image_query` and `image_test`.
+
+    Raises:
+        FileNotFoundError: a folder is missing.
+        ValueError: a file name does not parse.
+    """
+    folders = ["image_train", "image_query", "image_test"]
+    return three_folders(root, folders, cameras=range(1, 21), example="0001_c001_00016450_0.jpg")
