@@ -1,0 +1,89 @@
+"""What a backbone owes to the rest of the encoder."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Tokens(NamedTuple):
+    """What a transformer gives for B images: its patches as a map, and the tokens that stand for the whole image."""
+
+    map: Tensor  # (B,C,h,w)
+    tokens: Tensor  # (B,1+P,C): the class token, then P part tokens
+
+
+class Backbone(nn.Module):
+    """Normalised images (B,3,H,W) → feature map (B,C,h,w); a transformer with a class token gives `Tokens`.
+
+    The framework hands over the image size as the only positional argument of the constructor. `grid` is (h,w) of a
+    position embedding, None where there is none.
+    """
+
+    out_channels: int
+    grid: tuple[int, int] | None = None
+
+    def imagenet_url(self) -> str:
+        """Where the library behind this backbone publishes its ImageNet weights.
+
+        Raises:
+            RuntimeError: nobody publishes weights for it.
+        """
+        raise RuntimeError(
+            f"{type(self).__name__}: there are no published ImageNet weights for it. Set MODEL.WEIGHTS to a file, or "
+            f"to '' for random initialisation."
+        )
+
+
+def feature_map(output: Tensor | Tokens) -> Tensor:
+    """The map (B,C,h,w) of a backbone's output."""
+    return output.map if isinstance(output, Tokens) else output
+
+
+def output_shape(backbone: nn.Module, size: tuple[int, int], what: str) -> torch.Size:
+    """Shape (1,C,h,w) of the map that images of `size` give; found without computing anything.
+
+    Raises:
+        ValueError: images of this size do not pass, or what comes out is no map.
+    """
+    state = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
+    shapes = {name: value.to("meta") for name, value in state.items()}
+    training = backbone.training
+    try:
+        output = torch.func.functional_call(backbone.eval(), shapes, torch.empty(1, 3, *size, device="meta"))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"{what}: images of {size[0]}x{size[1]} pixels do not pass ({str(error).splitlines()[0]}). Change "
+            f"INPUT.SIZE, or take another MODEL.BACKBONE."
+        ) from error
+    finally:
+        backbone.train(training)
+    found = feature_map(output).shape
+    if len(found) != 4:
+        raise ValueError(
+            f"{what}: the output has shape {tuple(found)}; a map (B,C,h,w) is needed. Take a convolutional model."
+        )
+    return found
+
+
+def set_last_stride(stages: nn.Module, stride: int, what: str) -> None:
+    """Set the stride of the first block of stage 4 of a ResNet, in place: its 3x3 convolution and its shortcut.
+
+    Raises:
+        ValueError: `stride` is neither 1 nor 2, or 1 is asked of a model that has no `layer4`.
+    """
+    if stride not in (1, 2):
+        raise ValueError(f"{what}: LAST_STRIDE is {stride}; 1 and 2 are accepted. Change it.")
+    if stride == 2:
+        return
+    if not hasattr(stages, "layer4"):
+        raise ValueError(f"{what}: LAST_STRIDE 1 is defined for ResNets only. Set LAST_STRIDE to 2 (as published).")
+    block: nn.Module = stages.layer4[0]  # type: ignore[index, assignment]
+    for name, module in list(block.named_modules()):
+        if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
+            module.stride = (1, 1)
+        elif isinstance(module, nn.AvgPool2d) and module.stride in (2, (2, 2)):  # shortcut of the ResNet-D family
+            parent, _, child = name.rpartition(".")
+            setattr(block.get_submodule(parent), child, nn.Identity())

@@ -1,0 +1,140 @@
+"""Vision transformers with the options of the re-identification papers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastreid_uns.modeling.backbones.base import Backbone, Tokens
+from fastreid_uns.modeling.backbones.resnet_ibn import IBN
+from fastreid_uns.registry import BACKBONE_REGISTRY
+
+_PUBLISHED = {(192, 12, 3): "vit_tiny_patch16_224", (384, 12, 6): "vit_small_patch16_224"}
+_PUBLISHED[768, 12, 12] = "vit_base_patch16_224"
+
+
+def _conv_stem(channels: int) -> nn.Sequential:
+    """Three convolutions at half resolution, the first two with IBN (TransReID-SSL, 2021, section 3.3)."""
+    layers: list[nn.Module] = []
+    for i, (inputs, kernel, stride) in enumerate(((3, 7, 2), (channels, 3, 1), (channels, 3, 1))):
+        layers += [
+            nn.Conv2d(inputs, channels, kernel, stride, padding=kernel // 2, bias=False),
+            IBN(channels) if i < 2 else nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers)
+
+
+@BACKBONE_REGISTRY.register()
+class ViT(Backbone):
+    """A vision transformer for images of one size that need not be square; blocks and weight names are timm's.
+
+    Args:
+        size: height and width of the images; pixels beyond the last whole patch are not seen.
+        width: channels of a token; 192 (tiny), 384 (small) and 768 (base) are usual.
+        depth: blocks.
+        heads: attention heads; they divide `width`.
+        patch: side of a patch, in pixels.
+        stride: step between patches; smaller than `patch`, they overlap (TransReID).
+        drop_path: probability of skipping the last block in training; it rises linearly from 0 at the first.
+        conv_stem: put convolutions before the patches, as TransReID-SSL and PASS pre-train; `stride` equals `patch`.
+        part_tokens: tokens beside the class token; PASS has 3.
+
+    Raises:
+        ValueError: options that contradict each other or the image size.
+
+    Source: He et al. 2021 (TransReID); Luo et al. 2021 (TransReID-SSL); Zhu et al. 2022 (PASS).
+    """
+
+    grid: tuple[int, int]
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        *,
+        width: int = 384,
+        depth: int = 12,
+        heads: int = 6,
+        patch: int = 16,
+        stride: int = 16,
+        drop_path: float = 0.0,
+        conv_stem: bool = False,
+        part_tokens: int = 0,
+    ) -> None:
+        super().__init__()
+        from timm.models.vision_transformer import Block
+
+        self.size = (int(size[0]), int(size[1]))
+        self.options = (width, depth, heads)
+        self.plain = patch == 16 and not conv_stem
+        self._check(heads, patch, stride, conv_stem)
+        self.out_channels = width
+        self.grid = ((self.size[0] - patch) // stride + 1, (self.size[1] - patch) // stride + 1)
+        if conv_stem:
+            proj = nn.Conv2d(64, width, patch // 2, patch // 2)
+            self.patch_embed = nn.Sequential(OrderedDict(conv=_conv_stem(64), proj=proj))
+        else:
+            self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, patch, stride)))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], width))
+        if part_tokens:
+            self.part_tokens = nn.Parameter(torch.zeros(1, part_tokens, width))
+            self.part_pos = nn.Parameter(torch.zeros(1, part_tokens, width))
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
+        self.blocks = nn.Sequential(
+            *(Block(width, heads, mlp_ratio=4.0, qkv_bias=True, drop_path=rate, norm_layer=norm) for rate in rates)
+        )
+        self.norm = norm(width)
+        for name, parameter in self.named_parameters():
+            if not name.startswith("patch_embed") and parameter.dim() > 1:
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif name.startswith("blocks") and name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def _check(self, heads: int, patch: int, stride: int, conv_stem: bool) -> None:
+        width = self.options[0]
+        if width % heads:
+            raise ValueError(f"ViT: WIDTH {width} is no multiple of HEADS {heads}. Change one of them.")
+        if not 1 <= stride <= patch or patch % 2:
+            raise ValueError(f"ViT: PATCH {patch}, STRIDE {stride}; 1 <= STRIDE <= PATCH, PATCH even. Change them.")
+        if conv_stem and stride != patch:
+            raise ValueError(
+                f"ViT: STRIDE {stride} with CONV_STEM; patches after the convolutions do not overlap. Set STRIDE to "
+                f"PATCH ({patch}) or CONV_STEM to false."
+            )
+        if min(self.size) < patch:
+            raise ValueError(
+                f"ViT: images of {self.size[0]}x{self.size[1]} pixels are smaller than PATCH {patch}. Raise "
+                f"INPUT.SIZE or lower MODEL.BACKBONE.PATCH."
+            )
+
+    def forward(self, images: Tensor) -> Tokens:
+        """(B,3,H,W) → map (B,C,h,w), tokens (B,1+P,C); h and w count the patches.
+
+        Raises:
+            ValueError: the images have another size than the model was built for.
+        """
+        if tuple(images.shape[2:]) != self.size:
+            raise ValueError(
+                f"ViT: the images have {images.shape[2]}x{images.shape[3]} pixels, the model was built for "
+                f"{self.size[0]}x{self.size[1]}. Resize the images, or set INPUT.SIZE to theirs and load the weights."
+            )
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)
+        special = self.cls_token + self.pos_embed[:, :1]
+        if hasattr(self, "part_tokens"):
+            special = torch.cat([special, self.part_tokens + self.part_pos], dim=1)
+        x = torch.cat([special.expand(len(images), -1, -1), patches + self.pos_embed[:, 1:]], dim=1)
+        x = self.norm(self.blocks(x))
+        count = special.shape[1]
+        return Tokens(x[:, count:].transpose(1, 2).unflatten(2, self.grid), x[:, :count])
+
+    def imagenet_url(self) -> str:
+        """URL of timm's ImageNet weights of the same width, depth and heads."""
+        if not self.plain or self.options not in _PUBLISHED:
+            return super().imagenet_url()
+        return f"https://huggingface.co/timm/{_PUBLISHED[self.options]}.augreg_in21k_ft_in1k/resolve/main/model.safetensors"
