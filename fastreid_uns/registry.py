@@ -50,7 +50,7 @@ class Registry(_Registry):
             return self._obj_map[name]
         raise KeyError(
             f"{self._name} registry: {name!r} is unknown{did_you_mean(name, self._obj_map)} "
-            f"Known: {', '.join(sorted(self._obj_map)) or 'none'}. If a project defines it, name the project in PLUGINS."
+            f"Known: {', '.join(sorted(self._obj_map)) or 'none'}. A project that defines it must stand in PLUGINS."
         )
 
     def schema(self, name: str) -> dict[str, Any]:

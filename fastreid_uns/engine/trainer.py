@@ -15,6 +15,7 @@ from fastreid_uns.hook import HookBase
 from fastreid_uns.modeling.meta_arch import MetaArch
 from fastreid_uns.structures import Batch
 from fastreid_uns.utils import dist
+from fastreid_uns.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Trainer:
     Attributes:
         epoch: the current epoch, from 0.
         iter: optimiser steps done in the whole run.
+        batch_size: images of this process in the latest step.
         last: outputs of the latest step, detached, still on the device.
         metrics: numbers of this epoch, which hooks write and the log hook reads; cleared when an epoch begins.
     """
@@ -77,6 +79,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
         self.epoch = 0
         self.iter = 0
+        self.batch_size = 0
         self.epochs_done = 0
         self.last: dict[str, Tensor] = {}
         self.metrics: dict[str, float] = {}
@@ -123,7 +126,8 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         self.model.train()
-        for batch in self.feed.epoch(self.epoch):
+        for batch in progress(self.feed.epoch(self.epoch), f"epoch {self.epoch}", self.iters_per_epoch):
+            self.batch_size = len(batch.index)
             self.step(batch)
             self.iter += 1
             self._call("after_step")
@@ -172,7 +176,7 @@ class Trainer:
             losses = ", ".join(f"{k} {float(v):.3g}" for k, v in self.last.items() if k.startswith("loss"))
             raise RuntimeError(
                 f"training: the loss is not finite since step {first} (epoch {self.epoch}; now {losses}). The "
-                f"checkpoints of earlier epochs are kept. Lower SOLVER.BASE_LR, set SOLVER.CLIP_NORM, or SOLVER.AMP none."
+                f"checkpoints of earlier epochs are kept. Lower SOLVER.BASE_LR, set SOLVER.CLIP_NORM or SOLVER.AMP none."
             )
 
     def stop(self, reason: str) -> None:

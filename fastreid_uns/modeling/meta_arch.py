@@ -51,6 +51,7 @@ class MetaArch(nn.Module):
         self.encoder = encoder
         self.memory = memory
         self.losses = losses
+        self.num_images = num_images
         self.teacher = momentum_copy(encoder) if momentum_encoder else None
         self.encoder_momentum = encoder_momentum
         self.momentum_buffers = momentum_buffers

@@ -1,0 +1,362 @@
+"""What happens around the steps, in this order: re-cluster, schedule, momentum encoder, evaluate, checkpoint, log."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreid_uns.data.feed import Feed
+from fastreid_uns.data.image_set import ImageSet
+from fastreid_uns.engine import checkpoint
+from fastreid_uns.engine.log import Writer
+from fastreid_uns.evaluation.clusters import cluster_quality
+from fastreid_uns.evaluation.evaluator import Evaluator
+from fastreid_uns.evaluation.extract import extract_features
+from fastreid_uns.hook import HookBase
+from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
+from fastreid_uns.structures import FeatureBank, NoClusters, PseudoLabels
+from fastreid_uns.utils import dist
+from fastreid_uns.utils.seed import random_state, set_random_state
+
+logger = logging.getLogger(__name__)
+
+
+class ReclusterHook(HookBase):
+    """Before each epoch: features of all training images → pseudo labels → model, feed and sampler.
+
+    Args:
+        generator: makes the labels, on rank 0 only.
+        images: the N unlabelled images, then the S labelled source images.
+        feed: receives the labels.
+        source_labels: (S,) classes of the source images, None without sources.
+        batch_size: images in one forward pass of the extraction.
+        identities: (N,) true identities to measure the clusters by, for the log only; None to leave it out.
+    """
+
+    order = 10
+
+    def __init__(
+        self,
+        generator: PseudoLabelGenerator,
+        images: ImageSet,
+        feed: Feed,
+        *,
+        source_labels: Tensor | None = None,
+        batch_size: int = 256,
+        identities: Tensor | None = None,
+    ) -> None:
+        self.generator = generator
+        self.images = images
+        self.feed = feed
+        self.source_labels = source_labels
+        self.batch_size = batch_size
+        self.identities = identities
+        self.pseudo: PseudoLabels | None = None
+
+    def before_epoch(self) -> None:
+        """Cluster, and hand the labels on."""
+        trainer = self.trainer
+        with trainer.timed("extract"):
+            bank = self._bank()
+        self.pseudo = pseudo = self._cluster(bank)
+        trainer.model.refit(pseudo.to(trainer.device), bank)
+        self.feed.labels = pseudo.labels
+        self.feed.sampler.set_epoch(trainer.epoch, pseudo, bank.cameras)
+        sizes = pseudo.sizes
+        trainer.metrics.update(
+            clusters=pseudo.num_clusters,
+            outliers=int((pseudo.labels < 0).sum()),
+            largest_cluster=int(sizes.max()),
+            median_cluster=int(sizes.median()),
+        )
+        if self.identities is not None:
+            trainer.metrics.update(cluster_quality(pseudo.labels, self.identities))
+        if pseudo.num_clusters == 1:
+            logger.warning(
+                "PSEUDO_LABELS: all %d clustered images are in one cluster, there is nothing to tell apart; lower EPS.",
+                int(sizes.sum()),
+            )
+
+    def _bank(self) -> FeatureBank:
+        model = self.trainer.model
+        count = len(self.images) - (0 if self.source_labels is None else len(self.source_labels))
+        cameras = self.images.cameras[:count]
+        rows = model.memory_bank()
+        if rows is not None:
+            return FeatureBank(rows, cameras)
+        outputs = extract_features(
+            model, self.images, device=self.trainer.device, batch_size=self.batch_size, amp=self.trainer.amp
+        )
+        feats = outputs.pop("feats")
+        bank = FeatureBank(feats[:count], cameras, {name: value[:count] for name, value in outputs.items()})
+        if self.source_labels is not None:
+            bank.source_feats, bank.source_labels = feats[count:], self.source_labels
+        return bank
+
+    def _cluster(self, bank: FeatureBank) -> PseudoLabels:
+        """The labels of rank 0 on every rank; an error of rank 0 as well, lest the others wait for ever."""
+        result: PseudoLabels | Exception | None = None
+        seconds: dict[str, float] = {}
+        if dist.rank() == 0:
+            try:
+                result = self._generate(bank).to("cpu")
+                seconds = self.generator.seconds
+            except (ValueError, RuntimeError) as error:
+                if dist.world() == 1:
+                    raise
+                result = error
+        result, seconds = dist.broadcast_object((result, seconds))
+        if not isinstance(result, PseudoLabels):
+            raise RuntimeError(f"pseudo labels failed on rank 0: {result}") from result
+        for stage, spent in seconds.items():
+            self.trainer.metrics[f"seconds_{stage}"] = spent
+        return result
+
+    def _generate(self, bank: FeatureBank) -> PseudoLabels:
+        try:
+            return self.generator(bank, self.trainer.epoch)
+        except NoClusters as error:
+            if self.pseudo is None:
+                raise
+            logger.warning("%s The labels of the epoch before are kept for this one.", error)
+            labels = self.pseudo.labels
+            kept = centroids(bank.feats, labels.to(bank.feats.device))
+            return PseudoLabels(labels, kept.cpu(), self.pseudo.extras)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the generator, and the labels of the last epoch."""
+        state: dict[str, Any] = {"generator": self.generator.state_dict()}
+        if self.pseudo is not None:
+            state |= {"labels": self.pseudo.labels, "centroids": self.pseudo.centroids, "extras": self.pseudo.extras}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore both."""
+        self.generator.load_state_dict(state["generator"])
+        if "labels" in state:
+            self.pseudo = PseudoLabels(state["labels"], state["centroids"], state["extras"])
+
+
+class ScheduleHook(HookBase):
+    """Steps the learning rate after every optimiser step."""
+
+    order = 20
+
+    def __init__(self, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
+        self.schedule = schedule
+
+    def after_step(self) -> None:
+        """Step."""
+        self.schedule.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the schedule."""
+        return {"last_epoch": self.schedule.last_epoch, "last_lr": self.schedule.get_last_lr()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        self.schedule.last_epoch = state["last_epoch"]
+        self.schedule._last_lr = state["last_lr"]
+
+
+class MomentumEncoderHook(HookBase):
+    """Moves the momentum encoder after every step.
+
+    Args:
+        momentum: weight of the old value, in [0, 1].
+    """
+
+    order = 30
+
+    def __init__(self, momentum: float) -> None:
+        self.momentum = momentum
+
+    def after_step(self) -> None:
+        """Move."""
+        self.trainer.model.update_momentum(self.momentum)
+
+
+class EvaluateHook(HookBase):
+    """Evaluates every `period` epochs and after the last one, into the metrics of the epoch.
+
+    Args:
+        evaluators: name of a test set → its evaluator; the first one decides which epoch is best.
+        period: epochs; 0 = only after the last.
+        patience: evaluations without a better mAP after which training stops; 0 = never.
+    """
+
+    order = 50
+
+    def __init__(self, evaluators: Mapping[str, Evaluator], *, period: int = 0, patience: int = 0) -> None:
+        self.evaluators = evaluators
+        self.period = period
+        self.patience = patience
+        self.best = -1.0
+        self.waited = 0
+        self.improved = False
+        self.results: dict[str, dict[str, float]] = {}
+
+    def after_epoch(self) -> None:
+        """Evaluate if it is time."""
+        self.improved = False
+        trainer = self.trainer
+        if not self.evaluators or not (trainer.last_epoch or _is_due(trainer.epoch, self.period)):
+            return
+        with trainer.timed("evaluate"):
+            self.results = {name: evaluate(trainer.model) for name, evaluate in self.evaluators.items()}
+        for name, numbers in self.results.items():
+            prefix = f"{name}/" if len(self.results) > 1 else ""
+            trainer.metrics.update({f"{prefix}{key}": value for key, value in numbers.items()})
+        score = next(iter(self.results.values()))["mAP"]
+        self.improved = score > self.best
+        self.best = max(self.best, score)
+        self.waited = 0 if self.improved else self.waited + 1
+        if self.patience and self.waited >= self.patience:
+            trainer.stop(f"mAP has not risen above {self.best:.2f} in {self.waited} evaluations")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Best mAP so far, and for how long there was no better one."""
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore both."""
+        self.best, self.waited = state["best"], state["waited"]
+
+
+class CheckpointHook(HookBase):
+    """Saves every `period` epochs and after the last one; `best.pth` is the best by mAP on the first test set.
+
+    Args:
+        folder: where the files go.
+        config: YAML text of the complete config.
+        period: epochs; 0 = never.
+        keep: newest files that stay.
+        improved: tells whether this epoch's evaluation was the best so far.
+    """
+
+    order = 60
+
+    def __init__(
+        self, folder: Path, config: str, *, period: int = 1, keep: int = 1, improved: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.period = period
+        self.keep = keep
+        self.improved = improved
+
+    def after_epoch(self) -> None:
+        """Save if it is time."""
+        trainer = self.trainer
+        if not self.period or not (trainer.last_epoch or self.improved() or _is_due(trainer.epoch, self.period)):
+            return
+        content = {
+            **trainer.state_dict(),
+            "random": dist.gather_objects(random_state()),
+            "metrics": trainer.metrics,
+            "num_images": trainer.model.num_images,
+            "config": self.config,
+        }
+        if dist.rank() == 0:
+            file = self.folder / f"checkpoint_{trainer.epochs_done:04d}.pth"
+            checkpoint.save_checkpoint(content, file)
+            checkpoint.point_to_last(file)
+            if self.improved():
+                checkpoint.save_checkpoint(content, self.folder / checkpoint.BEST)
+            for old in sorted(self.folder.glob("checkpoint_*.pth"))[: -self.keep or None]:
+                if old != file:
+                    old.unlink()
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint of the folder.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it was made with another config.
+        """
+        file = checkpoint.last_checkpoint(self.folder)
+        content = checkpoint.load_checkpoint(file)
+        checkpoint.refuse_other_config(content["config"], self.config, file)
+        self.trainer.load_state_dict(content)
+        if len(content["random"]) == dist.world():
+            set_random_state(content["random"][dist.rank()])
+        else:
+            logger.warning(
+                "checkpoint: %s was written by %d processes, now there are %d; random numbers start anew.",
+                file,
+                len(content["random"]),
+                dist.world(),
+            )
+        logger.info("Resumed from %s after %d epochs", file, self.trainer.epochs_done)
+
+
+class LogHook(HookBase):
+    """Averages what the model returns, on the device, and gives it to the writers.
+
+    Args:
+        writers: see `log.build_writers`; used on rank 0.
+        period: steps between two lines; 0 = only one for each epoch.
+    """
+
+    order = 90
+
+    def __init__(self, writers: Sequence[Writer], *, period: int = 0) -> None:
+        self.writers = writers
+        self.period = period
+
+    def before_train(self) -> None:
+        """Tell the writers where the run begins."""
+        for writer in self.writers:
+            writer.resume(self.trainer.epochs_done)
+
+    def before_epoch(self) -> None:
+        """Start the averages."""
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self._window: dict[str, Tensor] = {}
+        self._since = (self.trainer.iter, time.perf_counter())
+
+    def after_step(self) -> None:
+        """Add the latest outputs; write when the period is over."""
+        self._count += 1
+        for name, value in self.trainer.last.items():
+            if value.numel() == 1:
+                self._sums[name] = self._sums[name] + value if name in self._sums else value.float()
+        if self.period and self.trainer.iter % self.period == 0 and self.writers:
+            self._write_window()
+
+    def _write_window(self) -> None:
+        trainer = self.trainer
+        steps, start = trainer.iter - self._since[0], self._since[1]
+        means = {name: float((s - self._window.get(name, 0.0)) / steps) for name, s in self._sums.items()}
+        trainer.check_finite()
+        rate = steps * trainer.batch_size * dist.world() / (time.perf_counter() - start)
+        numbers = {**means, "lr": trainer.optimizer.param_groups[0]["lr"], "images_per_second": rate}
+        for writer in self.writers:
+            writer.step(trainer.iter, numbers)
+        self._window = dict(self._sums)
+        self._since = (trainer.iter, time.perf_counter())
+
+    def after_epoch(self) -> None:
+        """One line for the epoch."""
+        trainer = self.trainer
+        names = sorted(self._sums)
+        means = dist.mean_over_ranks([float(self._sums[name]) / max(1, self._count) for name in names])
+        trainer.metrics = {**dict(zip(names, means, strict=True)), **trainer.metrics}
+        for writer in self.writers:
+            writer.epoch(trainer.epoch, trainer.iter, trainer.metrics)
+
+    def after_train(self) -> None:
+        """Close the writers."""
+        for writer in self.writers:
+            writer.close()
+
+
+def _is_due(epoch: int, period: int) -> bool:
+    return period > 0 and (epoch + 1) % period == 0

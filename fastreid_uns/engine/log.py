@@ -1,0 +1,163 @@
+"""Where numbers go: text, JSON lines, TensorBoard, and services that are imported only when named."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastreid_uns.registry import did_you_mean
+from fastreid_uns.utils import dist
+
+logger = logging.getLogger("fastreid_uns")
+
+
+def setup_logging(folder: Path | None) -> None:
+    """Lines of rank 0 to the console and to `log.txt`, which has the tracebacks too; other ranks say warnings only."""
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.DEBUG)
+    console = logging.StreamHandler(sys.stdout)
+    console.setLevel(logging.INFO if dist.rank() == 0 else logging.WARNING)
+    handlers: list[logging.Handler] = [console]
+    if folder is not None and dist.rank() == 0:
+        handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        logger.addHandler(handler)
+
+
+class Writer(Protocol):
+    """Takes the numbers of steps and epochs."""
+
+    def resume(self, epoch: int) -> None:
+        """Forget what was written of `epoch` and later ones, which will be run again."""
+
+    def step(self, iteration: int, numbers: Mapping[str, float]) -> None:
+        """Numbers of the steps since the last call."""
+
+    def epoch(self, epoch: int, iteration: int, numbers: Mapping[str, float]) -> None:
+        """Numbers of a whole epoch."""
+
+    def close(self) -> None:
+        """Flush and release."""
+
+
+class TextWriter:
+    """One line for each epoch and each period of steps, to the logger."""
+
+    def resume(self, epoch: int) -> None:
+        """Nothing to forget."""
+
+    def step(self, iteration: int, numbers: Mapping[str, float]) -> None:
+        """A line such as `step 100  loss 2.31  lr 0.00035`."""
+        logger.info("  step %d  %s", iteration, _phrase(numbers))
+
+    def epoch(self, epoch: int, iteration: int, numbers: Mapping[str, float]) -> None:
+        """A line with clusters, losses, scores and seconds of each stage."""
+        stages = {k.removeprefix("seconds_"): v for k, v in numbers.items() if k.startswith("seconds_")}
+        rest = {k: v for k, v in numbers.items() if not k.startswith("seconds_")}
+        seconds = "  ".join(f"{name} {value:.1f}" for name, value in stages.items())
+        logger.info("epoch %d  %s  seconds: %s", epoch, _phrase(rest), seconds)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class JsonWriter:
+    """`metrics.jsonl`: one line for each epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "metrics.jsonl"
+
+    def resume(self, epoch: int) -> None:
+        """Drop the lines of epochs that will be run again."""
+        if self.file.is_file():
+            lines = [line for line in self.file.read_text().splitlines() if json.loads(line)["epoch"] < epoch]
+            self.file.write_text("".join(f"{line}\n" for line in lines))
+
+    def step(self, iteration: int, numbers: Mapping[str, float]) -> None:
+        """Steps are not written."""
+
+    def epoch(self, epoch: int, iteration: int, numbers: Mapping[str, float]) -> None:
+        """Append a line."""
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"epoch": epoch, "iter": iteration, **numbers}) + "\n")
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class TensorBoardWriter:
+    """Event files in `OUTPUT_DIR/tensorboard`."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def resume(self, epoch: int) -> None:
+        """TensorBoard shows the later events over the earlier ones."""
+
+    def step(self, iteration: int, numbers: Mapping[str, float]) -> None:
+        """Scalars below `step/`."""
+        for name, value in numbers.items():
+            self.writer.add_scalar(f"step/{name}", value, iteration)
+
+    def epoch(self, epoch: int, iteration: int, numbers: Mapping[str, float]) -> None:
+        """Scalars below `epoch/`."""
+        for name, value in numbers.items():
+            self.writer.add_scalar(f"epoch/{name}", value, epoch)
+
+    def close(self) -> None:
+        """Flush the event file."""
+        self.writer.close()
+
+
+class WandbWriter:
+    """Weights & Biases; the package must be installed and logged in."""
+
+    def __init__(self, folder: Path) -> None:
+        import wandb
+
+        self.run: Any = wandb.init(dir=str(folder), name=folder.name)
+
+    def resume(self, epoch: int) -> None:
+        """A resumed run is a new one there."""
+
+    def step(self, iteration: int, numbers: Mapping[str, float]) -> None:
+        """Numbers below `step/`."""
+        self.run.log({f"step/{name}": value for name, value in numbers.items()}, step=iteration)
+
+    def epoch(self, epoch: int, iteration: int, numbers: Mapping[str, float]) -> None:
+        """Numbers below `epoch/`."""
+        self.run.log({"epoch": epoch, **{f"epoch/{k}": v for k, v in numbers.items()}}, step=iteration)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self.run.finish()
+
+
+def build_writers(names: list[str], folder: Path) -> list[Writer]:
+    """The writers of `LOG.WRITERS`.
+
+    Raises:
+        KeyError: unknown name.
+    """
+    known: dict[str, Any] = {
+        "text": lambda _: TextWriter(),
+        "json": JsonWriter,
+        "tensorboard": TensorBoardWriter,
+        "wandb": WandbWriter,
+    }
+    for name in names:
+        if name not in known:
+            raise KeyError(f"LOG.WRITERS: {name!r} is unknown{did_you_mean(name, known)} Known: {', '.join(known)}.")
+    return [known[name](folder) for name in names]
+
+
+def _phrase(numbers: Mapping[str, float]) -> str:
+    return "  ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in numbers.items())

@@ -1,0 +1,47 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+PROJECTS = sorted(path.parent.name for path in ROOT.glob("projects/*/__init__.py"))
+
+setup(
+    name="fastreid_uns",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "fastreid_uns/__init__.py").read_text())[1],
+    description="Unsupervised object re-identification: one trainer, one folder for each paper",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(include=["fastreid_uns", "fastreid_uns.*"]),
+        *(f"fastreid_uns.projects.{name}" for name in PROJECTS),
+    ],
+    package_dir={f"fastreid_uns.projects.{name}": f"projects/{name}" for name in PROJECTS},
+    package_data={f"fastreid_uns.projects.{name}": ["configs/*.yaml", "README.md"] for name in PROJECTS},
+    install_requires=[
+        "fvcore",
+        "iopath",
+        "numba",
+        "numpy",
+        "pillow>=9.1",
+        "pyyaml",
+        "safetensors",
+        "scikit-learn",
+        "scipy",
+        "tabulate",
+        "tensorboard",
+        "timm>=1.0",
+        "torch>=2.6",
+        "torchvision",
+        "tqdm",
+        "yacs",
+    ],
+    extras_require={
+        "viz": ["matplotlib"],
+        "export": ["onnx", "onnxruntime", "onnxscript"],
+        "hub": ["huggingface_hub"],
+        "dev": ["mypy", "pytest", "ruff", "types-PyYAML", "types-tabulate", "types-tqdm"],
+    },
+)

@@ -1,0 +1,82 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastreid_uns.config import load_config
+from fastreid_uns.engine.solver import build_optimizer, build_schedule, learning_rate_factor, precision
+
+
+def config(*overrides: str):
+    return load_config(overrides=["SOLVER.ITERS_PER_EPOCH=10", "SOLVER.EPOCHS=6", *overrides])
+
+
+def test_step_schedule_by_hand():
+    cfg = config("SOLVER.STEP_EPOCHS=2", "SOLVER.GAMMA=0.5")
+    assert [learning_rate_factor(cfg, step) for step in (0, 19, 20, 39, 40)] == [1, 1, 0.5, 0.5, 0.25]
+
+
+def test_milestones_by_hand():
+    cfg = config("SOLVER.SCHEDULE=milestones", "SOLVER.MILESTONES=[1,4]")
+    assert [learning_rate_factor(cfg, step) for step in (9, 10, 39, 40)] == pytest.approx([1, 0.1, 0.1, 0.01])
+
+
+def test_warm_up_rises_linearly_to_the_base_rate():
+    cfg = config("SOLVER.SCHEDULE=constant", "SOLVER.WARMUP_EPOCHS=2", "SOLVER.WARMUP_FACTOR=0.1")
+    assert [learning_rate_factor(cfg, step) for step in (0, 10, 20)] == pytest.approx([0.1, 0.55, 1.0])
+
+
+def test_cosine_falls_from_the_base_rate_after_warm_up_to_the_lowest():
+    cfg = config("SOLVER.SCHEDULE=cosine", "SOLVER.WARMUP_EPOCHS=2", "SOLVER.MIN_LR=3.5e-5")
+    middle = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2))
+    assert [learning_rate_factor(cfg, step) for step in (20, 40, 60)] == pytest.approx([1.0, middle, 0.1])
+
+
+def test_schedule_moves_the_rate_of_the_optimizer():
+    model = nn.Linear(2, 2)
+    cfg = config("SOLVER.STEP_EPOCHS=1", "SOLVER.BASE_LR=1.0")
+    optimizer = build_optimizer(cfg, model)
+    schedule = build_schedule(cfg, optimizer)
+    for _ in range(10):
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def test_unknown_schedule():
+    with pytest.raises(ValueError, match=r"SOLVER\.SCHEDULE: 'cosin' is unknown; did you mean cosine\?"):
+        learning_rate_factor(config("SOLVER.SCHEDULE=cosin"), 0)
+
+
+def test_norm_weights_and_biases_have_a_decay_of_their_own_and_frozen_ones_are_left_out():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model[1].bias.requires_grad_(False)
+    groups = build_optimizer(config("SOLVER.WEIGHT_DECAY_NORM=0.0"), model).param_groups
+    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 5e-4), (2, 0.0)]
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "lars"])
+def test_optimizers_of_torch_and_timm(name):
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(config(f"SOLVER.OPTIMIZER={name}", "SOLVER.BASE_LR=0.1"), model)
+    before = model.weight.detach().clone()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, model.weight)
+
+
+def test_unknown_optimizer_and_argument():
+    with pytest.raises(KeyError, match=r"SOLVER\.OPTIMIZER: 'Adamm' is unknown; did you mean Adam"):
+        build_optimizer(config("SOLVER.OPTIMIZER=Adamm"), nn.Linear(1, 1))
+    with pytest.raises(KeyError, match=r"Adam takes no 'beta'; did you mean betas"):
+        build_optimizer(config("SOLVER.OPTIMIZER_ARGS.beta=[0.9,0.99]"), nn.Linear(1, 1))
+
+
+def test_precision_names():
+    cpu = torch.device("cpu")
+    assert precision("none", cpu) is None
+    assert precision("bfloat16", cpu) is torch.bfloat16
+    assert precision("auto", cpu) in (None, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"SOLVER\.AMP: 'half' is unknown; accepted: auto, bfloat16"):
+        precision("half", cpu)

@@ -1,0 +1,165 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastreid_uns.engine.trainer import Trainer
+from fastreid_uns.hook import HookBase
+from fastreid_uns.structures import Batch
+
+
+class Linear(nn.Module):
+    """A model of one layer whose labels are the first two pixels' order."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(12, 2)
+
+    def forward(self, batch):
+        logits = self.layer(batch.views[0].flatten(1))
+        return {"loss_a": F.cross_entropy(logits, batch.labels), "loss_b": logits.square().mean(), "size": logits.norm()}
+
+
+class FixedFeed:
+    def __init__(self, steps: int = 3, poison: int | None = None):
+        self.steps, self.poison = steps, poison
+
+    def epoch(self, epoch):
+        generator = torch.Generator().manual_seed(epoch)
+        for step in range(self.steps):
+            images = torch.rand(8, 3, 2, 2, generator=generator)
+            if self.poison == epoch * self.steps + step:
+                images = images * torch.nan
+            labels = (images[:, 0, 0, 0] > images[:, 0, 0, 1]).long()
+            none = torch.zeros(8, dtype=torch.long)
+            yield Batch((images,), torch.arange(8), labels, none, none)
+
+
+class Recorder(HookBase):
+    def __init__(self, order: int, seen: list, name: str):
+        self.order, self.seen, self.name = order, seen, name
+
+    def before_train(self):
+        self.seen.append((self.name, "before_train"))
+
+    def after_epoch(self):
+        self.seen.append((self.name, "after_epoch", self.trainer.epoch, self.trainer.iter))
+
+    def after_train(self):
+        self.seen.append((self.name, "after_train"))
+
+
+def make(feed=None, epochs=2, **kwargs) -> Trainer:
+    torch.manual_seed(0)
+    model = Linear()
+    feed = feed or FixedFeed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Trainer(model, feed, optimizer, epochs=epochs, iters_per_epoch=feed.steps, **kwargs)
+
+
+def test_hooks_run_by_order_and_within_it_as_they_were_added():
+    seen: list = []
+    hooks = [Recorder(50, seen, "late"), Recorder(10, seen, "early"), Recorder(50, seen, "later")]
+    make(epochs=1, hooks=hooks).train()
+    assert [entry[0] for entry in seen if entry[1] == "after_epoch"] == ["early", "late", "later"]
+    assert seen[0] == ("early", "before_train")
+    assert seen[-1] == ("later", "after_train")
+
+
+def test_two_hooks_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="two hooks are named twin"):
+        make(hooks=[Recorder(1, [], "twin"), Recorder(2, [], "twin")])
+
+
+def test_keys_that_begin_with_loss_are_summed_and_the_rest_is_only_kept():
+    trainer = make()
+    batch = next(trainer.feed.epoch(0))
+    trainer.step(batch)
+    last = trainer.last
+    torch.testing.assert_close(last["loss"], last["loss_a"] + last["loss_b"])
+    assert "size" in last
+
+
+def test_one_step_equals_plain_gradient_descent():
+    trainer = make()
+    batch = next(trainer.feed.epoch(0))
+    twin = Linear()
+    twin.load_state_dict(trainer.model.state_dict())
+    outputs = twin(batch)
+    (outputs["loss_a"] + outputs["loss_b"]).backward()
+    expected = twin.layer.weight - 0.1 * twin.layer.weight.grad
+    trainer.step(batch)
+    torch.testing.assert_close(trainer.model.layer.weight, expected)
+
+
+def test_accumulation_over_parts_equals_the_whole_batch():
+    whole, parts = make(), make(accumulate=4)
+    batch = next(whole.feed.epoch(0))
+    whole.step(batch)
+    parts.step(batch)
+    torch.testing.assert_close(parts.model.layer.weight, whole.model.layer.weight)
+
+
+def test_accumulation_that_does_not_divide_the_batch():
+    trainer = make(accumulate=3)
+    with pytest.raises(ValueError, match=r"SOLVER\.ACCUMULATE 3 does not divide the 8 images"):
+        trainer.step(next(trainer.feed.epoch(0)))
+
+
+def test_clipping_bounds_the_step():
+    trainer = make(clip=1e-3)
+    before = torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
+    trainer.step(next(trainer.feed.epoch(0)))
+    after = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    assert (after - before).norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
+def test_mixed_precision_trains_and_keeps_float32_weights(amp):
+    trainer = make(epochs=20, amp=amp)
+    first = float(trainer.model(next(trainer.feed.epoch(0)))["loss_a"])
+    trainer.train()
+    assert float(trainer.last["loss_a"]) < first
+    assert trainer.model.layer.weight.dtype == torch.float32
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved_and_hooks_still_close():
+    seen: list = []
+    trainer = make(FixedFeed(poison=4), hooks=[Recorder(60, seen, "save")])
+    with pytest.raises(RuntimeError, match=r"not finite since step 4 \(epoch 1; now loss nan.*SOLVER\.BASE_LR"):
+        trainer.train()
+    assert [entry[1] for entry in seen] == ["before_train", "after_epoch", "after_train"]
+
+
+def test_a_model_without_loss_is_named():
+    trainer = make()
+    trainer.model.forward = lambda batch: {"size": batch.views[0].sum()}
+    with pytest.raises(RuntimeError, match=r"Linear\.forward returned size; at least one key must begin with 'loss'"):
+        trainer.step(next(trainer.feed.epoch(0)))
+
+
+def test_stop_ends_the_run_after_the_epoch_with_all_hooks_done():
+    class Stopper(HookBase):
+        order = 15
+
+        def before_epoch(self):
+            if self.trainer.epoch == 1:
+                self.trainer.stop("enough")
+
+    seen: list = []
+    trainer = make(epochs=9, hooks=[Stopper(), Recorder(60, seen, "save")])
+    trainer.train()
+    assert trainer.epochs_done == 2
+    assert [entry[2] for entry in seen if entry[1] == "after_epoch"] == [0, 1]
+
+
+def test_state_of_a_stopped_run_continues_to_the_same_weights():
+    straight = make(epochs=3)
+    straight.train()
+    first = make(epochs=1)
+    first.train()
+    second = make(epochs=3)
+    second.load_state_dict(first.state_dict())
+    second.train()
+    assert torch.equal(second.model.layer.weight, straight.model.layer.weight)
+    assert second.iter == straight.iter == 9

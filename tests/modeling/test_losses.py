@@ -1,0 +1,65 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastreid_uns.modeling.losses import CrossEntropyLoss, LossSet, SoftCrossEntropyLoss, SoftTripletLoss
+
+
+def test_cross_entropy_with_smoothing_by_hand():
+    logits = torch.log(torch.tensor([[0.7, 0.2, 0.1]]))
+    labels = torch.tensor([0])
+    assert CrossEntropyLoss()(logits, labels).item() == pytest.approx(-math.log(0.7))
+    spread = -(math.log(0.7) + math.log(0.2) + math.log(0.1)) / 3
+    assert CrossEntropyLoss(smoothing=0.3)(logits, labels).item() == pytest.approx(
+        0.7 * -math.log(0.7) + 0.3 * spread, rel=1e-5
+    )
+
+
+def test_soft_cross_entropy_by_hand_and_without_gradient_to_the_teacher():
+    logits = torch.log(torch.tensor([[0.5, 0.5]])).requires_grad_()
+    teacher = torch.log(torch.tensor([[0.25, 0.75]])).requires_grad_()
+    loss = SoftCrossEntropyLoss()(logits, teacher)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2))
+    assert teacher.grad is None
+
+
+def slow_triplet(feats: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    terms = []
+    for i in range(len(feats)):
+        positives = [(feats[i] - feats[j]).norm() for j in range(len(feats)) if j != i and labels[j] == labels[i]]
+        negatives = [(feats[i] - feats[j]).norm() for j in range(len(feats)) if labels[j] != labels[i]]
+        if positives and negatives:
+            terms.append(F.softplus(max(positives) - min(negatives)))
+    return torch.stack(terms).mean() if terms else feats.new_zeros(())
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 2, 1], [0, 0, 0, 0, 0, 1]])
+def test_soft_triplet_equals_the_plain_loop(labels):
+    feats = F.normalize(torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    labels = torch.tensor(labels)
+    torch.testing.assert_close(SoftTripletLoss()(feats, labels).double(), slow_triplet(feats, labels), rtol=1e-5, atol=0)
+
+
+def test_soft_triplet_of_one_cluster_is_zero_with_a_finite_gradient():
+    feats = F.normalize(torch.randn(4, 5)).requires_grad_()
+    loss = SoftTripletLoss()(feats, torch.zeros(4, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.isfinite(feats.grad).all()
+
+
+def test_loss_set_weights_names_and_feeds_by_name():
+    losses = LossSet({"a": (CrossEntropyLoss(), 2.0), "b": (SoftTripletLoss(), 0.0)})
+    offer = {"logits": torch.zeros(2, 4), "labels": torch.tensor([0, 1]), "feats": torch.eye(2)}
+    outputs = losses(offer)
+    assert outputs["loss_a"].item() == pytest.approx(2 * math.log(4))
+    assert outputs["loss_b"].item() == 0
+
+
+def test_a_loss_that_wants_what_is_not_offered():
+    losses = LossSet({"a": (CrossEntropyLoss(), 1.0)})
+    with pytest.raises(KeyError, match=r"MODEL\.LOSSES\.a: CrossEntropyLoss wants logits; this model offers feats, labels"):
+        losses({"feats": torch.eye(2), "labels": torch.tensor([0, 1])})
