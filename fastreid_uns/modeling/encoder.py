@@ -1,0 +1,57 @@
+"""Images → features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastreid_uns.modeling.norm import rows_of_domains
+from fastreid_uns.structures import HeadOutput
+
+
+class Encoder(nn.Module):
+    """Normalisation of the pixels, backbone and head.
+
+    Mean and standard deviation belong to the config, not to the weights: they are in no `state_dict`.
+
+    Args:
+        backbone: (B,3,H,W) → what the head takes.
+        head: → `HeadOutput`.
+        mean: of each channel, in 0..1.
+        std: of each channel, in 0..1, positive.
+
+    Raises:
+        ValueError: `mean` and `std` are not three numbers each, or a deviation is not positive.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, *, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(
+                f"INPUT.MEAN {list(mean)}, INPUT.STD {list(std)}; three numbers each are accepted, deviations above 0. "
+                f"Change them."
+            )
+        self.backbone = backbone
+        self.head = head
+        self.dim: int = head.dim  # type: ignore[assignment]
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, domains: Tensor | None = None) -> HeadOutput:
+        """Features of B images, which are left as they are.
+
+        Args:
+            images: (B,3,H,W) uint8, or float in 0..1.
+            domains: (B,) which set each image comes from; read in training by domain-specific norm layers only. Rows
+                of a domain stand together. None: all are of domain 0.
+        """
+        if not images.is_floating_point():
+            images = images.to(self.mean.dtype) / 255
+        images = (images - self.mean) / self.std
+        with rows_of_domains(self, domains):
+            return self.head(self.backbone(images))

@@ -1,0 +1,291 @@
+"""Batch norm whose statistics are shared by a set number of images, and batch norm of each domain."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastreid_uns.utils import dist
+
+
+class GroupedBatchNorm(_BatchNorm):
+    """Batch norm that, in training, normalises each `group` consecutive images by their own statistics.
+
+    The running statistics follow the first group only, as `nn.DataParallel` leaves them with one group on each
+    device. A group may be a multiple of the local batch: then statistics are shared with the next processes, with
+    exact gradients, and the running statistics are those of the first group on every process. In evaluation it is
+    plain batch norm. Parameters, buffers and their names are those of the layer that it replaces.
+
+    Args:
+        norm: the layer to replace; its parameters and buffers are taken over, not copied.
+        group: images that share statistics; 0 = the local batch.
+    """
+
+    def __init__(self, norm: _BatchNorm, group: int) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, affine=False, track_running_stats=False)
+        self.affine = norm.affine
+        self.track_running_stats = norm.track_running_stats
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        for name, child in norm.named_children():  # timm's layers carry their activation
+            self.add_module(name, child)
+        self.train(norm.training)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,C,...) → the same shape.
+
+        Raises:
+            ValueError: in training, B does not fit the group.
+        """
+        return self.after(_join(self.pieces(x)) if self.training else super().forward(x))
+
+    def pieces(self, x: Tensor) -> list[Tensor]:
+        """Normalised groups, in order; their rows together are those of `x`."""
+        batch, group = len(x), self.group or len(x)
+        if batch % group == 0:
+            first, *rest = x.split(group)
+            return [
+                super().forward(first),
+                *(F.batch_norm(part, None, None, self.weight, self.bias, True, 0.0, self.eps) for part in rest),
+            ]
+        ranks = group // batch
+        if group % batch == 0 and dist.world() % ranks == 0:
+            return [self._shared(x, ranks)]
+        raise ValueError(
+            f"MODEL.NORM_GROUP is {group} and a norm layer got {batch} images in each of {dist.world()} processes; the "
+            f"images must be a multiple of the group, or the group a multiple of the images that divides into the "
+            f"processes. Change NORM_GROUP (0 = whole batch) or DATALOADER.SAMPLER.BATCH_SIZE."
+        )
+
+    def after(self, x: Tensor) -> Tensor:
+        """What follows the norm inside the same layer: the drop block and activation of timm's layers."""
+        for child in self.children():
+            x = child(x)
+        return x
+
+    def _shared(self, x: Tensor, ranks: int) -> Tensor:
+        output, mean, var = _SharedBatchNorm.apply(x, self.weight, self.bias, self.eps, ranks)
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum  # type: ignore[arg-type]
+            count = x.numel() // x.shape[1] * ranks
+            self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+            self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var), momentum)
+        return output
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any (B,C,...) will do."""
+
+    def extra_repr(self) -> str:
+        """The layer's numbers and its group."""
+        return f"{super().extra_repr()}, group={self.group}"
+
+
+class _SharedBatchNorm(torch.autograd.Function):
+    """Batch norm over the batches of `ranks` neighbouring processes; all processes hold equally many rows.
+
+    Also gives mean and (biased) variance of the first such group. Gradients of weight and bias are local sums, as
+    DistributedDataParallel expects them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: int) -> Any:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        var, mean = torch.var_mean(wide, _positions(x), correction=0)
+        every = _gather(torch.stack([mean, var]))
+        start = dist.rank() // ranks * ranks
+        mean, var = _combine(every[start : start + ranks])
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
+        ctx.span = slice(start, start + ranks)
+        first = _combine(every[:ranks])
+        ctx.mark_non_differentiable(*first)
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), *first
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
+        x, weight, mean, scale = ctx.saved_tensors
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        unit = (x - mean.view(shape)) * scale.view(shape)
+        sums = torch.stack([grad.to(unit).sum(_positions(x)), (grad * unit).sum(_positions(x))])
+        every = _gather(sums)[ctx.span]
+        count = x.numel() // x.shape[1] * len(every)
+        offset, slope = every.sum(0) / count
+        if weight is not None:
+            scale = scale * weight
+        grad_x = (grad - offset.view(shape) - unit * slope.view(shape)) * scale.view(shape)
+        grad_bias, grad_weight = (None, None) if weight is None else sums.to(weight.dtype)
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None, None
+
+
+def _positions(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
+
+
+def _gather(value: Tensor) -> Tensor:
+    """(world, ...) the values of all processes."""
+    every = value.new_empty((dist.world(), *value.shape))
+    torch.distributed.all_gather(list(every.unbind()), value.contiguous())
+    return every
+
+
+def _combine(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of equally large parts from their (R, 2, C) means and variances."""
+    mean = parts[:, 0].mean(0)
+    return mean, (parts[:, 1] + (parts[:, 0] - mean).square()).mean(0)
+
+
+def _join(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def group_norm_statistics(model: nn.Module, group: int) -> nn.Module:
+    """Let every batch norm of a model share its statistics among `group` images.
+
+    Instance and layer norms stay as they are, also that `requires_grad` of a parameter, and all names in the
+    `state_dict`. Optimisers made before keep working.
+
+    Args:
+        model: changed in place.
+        group: images; 0 = the local batch of each process, which is plain batch norm.
+
+    Returns:
+        The model; another module only if the model itself is a batch norm.
+
+    Raises:
+        ValueError: negative, or a single image, which has no variance in the neck.
+    """
+    if group < 0 or group == 1:
+        raise ValueError(f"MODEL.NORM_GROUP is {group}; 0 (whole batch) and 2 or more images are accepted. Change it.")
+
+    def convert(norm: _BatchNorm) -> nn.Module:
+        if isinstance(norm, GroupedBatchNorm):
+            norm.group = group
+            return norm
+        return GroupedBatchNorm(norm, group) if group else norm
+
+    return _replace(model, convert)
+
+
+class _Rows:
+    """Which rows of the present batch belong to which domain: runs of (domain, images), None = all to domain 0."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[int, int]] | None = None
+
+
+class DomainBatchNorm(nn.Module):
+    """One batch norm for each domain; in evaluation, and for rows of unknown domain, that of the target.
+
+    Made by `domain_norm`; `rows_of_domains` says which rows are whose.
+    """
+
+    def __init__(self, norm: GroupedBatchNorm, num_domains: int, rows: _Rows) -> None:
+        super().__init__()
+        self.domains = nn.ModuleList([norm, *(copy.deepcopy(norm) for _ in range(num_domains - 1))])
+        self.rows = rows
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,C,...) → the same shape."""
+        runs = self.rows.runs
+        if not self.training or runs is None:
+            return self.domains[0](x)
+        if len(runs) == 1:
+            return self.domains[runs[0][0]](x)
+        pieces: list[Tensor] = []
+        for (domain, _), part in zip(runs, x.split([count for _, count in runs]), strict=True):
+            pieces += self.domains[domain].pieces(part)  # type: ignore[operator]
+        return self.domains[0].after(_join(pieces))  # type: ignore[operator]
+
+
+def domain_norm(model: nn.Module, num_domains: int) -> nn.Module:
+    """Give every batch norm of a model statistics and parameters of its own for each domain.
+
+    Each copy starts from the given layer and keeps its `requires_grad`, so weights are loaded before this call.
+    `group_norm_statistics` may come before or after; the groups are then counted within each domain.
+
+    Args:
+        model: changed in place.
+        num_domains: 1 + the labelled source sets; domain 0 is the unlabelled target, which evaluation uses.
+
+    Returns:
+        The model; another module only if the model itself is a batch norm.
+
+    Raises:
+        ValueError: fewer than 2 domains, or the model has domain norms already.
+
+    Source: Chang et al. 2019 (Domain-Specific Batch Normalization); differs from SpCL: a frozen bias stays frozen.
+    """
+    if num_domains < 2:
+        raise ValueError(
+            f"MODEL.DOMAIN_NORM: {num_domains} domain; a target and at least one source are needed. Name a set in "
+            f"DATASETS.SOURCES or switch DOMAIN_NORM off."
+        )
+    if any(isinstance(module, DomainBatchNorm) for module in model.modules()):
+        raise ValueError("domain_norm: the model has norm layers for each domain already. Call it once.")
+    rows = _Rows()
+
+    def convert(norm: _BatchNorm) -> nn.Module:
+        grouped = norm if isinstance(norm, GroupedBatchNorm) else GroupedBatchNorm(norm, 0)
+        return DomainBatchNorm(grouped, num_domains, rows)
+
+    return _replace(model, convert)
+
+
+@contextlib.contextmanager
+def rows_of_domains(model: nn.Module, domains: Tensor | None) -> Iterator[None]:
+    """While it lasts, the norm layers of `domain_norm` read which rows of the batch belong to which domain.
+
+    Args:
+        model: without such layers nothing happens.
+        domains: (B,) 0 = target, 1.. = sources; rows of one domain stand together. None: all are of the target.
+
+    Raises:
+        ValueError: the rows of a domain are scattered, or a domain is unknown.
+    """
+    layer = None
+    if domains is not None:
+        layer = next((module for module in model.modules() if isinstance(module, DomainBatchNorm)), None)
+    if domains is None or layer is None or not model.training:
+        yield
+        return
+    values, counts = torch.unique_consecutive(domains, return_counts=True)
+    runs = list(zip(values.tolist(), counts.tolist(), strict=True))
+    found = [domain for domain, _ in runs]
+    if len(set(found)) < len(found):
+        raise ValueError(
+            f"domain norm: the rows of a domain are scattered, domains change {len(found) - 1} times in a batch of "
+            f"{len(domains)}; those of one domain must stand together. Join the batch with source rows first."
+        )
+    if not set(found) <= set(range(len(layer.domains))):
+        raise ValueError(
+            f"domain norm: the batch has domains {sorted(found)}, the model knows 0 to {len(layer.domains) - 1}. Build "
+            f"it with one domain for each of DATASETS.SOURCES."
+        )
+    before = layer.rows.runs
+    layer.rows.runs = runs
+    try:
+        yield
+    finally:
+        layer.rows.runs = before
+
+
+def _replace(module: nn.Module, convert: Any) -> nn.Module:
+    if isinstance(module, _BatchNorm):
+        return convert(module)
+    for name, child in module.named_children():
+        new = _replace(child, convert)
+        if new is not child:
+            setattr(module, name, new)
+    return module
