@@ -6,11 +6,12 @@ import argparse
 import hashlib
 import inspect
 import logging
+import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from os.path import commonpath, dirname, relpath, sep
+from os.path import abspath, commonpath, dirname, relpath, sep
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -70,11 +71,11 @@ def show(title: str, rows: Iterable[Sequence[object]], headers: Sequence[str]) -
 
 def show_layout(data: ReIDData) -> None:
     """Folders that the images come from, one level below what all have in common."""
-    every = {record.path for part in data[:3] for record in part}
-    top = commonpath({dirname(path) for path in every})
+    places = {dirname(abspath(record.path)) for part in data[:3] for record in part}
+    top = commonpath(places or {abspath(".")})
     folders: Counter[tuple[str, str]] = Counter()
     for name, part in zip(SPLITS, data[:3], strict=True):
-        folders.update((relpath(dirname(record.path), top).split(sep)[0], name) for record in part)
+        folders.update((relpath(dirname(abspath(record.path)), top).split(sep)[0], name) for record in part)
     print(f"images lie in {top}; protocol {data.protocol}")
     rows = [(folder, name, images) for (folder, name), images in sorted(folders.items())]
     if len(rows) > SHOWN:
@@ -125,7 +126,7 @@ def find_faults(records: list[Record], quick: bool) -> list[tuple[str, str]]:
         return [(record.path, "missing") for record in records if not path_manager.isfile(record.path)]
     from fastreid_uns.data.image_set import unreadable_images
 
-    return unreadable_images(records)
+    return unreadable_images(records, threads=os.cpu_count() or 1)
 
 
 def look(path: str) -> tuple[bytes, tuple[int, int]] | None:

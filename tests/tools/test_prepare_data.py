@@ -122,6 +122,17 @@ def test_path_in_two_splits_is_shown(check, tmp_path):
     assert "\nunknown 1 1 1 1\n" in output
 
 
+def test_relative_and_absolute_paths_in_one_manifest(check, tmp_path, monkeypatch):
+    draw(tmp_path / "here/a.png")
+    other = draw(tmp_path / "there/b.png", colour=(9, 9, 9))
+    (tmp_path / "m.csv").write_text(f"path,split\nhere/a.png,train\n{other},train\n")
+    monkeypatch.chdir(tmp_path)
+    status, output = check("csv_file", "PATH", "m.csv")
+    assert status == 0
+    assert f"images lie in {tmp_path}; protocol plain" in output
+    assert "\nhere train 1\nthere train 1\n" in output
+
+
 def test_unlabelled_folder(check, tmp_path):
     for name in range(15):
         draw(tmp_path / f"{name:02d}/x.png", colour=(name, 0, 0))
