@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from fastreid_uns.data.datasets import (  # noqa: F401  (importing registers them)
     csv_file,
@@ -25,6 +26,7 @@ from fastreid_uns.data.datasets.layout import Known, count, counted, known_count
 from fastreid_uns.registry import DATASET_REGISTRY
 from fastreid_uns.structures import Record, ReIDData
 
+CONFIGS = Path(__file__).parents[2] / "configs/datasets"
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 
 
@@ -584,6 +586,25 @@ def test_known_counts_follow_the_variant():
 def test_known_counts_add_up_to_the_published_totals(name, keys, total):
     known = known_counts(DATASET_REGISTRY.get(name), **keys)
     assert known.train[0] + known.query[0] + known.gallery[0] == total
+
+
+# configs
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_config_names_data_and_image_size_only(file):
+    content = yaml.safe_load(file.read_text())
+    assert set(content) == {"DATASETS", "INPUT"}
+    assert content["INPUT"] == {"SIZE": [224, 224] if file.stem.startswith("ve") else [256, 128]}
+    assert set(content["DATASETS"]) <= {"TRAIN", "TESTS"}
+    for section in (content["DATASETS"]["TRAIN"], *content["DATASETS"].get("TESTS", {}).values()):
+        assert section.pop("NAME") == file.stem
+        assert {key.lower() for key in section} <= set(DATASET_REGISTRY.schema(file.stem))
+
+
+def test_each_published_set_has_a_config():
+    published = {name for name, load in DATASET_REGISTRY if getattr(load, "known", (None,))[0] is not None}
+    assert published == {file.stem for file in CONFIGS.glob("*.yaml")}
 
 
 # real manifests
