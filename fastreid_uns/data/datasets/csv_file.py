@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from os.path import dirname, join
 from typing import NamedTuple
 
-from ...registry import DATASET_REGISTRY, did_you_mean
-from ...structures import PROTOCOLS, Record, ReIDData
-from ...utils.paths import path_manager
-from .layout import HELP, counted
+from fastreid_uns.data.datasets.layout import HELP, counted
+from fastreid_uns.registry import DATASET_REGISTRY, did_you_mean
+from fastreid_uns.structures import PROTOCOLS, Record, ReIDData
+from fastreid_uns.utils.paths import path_manager
 
 COLUMNS = ("path", "identity", "camera", "split")
 SPLITS = ("train", "query", "gallery")

@@ -7,10 +7,10 @@ from os.path import join
 
 import numpy as np
 
-from ...registry import DATASET_REGISTRY
-from ...structures import Record, ReIDData
-from ...utils.paths import path_manager
-from .layout import HELP, Known, camera_index, counted, first_exists, require, three_folders
+from fastreid_uns.data.datasets.layout import HELP, Known, camera_index, counted, first_exists, require, three_folders
+from fastreid_uns.registry import DATASET_REGISTRY
+from fastreid_uns.structures import Record, ReIDData
+from fastreid_uns.utils.paths import path_manager
 
 CAMERAS = (1, 2)
 KNOWN = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from os.path import join
 
-from ...registry import DATASET_REGISTRY
-from ...structures import Record, ReIDData
-from ...utils.paths import path_manager
-from .layout import HELP, IMAGE_SUFFIXES, counted, is_image, require
+from fastreid_uns.data.datasets.layout import HELP, IMAGE_SUFFIXES, counted, is_image, require
+from fastreid_uns.registry import DATASET_REGISTRY
+from fastreid_uns.structures import Record, ReIDData
+from fastreid_uns.utils.paths import path_manager
 
 
 @DATASET_REGISTRY.register()

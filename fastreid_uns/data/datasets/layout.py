@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os.path import join, split
 from typing import Any, NamedTuple, TypeVar
 
-from ...structures import Record, ReIDData
-from ...utils.paths import path_manager
+from fastreid_uns.structures import Record, ReIDData
+from fastreid_uns.utils.paths import path_manager
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 HELP = "See datasets/README.md."

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ...registry import DATASET_REGISTRY
-from ...structures import ReIDData
-from .layout import Known, counted, three_folders
+from fastreid_uns.data.datasets.layout import Known, counted, three_folders
+from fastreid_uns.registry import DATASET_REGISTRY
+from fastreid_uns.structures import ReIDData
 
 
 @DATASET_REGISTRY.register()

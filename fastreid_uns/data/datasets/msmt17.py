@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from os.path import join
 
-from ...registry import DATASET_REGISTRY
-from ...structures import Record, ReIDData
-from ...utils.paths import path_manager
-from .layout import HELP, Known, camera_index, counted, first_exists, read_list, require
+from fastreid_uns.data.datasets.layout import HELP, Known, camera_index, counted, first_exists, read_list, require
+from fastreid_uns.registry import DATASET_REGISTRY
+from fastreid_uns.structures import Record, ReIDData
+from fastreid_uns.utils.paths import path_manager
 
 FOLDERS = {"V1": ("train", "test"), "V2": ("mask_train_v2", "mask_test_v2")}
 CAMERAS = range(1, 16)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from os.path import join
 
-from ...registry import DATASET_REGISTRY
-from ...structures import Record, ReIDData
-from .layout import Known, counted, first_exists, read_list, require
+from fastreid_uns.data.datasets.layout import Known, counted, first_exists, read_list, require
+from fastreid_uns.registry import DATASET_REGISTRY
+from fastreid_uns.structures import Record, ReIDData
 
 TRAIN = (113_346, 13_164)
 KNOWN = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from os.path import join
 
-from ...registry import DATASET_REGISTRY
-from ...structures import ReIDData
-from .layout import Known, counted, named_images, require
+from fastreid_uns.data.datasets.layout import Known, counted, named_images, require
+from fastreid_uns.registry import DATASET_REGISTRY
+from fastreid_uns.structures import ReIDData
 
 
 @DATASET_REGISTRY.register()

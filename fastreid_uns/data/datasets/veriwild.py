@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from os.path import join
 
-from ...registry import DATASET_REGISTRY
-from ...structures import Record, ReIDData
-from ...utils.paths import path_manager
-from .layout import HELP, Known, counted, first_exists, read_list, require
+from fastreid_uns.data.datasets.layout import HELP, Known, counted, first_exists, read_list, require
+from fastreid_uns.registry import DATASET_REGISTRY
+from fastreid_uns.structures import Record, ReIDData
+from fastreid_uns.utils.paths import path_manager
 
 SPLITS = "train_test_split"
 TRAIN = (277_797, 30_671)
