@@ -1,0 +1,51 @@
+"""The inner loop of ranking, compiled by numba; imported only when first used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+_CHUNK = 2048  # stays in the first cache while it is compared with one match after the other
+
+
+def _compiled(function: Callable) -> Any:
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # neither the package nor the home of the user can hold a compiled file
+        return numba.njit(nogil=True)(function)
+
+
+# A sum in 32 bits over a whole slice is what the compiler turns into 16 comparisons at once.
+@_compiled
+def _up_to(values, own):
+    count = np.int32(0)
+    for j in range(values.shape[0]):
+        count = np.int32(count + np.int32(values[j] <= own))
+    return count
+
+
+@_compiled
+def _below(values, own):
+    count = np.int32(0)
+    for j in range(values.shape[0]):
+        count = np.int32(count + np.int32(values[j] < own))
+    return count
+
+
+@_compiled
+def count_closer(start, stop, block, offsets, columns, count):
+    """Add to `count[p]` how many entries of its row stand before column `columns[p]`, equal values by position.
+
+    The rows are `start..stop`; the chosen columns of row i are `offsets[i]..offsets[i+1]`.
+    """
+    for i in range(start, stop):
+        row = block[i]
+        for begin in range(0, len(row), _CHUNK):
+            part = row[begin : begin + _CHUNK]
+            for p in range(offsets[i], offsets[i + 1]):
+                own = row[columns[p]]
+                middle = min(max(columns[p] - begin, 0), len(part))
+                count[p] += _up_to(part[:middle], own) + _below(part[middle:], own)

@@ -1,0 +1,94 @@
+"""A data set and its protocol → the numbers of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreid_uns.data.image_set import ImageSet
+from fastreid_uns.evaluation.extract import extract_features, share
+from fastreid_uns.evaluation.retrieval import QueryScores, Ranker, block_rows, distance_blocks
+from fastreid_uns.structures import Record, ReIDData
+from fastreid_uns.utils.dist import all_gather
+
+
+class Evaluator:
+    """Extracts query and gallery, ranks the gallery for each query, and scores the ranking.
+
+    Several processes share extraction and ranking block by block; each gets the numbers that one process would give.
+
+    Args:
+        data: query, gallery and protocol.
+        images: the query images, then the gallery images.
+        rerank: score the ranking by k-reciprocal neighbours as well, as `mAP_rerank`, `rank1_rerank`, ...
+        batch_size: images in one forward pass.
+        amp: bfloat16 or float16 extracts under autocast, None in full precision.
+
+    Raises:
+        ValueError: no query has a match; images and records disagree; see also `Ranker`.
+    """
+
+    def __init__(
+        self,
+        data: ReIDData,
+        images: ImageSet,
+        *,
+        rerank: bool = False,
+        batch_size: int = 256,
+        amp: torch.dtype | None = None,
+    ) -> None:
+        if len(images) != len(data.query) + len(data.gallery):
+            raise ValueError(
+                f"evaluation: {len(images)} images for {len(data.query)} queries and {len(data.gallery)} gallery "
+                f"images. Make the image set of [*data.query, *data.gallery]."
+            )
+        self.ranker = make_ranker(data)
+        self.images = images
+        self.rerank = rerank
+        self.batch_size = batch_size
+        self.amp = amp
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """mAP, mINP, rank1, rank5 and rank10 in percent, and `queries`, those that have a match.
+
+        Args:
+            model: a module with `extract(images) -> {"feats": (B,D)}`; its training mode is restored.
+        """
+        outputs = extract_features(model, self.images, batch_size=self.batch_size, amp=self.amp, what="evaluate")
+        query, gallery = outputs["feats"].split([self.ranker.query_size, self.ranker.gallery_size])
+        metrics = self.score(query, gallery).summary()
+        if self.rerank:
+            from fastreid_uns.evaluation.rerank import rerank_blocks
+
+            scores = self.ranker.score(rerank_blocks(query, gallery))
+            again = scores.summary()
+            del again["queries"]
+            metrics.update({f"{name}_rerank": value for name, value in again.items()})
+        return metrics
+
+    def score(self, query: Tensor, gallery: Tensor) -> QueryScores:
+        """Scores of each query, the same on every rank.
+
+        Args:
+            query, gallery: (Q,D) and (G,D) float32, unit length, on one device.
+        """
+        rows = block_rows(len(gallery))
+        starts = share(list(range(0, len(query), rows)))
+        first, end = (starts[0], starts[-1] + rows) if starts else (0, 0)
+        mine = self.ranker.score(distance_blocks(query[first:end], gallery), first)
+        # the gathering is done where the process group works: NCCL takes no tensor of the CPU
+        return QueryScores(*(all_gather(values.to(query.device)).cpu() for values in mine))
+
+
+def make_ranker(data: ReIDData) -> Ranker:
+    """The ranker of the query and gallery records of a data set."""
+    query, gallery = _columns(data.query), _columns(data.gallery)
+    return Ranker(*query, *gallery, data.protocol)
+
+
+def _columns(records: Sequence[Record]) -> tuple[Tensor, Tensor]:
+    identities = torch.tensor([record.identity for record in records], dtype=torch.int64)
+    return identities, torch.tensor([record.camera for record in records], dtype=torch.int64)
