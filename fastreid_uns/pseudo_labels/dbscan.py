@@ -1,0 +1,109 @@
+"""DBSCAN on a sparse distance, and the labels that it gives over k-reciprocal Jaccard distance."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
+from fastreid_uns.pseudo_labels.neighbours import encoding_distance, reciprocal_encoding
+from fastreid_uns.registry import PSEUDO_LABEL_REGISTRY
+from fastreid_uns.structures import FeatureBank, PseudoLabels
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+
+def dbscan(distance: csr_matrix, eps: float, min_samples: int) -> np.ndarray:
+    """Clusters of points that reach one another through dense neighbourhoods.
+
+    Args:
+        distance: (N, N) symmetric; absent pairs are farther apart than `eps`.
+        eps: radius; a distance equal to it (in float32) is inside.
+        min_samples: points within the radius, the point itself included, that make a core point.
+
+    Returns:
+        (N,) int64, clusters 0..K-1 in order of their first core point, -1 for outliers; a border point belongs to the
+        lowest of the clusters that reach it. The same labels as scikit-learn's DBSCAN on the dense matrix.
+
+    Source: Ester et al. 1996. Time: O(stored pairs).
+    """
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    n = distance.shape[0]
+    rows = np.repeat(np.arange(n), np.diff(distance.indptr))
+    inside = (distance.data <= np.float32(eps)) & (rows != distance.indices)
+    a, b = rows[inside], distance.indices[inside]
+    core = np.bincount(a, minlength=n) + 1 >= min_samples
+    joined = core[a] & core[b]
+    graph = csr_matrix((np.ones(joined.sum(), np.int8), (a[joined], b[joined])), shape=(n, n))
+    component = connected_components(graph, directed=False)[1][core]
+    _, first, component = np.unique(component, return_index=True, return_inverse=True)
+    labels = np.full(n, n, np.int64)
+    labels[core] = np.argsort(np.argsort(first))[component]
+    border = ~core[a] & core[b]
+    np.minimum.at(labels, a[border], labels[b[border]])
+    labels[labels == n] = -1
+    return labels
+
+
+@PSEUDO_LABEL_REGISTRY.register()
+class DBSCANLabels(PseudoLabelGenerator):
+    """DBSCAN over the k-reciprocal Jaccard distance; images without a cluster are outliers.
+
+    Args:
+        eps: radius, in (0, 1). Between two images that share no neighbour the distance is 1.
+        min_samples: images within the radius, the image itself included, that start a cluster.
+        k1: neighbours that vote, the image itself included.
+        k2: neighbours over which the encoding is averaged; 1 switches it off.
+
+    Raises:
+        ValueError: a parameter out of range.
+    """
+
+    def __init__(self, *, eps: float = 0.6, min_samples: int = 4, k1: int = 30, k2: int = 6) -> None:
+        super().__init__()
+        if not 0 < eps < 1:
+            raise ValueError(
+                f"PSEUDO_LABELS: EPS is {eps}; it must lie between 0 and 1, both excluded, because images that share "
+                f"no neighbour have distance 1. The papers use 0.4 to 0.7."
+            )
+        for key, value, least in (("MIN_SAMPLES", min_samples, 1), ("K1", k1, 2), ("K2", k2, 1)):
+            if value < least:
+                raise ValueError(f"PSEUDO_LABELS: {key} is {value}; it must be at least {least}.")
+        self.eps, self.min_samples, self.k1, self.k2 = eps, min_samples, k1, k2
+
+    def __call__(self, bank: FeatureBank, epoch: int) -> PseudoLabels:
+        with self.timed("neighbours"):
+            encoding = reciprocal_encoding(bank.feats, self.k1, self.k2)
+            distance = encoding_distance(encoding, max_distance=self.eps)
+        with self.timed("cluster"):
+            labels = torch.from_numpy(dbscan(distance, self.eps, self.min_samples)).to(bank.feats.device)
+            if int(labels.max()) < 0:
+                raise ValueError(self._all_outliers(encoding))
+            pseudo = PseudoLabels(labels, centroids(bank.feats, labels))
+        if pseudo.num_clusters == 1 and 2 * int(pseudo.sizes[0]) > len(labels):
+            warnings.warn(
+                f"PSEUDO_LABELS: one cluster holds most or all images at EPS {self.eps:.2f}; the features may have "
+                f"collapsed. Lower PSEUDO_LABELS.EPS.",
+                stacklevel=2,
+            )
+        return pseudo
+
+    def _all_outliers(self, encoding: csr_matrix, sample: int = 1000) -> str:
+        n = encoding.shape[0]
+        some = encoding[np.unique(np.linspace(0, n - 1, min(sample, n)).astype(int))]
+        distance = encoding_distance(some, encoding.T.tocsr())
+        place = self.min_samples
+        rows = (np.sort(distance.data[a:b]) for a, b in pairwise(distance.indptr))
+        median = np.median([row[place - 1] if len(row) >= place else 1.0 for row in rows])
+        ordinal = {2: "2nd", 3: "3rd"}.get(place, f"{place}th")
+        return (
+            f"PSEUDO_LABELS: every one of {n:,} images is an outlier at EPS {self.eps:.2f}; the {ordinal} nearest "
+            f"distance, counting the image itself, has median {median:.2f}. Raise EPS or lower MIN_SAMPLES."
+        )
