@@ -2,9 +2,30 @@
 
 import importlib
 
-MODULES = [
+for _module in (
+    "data.datasets.csv_file",
+    "data.datasets.cuhk03",
+    "data.datasets.folder",
+    "data.datasets.market1501",
+    "data.datasets.msmt17",
+    "data.datasets.personx",
     "data.datasets.synthetic",
-]
-
-for _module in MODULES:
+    "data.datasets.vehicleid",
+    "data.datasets.vehiclex",
+    "data.datasets.veri776",
+    "data.datasets.veriwild",
+    "data.samplers",
+    "modeling.backbones.osnet",
+    "modeling.backbones.resnet_ibn",
+    "modeling.backbones.small_net",
+    "modeling.backbones.timm_net",
+    "modeling.backbones.torchvision_net",
+    "modeling.backbones.vit",
+    "modeling.heads",
+    "modeling.losses",
+    "modeling.memory",
+    "modeling.meta_arch",
+    "pseudo_labels.dbscan",
+    "pseudo_labels.kmeans",
+):
     importlib.import_module(f"fastreid_uns.{_module}")

@@ -36,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
         "WEIGHTS": "",  # file or URL to start from; imagenet = what the backbone's library publishes; "" = random
         "NORM_GROUP": 0,  # images that share norm statistics in training; 0 = the batch of one process
         "DOMAIN_NORM": False,  # norm layers of their own for each of the DATASETS.SOURCES
-        "BACKBONE": {"NAME": "ResNet"},
+        "BACKBONE": {"NAME": "torchvision"},
         "HEAD": {"NAME": "EmbeddingHead"},
         "MEMORY": {"NAME": "ClusterMemory"},
         "LOSSES": {"contrast": {"NAME": "CrossEntropyLoss"}},

@@ -96,7 +96,7 @@ def keywords(component: Callable) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     for cls in component.__mro__:
         if "__init__" in vars(cls):
-            found, passes_on = _own_keywords(cls.__init__)
+            found, passes_on = _own_keywords(vars(cls)["__init__"])
             keys = {**found, **keys}
             if not passes_on:
                 break

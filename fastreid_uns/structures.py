@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     """
 
     views: tuple[Tensor, ...]  # each (B,3,H,W) float32 in 0..1
-    index: Tensor  # (B,) int64
+    index: Tensor  # type: ignore[assignment]  # (B,) int64
     labels: Tensor  # (B,) int64
     cameras: Tensor  # (B,) int64, -1 unknown
     domains: Tensor  # (B,) int64, 0 = the unlabelled set, 1.. = labelled source sets

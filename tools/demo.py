@@ -47,7 +47,8 @@ def main() -> None:
     from fastreid_uns.config import load_config
     from fastreid_uns.engine.default import DefaultTrainer
     from fastreid_uns.engine.log import logger, setup_logging
-    from fastreid_uns.evaluation.retrieval import retrieve
+    from fastreid_uns.evaluation.evaluator import make_ranker
+    from fastreid_uns.evaluation.retrieval import distance_blocks
     from fastreid_uns.registry import DATASET_REGISTRY
 
     folder = Path(arguments.output)
@@ -60,8 +61,9 @@ def main() -> None:
     logger.info("Generating the images of %s", section.NAME)
     data = DATASET_REGISTRY.build(section)
     trainer = DefaultTrainer(cfg)
+    colours = colour_statistics(data.query), colour_statistics(data.gallery)
     rows = {
-        "colour statistics": retrieve(colour_statistics(data.query), colour_statistics(data.gallery), data),
+        "colour statistics": make_ranker(data).score(distance_blocks(*colours)).summary(),
         "untrained network": DefaultTrainer.test(cfg, trainer.model)[name],
     }
     trainer.train()

@@ -12,7 +12,7 @@ import torch
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
 from fastreid_uns.pseudo_labels.neighbours import encoding_distance, reciprocal_encoding
 from fastreid_uns.registry import PSEUDO_LABEL_REGISTRY
-from fastreid_uns.structures import FeatureBank, PseudoLabels
+from fastreid_uns.structures import FeatureBank, NoClusters, PseudoLabels
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -85,7 +85,7 @@ class DBSCANLabels(PseudoLabelGenerator):
         with self.timed("cluster"):
             labels = torch.from_numpy(dbscan(distance, self.eps, self.min_samples)).to(bank.feats.device)
             if int(labels.max()) < 0:
-                raise ValueError(self._all_outliers(encoding))
+                raise NoClusters(self._all_outliers(encoding))
             pseudo = PseudoLabels(labels, centroids(bank.feats, labels))
         if pseudo.num_clusters == 1 and 2 * int(pseudo.sizes[0]) > len(labels):
             warnings.warn(
