@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.evaluation.extract import extract_features, share
 from fastreid_uns.evaluation.retrieval import QueryScores, Ranker, block_rows, distance_blocks
-from fastreid_uns.structures import Record, ReIDData
+from fastreid_uns.structures import ReIDData
 from fastreid_uns.utils.dist import all_gather
 
 
@@ -45,7 +44,7 @@ class Evaluator:
                 f"evaluation: {len(images)} images for {len(data.query)} queries and {len(data.gallery)} gallery "
                 f"images. Make the image set of [*data.query, *data.gallery]."
             )
-        self.ranker = make_ranker(data)
+        self.ranker = Ranker.of(data)
         self.images = images
         self.rerank = rerank
         self.batch_size = batch_size
@@ -81,14 +80,3 @@ class Evaluator:
         mine = self.ranker.score(distance_blocks(query[first:end], gallery), first)
         # the gathering is done where the process group works: NCCL takes no tensor of the CPU
         return QueryScores(*(all_gather(values.to(query.device)).cpu() for values in mine))
-
-
-def make_ranker(data: ReIDData) -> Ranker:
-    """The ranker of the query and gallery records of a data set."""
-    query, gallery = _columns(data.query), _columns(data.gallery)
-    return Ranker(*query, *gallery, data.protocol)
-
-
-def _columns(records: Sequence[Record]) -> tuple[Tensor, Tensor]:
-    identities = torch.tensor([record.identity for record in records], dtype=torch.int64)
-    return identities, torch.tensor([record.camera for record in records], dtype=torch.int64)

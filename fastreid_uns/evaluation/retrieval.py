@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastreid_uns.structures import PROTOCOLS
+from fastreid_uns.structures import PROTOCOLS, Record, ReIDData
 
 BLOCK_ELEMENTS = 2**22  # distances held at a time: 16 MiB, which malloc reuses instead of asking the system
 RANKS = (1, 5, 10)
@@ -104,6 +104,11 @@ class Ranker:
         if self._removed.all():
             self._raise_without_match(query, gallery)
 
+    @classmethod
+    def of(cls, data: ReIDData) -> Ranker:
+        """The ranker of the query and gallery records of a data set."""
+        return cls(*_labels(data.query), *_labels(data.gallery), data.protocol)
+
     def score(self, blocks: Iterable[Tensor], first_query: int = 0) -> QueryScores:
         """Scores of the queries `first_query`, `first_query` + 1, ... whose distances the blocks hold.
 
@@ -173,17 +178,15 @@ class Ranker:
         )
 
 
-def rank_metrics(
-    blocks: Iterable[Tensor],
-    query_identities: Tensor,
-    query_cameras: Tensor,
-    gallery_identities: Tensor,
-    gallery_cameras: Tensor,
-    protocol: str,
-) -> dict[str, float]:
-    """mAP, mINP and rank1, rank5, rank10 in percent, and the number of `queries` with a match; see `Ranker`."""
-    ranker = Ranker(query_identities, query_cameras, gallery_identities, gallery_cameras, protocol)
-    return ranker.score(blocks).summary()
+def retrieve(query: Tensor, gallery: Tensor, data: ReIDData) -> dict[str, float]:
+    """mAP, mINP, rank1, rank5 and rank10 in percent, and the number of `queries` with a match, of given features.
+
+    Args:
+        query: (Q,D) float32, unit length, of the query records.
+        gallery: (G,D) float32, unit length, of the gallery records, same device.
+        data: identities, cameras and protocol.
+    """
+    return Ranker.of(data).score(distance_blocks(query, gallery)).summary()
 
 
 def count_closer(block: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
@@ -220,6 +223,12 @@ def count_closer_torch(block: Tensor, offsets: Tensor, columns: Tensor) -> Tenso
         own = values.gather(1, column[:, None])
         counts.append(((values < own) | ((values == own) & (position < column[:, None]))).sum(1))
     return torch.cat(counts).cpu() if counts else torch.zeros(0, dtype=torch.long)
+
+
+def _labels(records: Sequence[Record]) -> tuple[Tensor, Tensor]:
+    """Identities and cameras."""
+    identities = torch.tensor([record.identity for record in records], dtype=torch.int64)
+    return identities, torch.tensor([record.camera for record in records], dtype=torch.int64)
 
 
 def _pairs(query: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import normalize
 
 from fastreid_uns.evaluation import retrieval
-from fastreid_uns.evaluation.retrieval import Ranker, count_closer, distance_blocks, rank_metrics
+from fastreid_uns.evaluation.retrieval import Ranker, count_closer, distance_blocks, retrieve
+from fastreid_uns.structures import Record, ReIDData
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "spcl_eval.npz"
 
@@ -37,6 +38,10 @@ def metrics_by_definition(distances, query, cameras, gallery, gallery_cameras, p
         firsts.append(hits[0])
     mean = {"mAP": 100 * np.mean(precisions), "mINP": 100 * np.mean(penalties), "queries": float(len(firsts))}
     return {**mean, **{f"rank{k}": 100 * np.mean([first <= k for first in firsts]) for k in (1, 5, 10)}}
+
+
+def rank_metrics(blocks, *labels_and_protocol):
+    return Ranker(*labels_and_protocol).score(blocks).summary()
 
 
 def tensors(*values):
@@ -205,3 +210,17 @@ def test_one_per_identity_leaves_nothing_out():
     metrics = rank_metrics([distances], *labels, "one_per_identity")
     assert metrics["mAP"] == pytest.approx(100 / 3)
     assert (metrics["rank1"], metrics["rank5"]) == (0, 100)
+
+
+def test_retrieve_takes_the_records_of_a_data_set():
+    query = [Record("", 1, 0), Record("", 2, 0)]
+    gallery = [Record("", 1, 0), Record("", 2, 1), Record("", 1, 1)]
+    feats = normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    metrics = retrieve(
+        feats,
+        normalize(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])),
+        ReIDData([], query, gallery, "cross_camera"),
+    )
+    # query 1: its own camera left out, then position 1 before its match at 2; query 2: its match second
+    assert metrics["mAP"] == pytest.approx(50)
+    assert metrics["queries"] == 2
