@@ -73,7 +73,7 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9) -> We
     backbone: Any = model.backbone if whole else model
     if source == "imagenet":
         source = backbone.imagenet_url()
-    found, family = _canonical(_unwrap(read_file(_fetch(source)), source))
+    found, family = _canonical(_unwrap(_read_file(_fetch(source)), source))
     targets = {_canonical_name(name if whole else f"backbone.{name}"): name for name in model.state_dict()}
     if not any(".domains." in name for name in targets):
         found = {name.replace(".domains.0.", "."): value for name, value in found.items()}
@@ -90,7 +90,7 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9) -> We
     return report
 
 
-def read_file(path: Path) -> Any:
+def _read_file(path: Path) -> Any:
     """The content of a weight file on the CPU: tensors, plain Python values, NumPy numbers; no code is run.
 
     Raises:
@@ -104,7 +104,11 @@ def read_file(path: Path) -> Any:
             return load_file(path)
         except SafetensorError as error:
             raise RuntimeError(f"{path}: no readable safetensors file ({error}). Download it again.") from error
+    with path.open("rb") as file:
+        start = file.read(4)
     try:
+        if start[:1] != b"\x80" and start != b"PK\x03\x04":  # a pickle, a zip; anything else would be run as a pickle
+            raise EOFError
         with torch.serialization.safe_globals(_harmless()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -122,7 +126,7 @@ def _harmless() -> list[Any]:
     """What checkpoints of others hold beside tensors and cannot do harm: NumPy numbers and parsed arguments."""
     import numpy as np
 
-    scalar: Any = np.float64(0).__reduce__()[0]  # type: ignore[index]
+    scalar: Any = np.float64(0).__reduce__()[0]
     dtypes = [type(np.dtype(code)) for code in "?bBhHiIlLqQefd"]
     names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     return [argparse.Namespace, np.dtype, *dtypes, *names]
@@ -155,7 +159,8 @@ def _unwrap(content: Any, source: str) -> dict[str, Tensor]:
         if inner is None:
             break
         content = inner
-    state = {key: value for key, value in dict(content).items() if isinstance(value, Tensor)} if content else {}
+    items = content.items() if isinstance(content, Mapping) else ()
+    state = {key: value for key, value in items if isinstance(value, Tensor)}
     if not state:
         raise RuntimeError(
             f"MODEL.WEIGHTS {source}: no tensors found; a state dict is needed, plain or under one of the keys "
@@ -205,7 +210,7 @@ def _ours(state: Mapping[str, Tensor]) -> Rename:
 
 
 def _sequential(state: Mapping[str, Tensor]) -> Rename:
-    """SpCL keeps the layers of a ResNet in a `Sequential`: those with tensors are, in order, the following six."""
+    """SpCL keeps a ResNet in a `Sequential`, MMT the same without ReLU; six layers have tensors, in this order."""
     places = sorted({int(key.split(".")[1]) for key in state if key.startswith("base.")})
     layers = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
     table = {f"base.{place}.": f"backbone.{layer}." for place, layer in zip(places, layers, strict=False)}
@@ -213,18 +218,16 @@ def _sequential(state: Mapping[str, Tensor]) -> Rename:
     return _prefixes({**table, **head})(state)
 
 
+_OURS = {"backbone.": "backbone.", "head.": "head."}
 _BOTTLENECK = {"base.": "backbone.", "bottleneck.": "head.embed.neck."}
 _FASTREID = {"backbone.": "backbone.", "heads.bottleneck.0.": "head.embed.neck.", "heads.pool_layer.p": "head.pool.p"}
 _FAMILIES: list[tuple[str, Callable[[str], Any], Callable[[Mapping[str, Tensor]], Rename]]] = [
     ("fastreid_uns checkpoint", re.compile(r"(encoder|teacher)\.backbone\.").match, _ours),
-    (
-        "fastreid_uns",
-        re.compile(r"head\.(embed|pool|part)").match,
-        _prefixes({"backbone.": "backbone.", "head.": "head."}),
-    ),
+    ("fastreid_uns", re.compile(r"head\.(embed|pool|part)").match, _prefixes(_OURS)),
     ("MoCo", re.compile(r"encoder_q\.").match, _prefixes({"encoder_q.": "backbone."})),
-    ("fast-reid", re.compile(r"heads\.(?!(weight|bias)$)").match, _prefixes(_FASTREID)),
+    ("fast-reid", re.compile(r"heads\.(bottleneck|pool_layer)\.").match, _prefixes(_FASTREID)),
     ("DINO", re.compile(r"backbone\.").match, _prefixes({"backbone.": "backbone."})),
+    ("SpCL family trained with STEM_RELU false", re.compile(r"base\.3\.").match, _sequential),
     ("SpCL family", re.compile(r"base\.\d+\.").match, _sequential),
     ("Bag of Tricks", re.compile(r"base\.").match, _prefixes(_BOTTLENECK)),
     ("plain", re.compile("").match, _prefixes({"": "backbone."})),

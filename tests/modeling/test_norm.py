@@ -1,0 +1,303 @@
+"""Grouped and domain batch norm against separate plain layers, in one process and in two."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastreid_uns.modeling.norm import (
+    DomainBatchNorm,
+    GroupedBatchNorm,
+    domain_norm,
+    group_norm_statistics,
+    rows_of_domains,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def a_norm(channels: int = 5, flat: bool = False) -> nn.Module:
+    """A batch norm with parameters and statistics that are not the starting ones."""
+    norm = (nn.BatchNorm1d if flat else nn.BatchNorm2d)(channels).double()
+    with torch.no_grad():
+        for value in (norm.weight, norm.bias, norm.running_mean):
+            value.uniform_(0.5, 1.5)
+        norm.running_var.uniform_(0.5, 2.0)
+    return norm
+
+
+def slow_groups(norm: nn.Module, x: torch.Tensor, group: int) -> tuple[torch.Tensor, nn.Module]:
+    """Each group through a fresh copy of the layer; the copy of the first group has the expected statistics."""
+    copies = [copy.deepcopy(norm) for _ in range(len(x) // group)]
+    for made in copies:
+        made.weight, made.bias = norm.weight, norm.bias
+    return torch.cat([made(part) for made, part in zip(copies, x.split(group), strict=True)]), copies[0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "flat"), [((12, 5, 3, 7), False), ((12, 5), True), ((12, 5, 1, 1), False), ((12, 5, 9), True)]
+)
+@pytest.mark.parametrize("group", [4, 6, 12])
+def test_groups_equal_separate_layers(shape: tuple[int, ...], flat: bool, group: int) -> None:
+    norm = a_norm(flat=flat)
+    x = (torch.randn(shape, dtype=torch.float64) * 3 + 1).requires_grad_()
+    upstream = torch.randn(shape, dtype=torch.float64)
+    wanted, first = slow_groups(norm, x, group)
+    wanted_grads = torch.autograd.grad((wanted * upstream).sum(), (x, norm.weight, norm.bias))
+
+    grouped = group_norm_statistics(copy.deepcopy(norm), group)
+    got = grouped(x)
+    grads = torch.autograd.grad((got * upstream).sum(), (x, grouped.weight, grouped.bias))
+
+    torch.testing.assert_close(got, wanted)
+    for a, b in zip(grads, wanted_grads, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(grouped.state_dict(), first.state_dict())
+
+
+def test_evaluation_is_plain_batch_norm_of_any_size() -> None:
+    norm = a_norm().eval()
+    x = torch.randn(7, 5, 3, 2, dtype=torch.float64)
+    torch.testing.assert_close(GroupedBatchNorm(norm, 4)(x), norm(x))
+
+
+def test_zero_leaves_plain_layers() -> None:
+    model = group_norm_statistics(nn.Sequential(nn.BatchNorm2d(3)), 0)
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_a_second_call_changes_the_group() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    layer = group_norm_statistics(model, 4)[0]
+    assert group_norm_statistics(model, 8)[0] is layer
+    assert layer.group == 8
+    assert "group=8" in repr(layer)
+
+
+def test_conversion_keeps_names_parameters_and_flags() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True), nn.BatchNorm1d(4))
+    model[3].bias.requires_grad_(False)
+    model[1].eval()
+    before, parameters = model.state_dict(), list(model.parameters())
+    group_norm_statistics(model, 4)
+    assert list(model.state_dict()) == list(before)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert not model[3].bias.requires_grad
+    assert not model[1].training
+    assert isinstance(model[2], nn.InstanceNorm2d)
+    model.load_state_dict(before)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_over_several_steps(momentum: float | None) -> None:
+    plain = nn.BatchNorm2d(3, momentum=momentum)
+    grouped = GroupedBatchNorm(copy.deepcopy(plain), 2)
+    for _ in range(3):
+        x = torch.randn(6, 3, 4, 4)
+        plain(x[:2])
+        grouped(x)
+    torch.testing.assert_close(grouped.state_dict(), plain.state_dict())
+
+
+def test_layer_without_parameters_or_statistics() -> None:
+    norm = nn.BatchNorm2d(3, affine=False, track_running_stats=False)
+    x = torch.randn(6, 3, 4, 4)
+    torch.testing.assert_close(GroupedBatchNorm(norm, 3)(x), torch.cat([norm(x[:3]), norm(x[3:])]))
+
+
+def test_activation_inside_a_timm_layer_survives() -> None:
+    from timm.layers import BatchNormAct2d
+
+    norm = BatchNormAct2d(3)
+    x = torch.randn(8, 3, 4, 4)
+    wanted = torch.cat([norm(x[:4]), norm(x[4:])])
+    torch.testing.assert_close(group_norm_statistics(norm, 4)(x), wanted)
+    assert (wanted >= 0).all()
+
+
+def test_channels_last_and_half_precision_stay() -> None:
+    grouped = GroupedBatchNorm(nn.BatchNorm2d(4), 2)
+    x = torch.randn(6, 4, 5, 3).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    out = grouped(x)
+    assert out.dtype == torch.bfloat16
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out.float(), GroupedBatchNorm(nn.BatchNorm2d(4), 2)(x.float()), atol=0.02, rtol=0.02)
+
+
+def test_batch_that_does_not_fit_names_the_numbers() -> None:
+    with pytest.raises(ValueError, match=r"NORM_GROUP is 4 and a norm layer got 6 images in each of 1 processes"):
+        GroupedBatchNorm(nn.BatchNorm2d(3), 4)(torch.zeros(6, 3, 2, 2))
+    with pytest.raises(ValueError, match=r"NORM_GROUP is 64 and a norm layer got 32"):
+        GroupedBatchNorm(nn.BatchNorm2d(3), 64)(torch.zeros(32, 3, 2, 2))
+
+
+@pytest.mark.parametrize("group", [-1, 1])
+def test_impossible_group_is_refused(group: int) -> None:
+    with pytest.raises(ValueError, match=f"NORM_GROUP is {group}; 0"):
+        group_norm_statistics(nn.BatchNorm2d(3), group)
+
+
+def split_model() -> nn.Sequential:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), a_norm(4), nn.ReLU(), nn.Flatten(), a_norm(48, flat=True))
+    model[4].bias.requires_grad_(False)
+    return model.double()
+
+
+@pytest.mark.parametrize("group_first", [True, False])
+def test_domains_equal_separate_models(group_first: bool) -> None:
+    """Source rows first; layer by layer, each domain through a layer of its own, in groups of 2."""
+    plain = split_model()
+    x = torch.randn(10, 3, 3, 4, dtype=torch.float64)
+    domains = torch.tensor([2] * 4 + [1] * 2 + [0] * 4)
+    model = copy.deepcopy(plain)
+    if group_first:
+        model = domain_norm(group_norm_statistics(model, 2), 3)
+    else:
+        model = group_norm_statistics(domain_norm(model, 3), 2)
+    with rows_of_domains(model, domains):
+        got = model(x)
+
+    wanted, norms = x, {}
+    for i, layer in enumerate(plain):
+        if i in (1, 4):
+            parts = []
+            for domain in (2, 1, 0):
+                out, norms[i, domain] = slow_groups(copy.deepcopy(layer), wanted[domains == domain], 2)
+                parts.append(out)
+            wanted = torch.cat(parts)
+        else:
+            wanted = layer(wanted)
+    torch.testing.assert_close(got, wanted)
+    for (i, domain), norm in norms.items():
+        torch.testing.assert_close(model[i].domains[domain].running_mean, norm.running_mean)
+        torch.testing.assert_close(model[i].domains[domain].running_var, norm.running_var)
+
+
+def test_each_domain_starts_from_the_given_layer_and_keeps_its_flags() -> None:
+    plain = split_model()
+    model = domain_norm(copy.deepcopy(plain), 2)
+    for i in (1, 4):
+        for norm in model[i].domains:
+            torch.testing.assert_close(norm.state_dict(), plain[i].state_dict())
+            assert norm.bias.requires_grad == (i == 1)
+    assert model[1].domains[0].weight is not model[1].domains[1].weight
+
+
+def test_evaluation_and_unnamed_rows_use_the_target() -> None:
+    model = domain_norm(nn.Sequential(a_norm()), 2)
+    x = torch.randn(4, 5, 2, 2, dtype=torch.float64)
+    source_before = copy.deepcopy(model[0].domains[1].state_dict())
+    model(x)
+    torch.testing.assert_close(model[0].domains[1].state_dict(), source_before)
+    model.eval()
+    with rows_of_domains(model, torch.tensor([1, 1, 0, 0])):
+        torch.testing.assert_close(model(x), model[0].domains[0](x))
+
+
+def test_batch_of_one_domain_takes_its_layer() -> None:
+    model = domain_norm(nn.Sequential(a_norm()), 3)
+    x = torch.randn(4, 5, 2, 2, dtype=torch.float64)
+    with rows_of_domains(model, torch.tensor([2, 2, 2, 2])):
+        model(x)
+    assert [int(norm.num_batches_tracked) for norm in model[0].domains] == [0, 0, 1]
+
+
+def test_domains_end_with_their_context_even_after_an_error() -> None:
+    model = domain_norm(nn.Sequential(a_norm()), 2)
+    with pytest.raises(RuntimeError, match="stop"), rows_of_domains(model, torch.tensor([1, 0])):
+        raise RuntimeError("stop")
+    assert model[0].rows.runs is None
+
+
+def test_a_copy_has_domains_of_its_own() -> None:
+    model = domain_norm(nn.Sequential(a_norm(), a_norm()), 2)
+    teacher = copy.deepcopy(model)
+    assert teacher[0].rows is teacher[1].rows
+    assert teacher[0].rows is not model[0].rows
+    with rows_of_domains(model, torch.tensor([1, 0])):
+        assert teacher[0].rows.runs is None
+
+
+def test_domains_without_domain_layers_change_nothing() -> None:
+    model = nn.Sequential(a_norm())
+    x = torch.randn(4, 5, 2, 2, dtype=torch.float64)
+    wanted = copy.deepcopy(model)(x)
+    with rows_of_domains(model, torch.tensor([0, 1, 0, 1])):
+        torch.testing.assert_close(model(x), wanted)
+
+
+def test_messages_of_domains() -> None:
+    model = domain_norm(nn.Sequential(a_norm()), 2)
+    with pytest.raises(ValueError, match=r"scattered, domains change 2 times in a batch of 4"):
+        rows_of_domains(model, torch.tensor([1, 0, 0, 1])).__enter__()
+    with pytest.raises(ValueError, match=r"domains \[0, 5\], the model knows 0 to 1"):
+        rows_of_domains(model, torch.tensor([5, 0])).__enter__()
+    with pytest.raises(ValueError, match=r"1 domain; a target and at least one source"):
+        domain_norm(nn.BatchNorm2d(3), 1)
+    with pytest.raises(ValueError, match=r"already. Call it once"):
+        domain_norm(model, 2)
+    assert isinstance(model[0], DomainBatchNorm)
+
+
+WORKER = """
+import sys, torch
+from torch import nn
+from fastreid_uns.modeling.norm import GroupedBatchNorm
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+case = torch.load(f"{folder}/case.pt")
+results = {}
+for name, (x, upstream, group, affine) in case.items():
+    norm = nn.BatchNorm2d(x.shape[1], affine=affine).double()
+    if affine:
+        nn.init.constant_(norm.weight, 1.7)
+    norm = GroupedBatchNorm(norm, group)
+    x = x.chunk(2)[rank].clone().requires_grad_()
+    out = norm(x)
+    (out * upstream.chunk(2)[rank]).sum().backward()
+    results[name] = (out.detach(), x.grad, [p.grad for p in norm.parameters()], norm.state_dict())
+message = ""
+try:
+    GroupedBatchNorm(nn.BatchNorm2d(3), 12)(torch.zeros(4, 3, 2, 2))
+except ValueError as error:
+    message = str(error)
+torch.save((results, message), f"{folder}/result{rank}.pt")
+"""
+
+
+def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    case = {}
+    for name, group, affine in (("whole", 8, True), ("plain", 8, False), ("inside", 2, True)):
+        x = torch.randn(8, 3, 4, 5, dtype=torch.float64) * 2 + 1
+        case[name] = (x, torch.randn_like(x), group, affine)
+    torch.save(case, tmp_path / "case.pt")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WORKER]
+    running = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    (first, message), (second, _) = (torch.load(tmp_path / f"result{rank}.pt") for rank in range(2))
+
+    for name, (x, upstream, group, affine) in case.items():
+        norm = nn.BatchNorm2d(3, affine=affine).double()
+        if affine:
+            nn.init.constant_(norm.weight, 1.7)
+        x.requires_grad_()
+        wanted, stats = slow_groups(norm, x, group)
+        grads = torch.autograd.grad((wanted * upstream).sum(), [x, *norm.parameters()])
+        torch.testing.assert_close(torch.cat([first[name][0], second[name][0]]), wanted)
+        torch.testing.assert_close(torch.cat([first[name][1], second[name][1]]), grads[0])
+        for a, b, both in zip(first[name][2], second[name][2], grads[1:], strict=True):
+            torch.testing.assert_close(a + b, both)
+        torch.testing.assert_close(first[name][3], {k: v.detach() for k, v in stats.state_dict().items()})
+        if group == 8:
+            torch.testing.assert_close(second[name][3], first[name][3])
+    assert "NORM_GROUP is 12 and a norm layer got 4 images in each of 2 processes" in message
