@@ -1,0 +1,210 @@
+"""What the READMEs say is so: examples run, commands parse, links lead to files, tables are complete."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import itertools
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastreid_uns import hook, registry
+from fastreid_uns.config import load_config
+from fastreid_uns.registry import DATASET_REGISTRY, META_ARCH_REGISTRY
+
+ROOT = Path(__file__).parents[1]
+GUIDE = ROOT / "projects/README.md"
+READMES = sorted({ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("projects/*/README.md")})
+FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def titled_blocks(file: Path) -> dict[str, str]:
+    """File name → content of the blocks that are marked `title=FILE`."""
+    found = {}
+    for _, rest, content in FENCE.findall(file.read_text(encoding="utf-8")):
+        if title := re.search(r"title=(\S+)", rest):
+            found[title[1]] = content
+    return found
+
+
+def commands(file: Path) -> Iterator[list[str]]:
+    """Words of each command in the shell blocks."""
+    for language, _, content in FENCE.findall(file.read_text(encoding="utf-8")):
+        if language in ("bash", "sh", "console"):
+            for line in content.replace("\\\n", " ").splitlines():
+                if words := shlex.split(line.removeprefix("$ "), comments=True):
+                    yield words
+
+
+def options_of(tool: Path) -> set[str]:
+    """The options that a tool's argparse knows, read from its source."""
+    calls = [node for node in ast.walk(ast.parse(tool.read_text())) if isinstance(node, ast.Call)]
+    added = [call.args for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"]
+    return {arg.value for args in added for arg in args if isinstance(arg, ast.Constant)} | {"--help"}
+
+
+def mentioned_files(file: Path) -> set[str]:
+    """Files that a README makes itself: titled blocks, and what new_project.py would write."""
+    made = set(titled_blocks(file))
+    for words in commands(file):
+        if "tools/new_project.py" in words and "--into" not in words:
+            name = words[words.index("tools/new_project.py") + 1]
+            made |= {f"projects/{name}", f"projects/{name}/configs/synthetic.yaml"}
+    return made
+
+
+@pytest.mark.parametrize("file", READMES, ids=name_of)
+def test_commands_parse(file):
+    made = mentioned_files(file)
+    for words in commands(file):
+        if words[0] == "make":
+            targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            assert set(words[1:]) <= set(targets), f"no such target: {words}"
+        if words[0] not in ("python", "torchrun") or not (tools := [w for w in words if w.startswith("tools/")]):
+            continue
+        tool = ROOT / tools[0]
+        assert tool.is_file(), f"{tools[0]} does not exist"
+        arguments = words[words.index(tools[0]) + 1 :]
+        given = {word.split("=")[0] for word in arguments if word.startswith("--") and word != "--"}
+        assert given <= options_of(tool), f"{tools[0]} knows no {given - options_of(tool)}"
+        for word in arguments:
+            if word.endswith(".yaml"):
+                assert word in made or (ROOT / word).is_file(), f"{word} does not exist"
+        if tool.name == "train_net.py":
+            config = arguments[arguments.index("--config-file") + 1]
+            overrides = [*itertools.dropwhile(lambda w: not re.match(r"[A-Z_]+(\.|=|$)", w), arguments)]
+            overrides = [*itertools.takewhile(lambda w: not w.startswith("--"), overrides)]
+            if config not in made:
+                load_config(ROOT / config, overrides)
+
+
+@pytest.mark.parametrize("file", READMES, ids=name_of)
+def test_links_lead_to_files_and_headings(file):
+    prose = FENCE.sub("", file.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = file.parent / path if path else file
+        assert there.exists(), f"{target} leads nowhere"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", FENCE.sub("", there.read_text(encoding="utf-8")), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{target}: no such heading; there are {sorted(slugs)}"
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    """A copy of the checkout as far as the titled files of the guide need it, importable as projects."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for name, content in titled_blocks(GUIDE).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    projects = importlib.import_module("fastreid_uns.projects")
+    monkeypatch.setattr(projects, "__path__", [str(tmp_path / "projects")])
+    yield tmp_path
+    for module in [name for name in sys.modules if name.startswith("fastreid_uns.projects.")]:
+        del sys.modules[module]
+    importlib.invalidate_caches()
+
+
+def train(file: Path, tiny: list[str], changes: list[str]):
+    from fastreid_uns.engine.default import DefaultTrainer
+
+    trainer = DefaultTrainer(load_config(file, [*tiny, *changes]))
+    trainer.train()
+    assert trainer.epochs_done > 0
+    return trainer
+
+
+def test_the_paper_of_the_guide_trains_and_passes_its_test(checkout, tiny):
+    trainer = train(checkout / "projects/Confident/configs/synthetic.yaml", tiny, [])
+    assert 0 < trainer.metrics["confidence"] < 1
+    for test in (checkout / "projects/Confident/tests").glob("test_*.py"):
+        space: dict = {}
+        exec(compile(test.read_text(), str(test), "exec"), space)
+        functions = [value for name, value in space.items() if name.startswith("test_")]
+        assert functions
+        for function in functions:
+            function()
+
+
+def test_the_hook_of_the_guide_stops_the_run(checkout, tiny):
+    changes = ["HOOKS.steady.AGREEMENT=-1", "SOLVER.EPOCHS=4"]
+    trainer = train(checkout / "projects/Steady/configs/synthetic.yaml", tiny, changes)
+    assert trainer.epochs_done == 2
+    assert "agree with those of the epoch before" in trainer.stop_reason
+
+
+def test_the_sources_of_the_guide_train(checkout, tiny, tiny_set):
+    source = json.dumps({**tiny_set, "SEED": 1})
+    batch = ["DATALOADER.SOURCE_SAMPLER.BATCH_SIZE=16", "DATALOADER.SOURCE_SAMPLER.NUM_INSTANCES=4"]
+    file = checkout / "projects/Steady/configs/adapt.yaml"
+    trainer = train(file, tiny, [f"DATASETS.SOURCES.drawn={source}", *batch])
+    assert trainer.batch_size == 16 + 16
+    assert len(trainer.model.memory.features) == 12 + trainer.metrics["clusters"]
+
+
+def test_the_data_set_of_the_guide_loads_and_trains(checkout, tiny, tiny_set, tmp_path):
+    data = DATASET_REGISTRY.build(tiny_set)
+    for part, records in zip(("train", "query", "gallery"), data[:3], strict=True):
+        for number, record in enumerate(records):
+            file = tmp_path / "zoo" / part / f"animal{record.identity}" / f"{record.camera}_{number}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(record.path, file)
+    tiny = [change for change in tiny if not change.startswith("DATASETS")]
+    root = tmp_path / "zoo"
+    changes = [f"DATASETS.TRAIN.ROOT={root}", f"DATASETS.TESTS.zoo.ROOT={root}"]
+    trainer = train(checkout / "projects/Zoo/configs/zoo.yaml", tiny, changes)
+    assert list(trainer.results) == ["zoo"]
+    loaded = DATASET_REGISTRY.build({"NAME": "zoo", "ROOT": str(root)})
+    assert [len(part) for part in loaded[:3]] == [len(part) for part in data[:3]]
+    assert len({record.identity for record in loaded.train}) == 12
+    with pytest.raises(FileNotFoundError, match="train holds no"):
+        DATASET_REGISTRY.build({"NAME": "zoo", "ROOT": str(tmp_path)})
+
+
+def test_every_registry_stands_in_the_guide():
+    kinds = {name for name, value in vars(registry).items() if isinstance(value, registry.Registry)}
+    assert kinds == set(re.findall(r"^\| `(\w+_REGISTRY)` \|", GUIDE.read_text(), re.MULTILINE))
+
+
+def test_orders_of_the_hooks_stand_in_the_guide():
+    from fastreid_uns.engine import hooks
+
+    orders = {
+        (str(kind.order), name)
+        for name, kind in vars(hooks).items()
+        if isinstance(kind, type) and issubclass(kind, hook.HookBase) and kind is not hook.HookBase
+    }
+    assert orders == set(re.findall(r"^\| (\d+) \| `(\w+)` \|", GUIDE.read_text(), re.MULTILINE))
+
+
+def test_the_offer_to_losses_stands_in_the_guide():
+    from fastreid_uns.modeling.meta_arch import build_model
+    from fastreid_uns.structures import Batch
+
+    cfg = load_config(
+        overrides=["MODEL.BACKBONE.NAME", "SmallNet", "MODEL.MOMENTUM_ENCODER", "true", "MODEL.HEAD.NAME", "PartHead"]
+    )
+    model = build_model(cfg, 4)
+    assert isinstance(model, META_ARCH_REGISTRY.get("Baseline"))
+    offered: dict = {}
+    model.losses.forward = lambda offer: offered.update(offer) or {}
+    model.memory.features = torch.zeros(2, model.encoder.dim)
+    zeros = torch.zeros(2, dtype=torch.int64)
+    model(Batch((torch.zeros(2, 3, 256, 128),), zeros, zeros, zeros, zeros))
+    text = re.search(r"^\*\*Losses\.\*\*.*?\. A loss that", GUIDE.read_text(), re.MULTILINE | re.DOTALL)[0]
+    assert set(offered) == set(re.findall(r"`([a-z_]+)`", text))
