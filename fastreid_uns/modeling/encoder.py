@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastreid_uns.modeling.norm import rows_of_domains
+from fastreid_uns.registry import BACKBONE_REGISTRY, HEAD_REGISTRY
 from fastreid_uns.structures import HeadOutput
 
 
@@ -55,3 +57,10 @@ class Encoder(nn.Module):
         images = (images - self.mean) / self.std
         with rows_of_domains(self, domains):
             return self.head(self.backbone(images))
+
+
+def build_encoder(cfg: Any) -> Encoder:
+    """The encoder of a complete config on the CPU, with random weights and plain norm layers."""
+    backbone = BACKBONE_REGISTRY.build(cfg.MODEL.BACKBONE, tuple(cfg.INPUT.SIZE))
+    head = HEAD_REGISTRY.build(cfg.MODEL.HEAD, backbone.out_channels)
+    return Encoder(backbone, head, mean=cfg.INPUT.MEAN, std=cfg.INPUT.STD)

@@ -100,6 +100,7 @@ class _SharedBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: int) -> Any:
+        """The output, and mean and variance (C,) of the first group."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = torch.var_mean(wide, _positions(x), correction=0)
         every = _gather(torch.stack([mean, var]))
@@ -114,6 +115,7 @@ class _SharedBatchNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
+        """Gradients of input, weight and bias; one gather of two numbers for each channel."""
         x, weight, mean, scale = ctx.saved_tensors
         shape = (1, -1, *[1] * (x.dim() - 2))
         unit = (x - mean.view(shape)) * scale.view(shape)

@@ -73,7 +73,7 @@ def test_autocast_gives_float32_features_near_the_exact_ones() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = encoder(images)
     assert out.feats.dtype == torch.float32
-    assert float((out.feats * encoder(images).feats).sum(1).min()) > 0.99
+    assert bool(((out.feats * encoder(images).feats).sum(1) > 0.99).all())
 
 
 def test_domains_reach_the_norm_layers_and_leave_again() -> None:
