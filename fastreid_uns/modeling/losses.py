@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from fastreid_uns.registry import LOSS_REGISTRY
 
 
+def at_least_float32(value: Tensor) -> Tensor:
+    """Half precision as float32; float32 and float64 as they are."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
 @LOSS_REGISTRY.register()
 class CrossEntropyLoss(nn.Module):
     """Mean cross entropy of `logits` against `labels`.
@@ -26,7 +31,7 @@ class CrossEntropyLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Scalar; logits (B,K), labels (B,) in 0..K-1."""
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing)
+        return F.cross_entropy(at_least_float32(logits), labels, label_smoothing=self.smoothing)
 
 
 @LOSS_REGISTRY.register()
@@ -35,7 +40,7 @@ class SoftCrossEntropyLoss(nn.Module):
 
     def forward(self, logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """Scalar; both (B,K)."""
-        return F.cross_entropy(logits.float(), teacher_logits.detach().float().softmax(1))
+        return F.cross_entropy(at_least_float32(logits), at_least_float32(teacher_logits.detach()).softmax(1))
 
 
 @LOSS_REGISTRY.register()
@@ -49,7 +54,7 @@ class SoftTripletLoss(nn.Module):
 
     def forward(self, feats: Tensor, labels: Tensor) -> Tensor:
         """Scalar; feats (B,D), labels (B,)."""
-        feats = feats.float()
+        feats = at_least_float32(feats)
         norm = feats.pow(2).sum(1)
         distance = (norm[:, None] + norm[None] - 2.0 * feats @ feats.T).clamp_min(1e-12).sqrt()
         same = labels[:, None] == labels[None]

@@ -1,0 +1,80 @@
+"""Two gloo processes: equal weights, memory and labels; the numbers of one process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastreid_uns.engine import checkpoint
+
+ROOT = Path(__file__).parents[1]
+WORKER = """
+import sys, torch
+from pathlib import Path
+from fastreid_uns.config import load_config
+from fastreid_uns.engine.default import DefaultTrainer
+from fastreid_uns.engine.hooks import ReclusterHook
+from fastreid_uns.utils import dist
+
+torch.set_num_threads(1)
+trainer = DefaultTrainer(load_config(overrides=sys.argv[2:]))
+trainer.train()
+labels = trainer.hook(ReclusterHook).pseudo.labels
+state = {"model": trainer.model.state_dict(), "labels": labels, "results": trainer.results}
+torch.save(state, Path(sys.argv[1]) / f"rank{dist.rank()}.pth")
+"""
+
+
+def launch(processes: int, folder: Path, overrides: list[str]) -> list[dict]:
+    folder.mkdir()
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [*command, str(script), str(folder), *overrides, f"OUTPUT_DIR={folder / 'run'}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=folder,
+        env={**__import__("os").environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"rank{rank}.pth", weights_only=True) for rank in range(processes)]
+
+
+@pytest.fixture
+def recipe(tiny) -> list[str]:
+    return [
+        *tiny,
+        "PSEUDO_LABELS.K1=8",
+        "PSEUDO_LABELS.K2=3",
+        "PSEUDO_LABELS.MIN_SAMPLES=2",
+        "MODEL.BACKBONE.WIDTH=8",
+        "MODEL.NORM_GROUP=8",
+        "SOLVER.OPTIMIZER=SGD",
+        "SOLVER.BASE_LR=0.05",
+        "SOLVER.ITERS_PER_EPOCH=3",
+    ]
+
+
+def test_two_processes_agree_with_each_other_and_with_one(recipe, tmp_path):
+    one, two = launch(2, tmp_path / "two", recipe)
+    assert one["model"].keys() == two["model"].keys()
+    assert [k for k in one["model"] if not torch.equal(one["model"][k], two["model"][k])] == []
+    assert torch.equal(one["labels"], two["labels"])
+    assert one["results"] == two["results"]
+
+    (single,) = launch(1, tmp_path / "one", recipe)
+    assert torch.equal(single["labels"], one["labels"])
+    for name, value in single["model"].items():
+        torch.testing.assert_close(one["model"][name], value, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name} {m}")
+    for metric, value in single["results"]["synthetic"].items():
+        assert one["results"]["synthetic"][metric] == pytest.approx(value, abs=0.2)
+
+    first = checkpoint.load_checkpoint(checkpoint.last_checkpoint(tmp_path / "two" / "run"))
+    assert len(first["random"]) == 2
+    assert len((tmp_path / "two" / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert json.loads((tmp_path / "two" / "run" / "metrics.jsonl").read_text().splitlines()[0])["clusters"] > 1
