@@ -1,0 +1,225 @@
+"""Images → features, for use outside training."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastreid_uns.config import parse_config
+from fastreid_uns.data.datasets.folder import folder as images_below
+from fastreid_uns.data.image_set import ImageSet
+from fastreid_uns.evaluation.extract import extract_features
+from fastreid_uns.modeling.meta_arch import MetaArch, build_model
+from fastreid_uns.structures import Record
+from fastreid_uns.utils.paths import path_manager
+
+
+class FeatureExtractor:
+    """Features of images, whatever they come as: `FeatureExtractor.from_checkpoint("output/run")(["a.jpg", "b.jpg"])`.
+
+    Args:
+        encoder: normalises, and gives a `HeadOutput`; it is moved to `device`.
+        size: height and width in pixels that the encoder was trained with.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda`, ...
+        batch_size: images in one forward pass.
+        workers: processes that decode files; 0 decodes in this one.
+
+    Attributes:
+        config: YAML text of the run that the encoder comes from, "" if unknown.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        size: Sequence[int],
+        *,
+        device: torch.device | str = "auto",
+        batch_size: int = 64,
+        workers: int = 0,
+    ) -> None:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.encoder = encoder.to(self.device).eval()
+        self.size = (int(size[0]), int(size[1]))
+        self.batch_size = batch_size
+        self.workers = workers
+        self.config = ""
+        self._model = _Extract(self.encoder)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, **options: Any) -> FeatureExtractor:
+        """The encoder of a training run.
+
+        Args:
+            path: a checkpoint, or the OUTPUT_DIR of a run, of which the newest is taken.
+            options: keyword arguments of the class.
+
+        Raises:
+            FileNotFoundError: no such checkpoint.
+            ValueError: no checkpoint of this framework.
+        """
+        content, model = load_run(path)
+        extractor = cls(model.deploy, parse_config(content["config"]).INPUT.SIZE, **options)
+        extractor.config = content["config"]
+        return extractor
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return int(self.encoder.dim)  # type: ignore[arg-type]
+
+    def __call__(self, images: Any) -> Tensor:
+        """Features of B images.
+
+        Args:
+            images: a path, a folder (all images below it, in order of path), a Pillow image, an array, or a list of
+                these; arrays are (H,W,3) uint8 RGB of any size (OpenCV reads BGR: pass `array[..., ::-1]`). Or one
+                tensor (B,3,H,W) of the encoder's size, uint8 or float in 0..1, not normalised.
+
+        Returns:
+            (B,D) float32 on the CPU, unit length.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: an image is not readable or none of the above.
+        """
+        given = self._image_set(images)
+        if len(given) == 0:
+            return torch.zeros(0, self.dim)
+        found = extract_features(self._model, given, device=self.device, batch_size=self.batch_size, what="features")
+        return found["feats"].cpu()
+
+    def _image_set(self, images: Any) -> Any:
+        if isinstance(images, Tensor):
+            return _Held(self._checked(images))
+        if isinstance(images, (str, Path)):
+            images = list_images(images)
+        elif isinstance(images, (Image.Image, np.ndarray)):
+            images = [images]
+        images = list(images)
+        if images and all(isinstance(image, (str, Path)) for image in images):
+            return ImageSet([Record(str(image), -1, -1) for image in images], self.size, workers=self.workers)
+        return _Held([self._pixels(image, i) for i, image in enumerate(images)])
+
+    def _checked(self, images: Tensor) -> Tensor:
+        if images.dim() != 4 or tuple(images.shape[1:]) != (3, *self.size):
+            raise ValueError(
+                f"FeatureExtractor: the tensor has shape {tuple(images.shape)}; (B, 3, {self.size[0]}, {self.size[1]}) "
+                f"is accepted. Resize it, or pass arrays or Pillow images, which are resized as in training."
+            )
+        if images.is_floating_point() and images.numel() and (images.min() < -0.01 or images.max() > 1.01):
+            raise ValueError(
+                f"FeatureExtractor: pixels run from {images.min():.2f} to {images.max():.2f}; 0 to 1 is accepted. Do "
+                f"not normalise them, the encoder does, and divide 0..255 by 255."
+            )
+        return images
+
+    def _pixels(self, image: Any, position: int) -> Tensor:
+        if isinstance(image, (str, Path)):
+            return ImageSet([Record(str(image), -1, -1)], self.size)[0]
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+            image = Image.fromarray(np.ascontiguousarray(image))
+        if not isinstance(image, Image.Image):
+            what = f"{image.dtype} array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise ValueError(
+                f"FeatureExtractor: image {position} is a {what}; paths, Pillow images and uint8 arrays (H, W, 3) are "
+                f"accepted. Convert it, or pass one tensor (B, 3, H, W) for all."
+            )
+        resized = image.convert("RGB").resize((self.size[1], self.size[0]), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.asarray(resized).transpose(2, 0, 1).copy())
+
+
+def list_images(path: str | Path) -> list[str]:
+    """The image itself, or all images below a folder in order of path.
+
+    Raises:
+        FileNotFoundError: there is nothing, or no image below the folder.
+    """
+    if path_manager.isdir(str(path)):
+        return [record.path for record in images_below(root=str(path)).train]
+    if not path_manager.isfile(str(path)):
+        raise FileNotFoundError(f"{path}: no such image or folder. Check the path.")
+    return [str(path)]
+
+
+def find_checkpoint(path: str | Path) -> str:
+    """The checkpoint file that a path means: itself, or the newest one of an OUTPUT_DIR.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = str(path)
+    if path_manager.isdir(path):
+        pointer = Path(path) / "last"
+        if not pointer.is_file():
+            raise FileNotFoundError(f"{path}: the folder holds no checkpoint. Train first, or name a checkpoint file.")
+        path = str(pointer.with_name(pointer.read_text().strip()))
+    if not path_manager.isfile(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint. Name a .pth file or the OUTPUT_DIR of a run.")
+    return path
+
+
+def load_run(path: str | Path) -> tuple[dict[str, Any], MetaArch]:
+    """The content of a checkpoint of ours, and its model on the CPU.
+
+    Args:
+        path: a checkpoint, or the OUTPUT_DIR of a run, of which the newest is taken.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: it is damaged, holds code, or is no checkpoint of this framework.
+    """
+    file = find_checkpoint(path)
+    try:
+        with path_manager.open(file, "rb") as stream:
+            content = torch.load(stream, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{file}: it cannot be read ({str(error).splitlines()[0]}); a checkpoint of tensors and plain values is "
+            f"accepted. Take another file; tools/convert_weights.py converts those of other projects."
+        ) from error
+    if not isinstance(content, dict) or not {"model", "config", "num_images"} <= content.keys():
+        raise ValueError(
+            f"{file}: no checkpoint of this framework; model, config and num_images are needed. Weights of other "
+            f"projects are converted by tools/convert_weights.py."
+        )
+    cfg = parse_config(content["config"], Path(file).name).clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = ""  # those of the checkpoint follow
+    model = build_model(cfg, content["num_images"])
+    model.load_state_dict(content["model"])
+    return content, model.eval()
+
+
+class _Extract(nn.Module):
+    """Gives an encoder the form in which features are extracted."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        return {"feats": self.encoder(images).feats}
+
+
+class _Held:
+    """Pixels in memory, in the form of an image set."""
+
+    def __init__(self, pixels: Tensor | Sequence[Tensor]) -> None:
+        self.pixels = pixels
+        self.paths = [f"image {i}" for i in range(len(pixels))]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def stream(self, batches: Iterable[Sequence[int]], device: torch.device) -> Iterator[Tensor]:
+        for batch in batches:
+            yield torch.stack([self.pixels[i] for i in batch]).to(device)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastreid_uns.config import load_config
+from fastreid_uns.modeling.meta_arch import build_model
+from fastreid_uns.predictor import FeatureExtractor, load_run
+
+SIZE = (32, 16)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(folder, model): an output folder with the checkpoint of an untrained network."""
+    folder = tmp_path_factory.mktemp("run")
+    keys = ["INPUT.SIZE=[32, 16]", "MODEL.BACKBONE.NAME=SmallNet", "MODEL.MOMENTUM_ENCODER=true"]
+    cfg = load_config(None, keys)
+    torch.manual_seed(0)
+    model = build_model(cfg, 7).eval()
+    with torch.no_grad():
+        for parameter in model.teacher.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))  # the two encoders must differ
+    content = {"model": model.state_dict(), "config": cfg.dump(), "num_images": 7}
+    torch.save(content, folder / "checkpoint_0003.pth")
+    (folder / "last").write_text("checkpoint_0003.pth\n")
+    return folder, model
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder with three pictures of several sizes, one of them grey."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for name, shape in {"b.png": (40, 20, 3), "a.png": (32, 16, 3), "deeper/c.png": (50, 30)}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+def test_the_encoder_for_evaluation_gives_unit_features(run, pictures):
+    folder, model = run
+    extractor = FeatureExtractor.from_checkpoint(folder, device="cpu")
+    pixels = torch.from_numpy(np.asarray(Image.open(pictures / "a.png")).copy()).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        expected = model.teacher(pixels).feats
+    assert extractor.size == SIZE
+    assert extractor.dim == expected.shape[1]
+    assert "SmallNet" in extractor.config
+    for images in (pictures / "a.png", str(pictures / "a.png"), pixels, pixels / 255):
+        feats = extractor(images)
+        torch.testing.assert_close(feats, expected)
+        assert feats.dtype == torch.float32
+        assert feats.norm().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_paths_arrays_and_pillow_images_give_the_same(run, pictures):
+    extractor = FeatureExtractor.from_checkpoint(run[0] / "checkpoint_0003.pth", device="cpu", batch_size=2)
+    files = [pictures / name for name in ("a.png", "b.png", "deeper/c.png")]
+    feats = extractor(files)
+    opened = [Image.open(file) for file in files]
+    arrays = [np.asarray(image.convert("RGB")) for image in opened]
+    torch.testing.assert_close(extractor(pictures), feats)
+    torch.testing.assert_close(extractor(opened), feats)
+    torch.testing.assert_close(extractor(arrays), feats)
+    torch.testing.assert_close(extractor([str(files[0]), opened[1], arrays[2]]), feats)
+    torch.testing.assert_close(extractor(arrays[1]), feats[1:2])
+    torch.testing.assert_close(extractor([array[..., ::-1][..., ::-1] for array in arrays]), feats)
+    torch.testing.assert_close(FeatureExtractor.from_checkpoint(run[0], device="cpu", workers=1)(pictures), feats)
+
+
+def test_no_images_give_no_rows(run):
+    extractor = FeatureExtractor.from_checkpoint(run[0], device="cpu")
+    assert extractor([]).shape == (0, extractor.dim)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, 3, 32, 32), r"shape \(2, 3, 32, 32\); \(B, 3, 32, 16\) is accepted"),
+        (torch.full((1, 3, 32, 16), -2.0), "pixels run from -2.00 to -2.00; 0 to 1 is accepted. Do not normalise"),
+        (torch.full((1, 3, 32, 16), 200.0), "divide 0..255 by 255"),
+        ([np.zeros((4, 4), np.uint8)], r"image 0 is a uint8 array \(4, 4\)"),
+        ([np.zeros((4, 4, 3), np.float32)], r"image 0 is a float32 array \(4, 4, 3\)"),
+        ([Image.new("RGB", (4, 4)), 5], "image 1 is a int; paths, Pillow images"),
+    ],
+)
+def test_what_is_no_image_is_refused(run, images, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureExtractor.from_checkpoint(run[0], device="cpu")(images)
+
+
+def test_missing_files(run, tmp_path):
+    extractor = FeatureExtractor.from_checkpoint(run[0], device="cpu")
+    with pytest.raises(FileNotFoundError, match=r"none\.jpg: no such image or folder"):
+        extractor(tmp_path / "none.jpg")
+    with pytest.raises(FileNotFoundError, match="there is no image below this folder"):
+        extractor(tmp_path)
+    with pytest.raises(FileNotFoundError, match="the folder holds no checkpoint"):
+        FeatureExtractor.from_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"none\.pth: no such checkpoint"):
+        FeatureExtractor.from_checkpoint(tmp_path / "none.pth")
+
+
+def test_files_that_are_no_checkpoint(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "foreign.pth")
+    with pytest.raises(ValueError, match="no checkpoint of this framework; model, config and num_images are needed"):
+        load_run(tmp_path / "foreign.pth")
+    torch.save({"model": Path("code")}, tmp_path / "code.pth")
+    with pytest.raises(ValueError, match=r"code\.pth: it cannot be read"):
+        load_run(tmp_path / "code.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "foreign.pth").read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"cut\.pth: it cannot be read"):
+        load_run(tmp_path / "cut.pth")
