@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # networks this small gain nothing from a second thread
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -75,7 +75,7 @@ def parse_config(text: str, name: str = "config") -> CfgNode:
 
 def _build(layers: Sequence[tuple[str, dict]]) -> CfgNode:
     plugins.load_plugins(["fastreid_uns.builtin"])
-    entries = next((layer["PLUGINS"] for _, layer in reversed(layers) if "PLUGINS" in layer), [])
+    entries: Any = next((layer["PLUGINS"] for _, layer in reversed(layers) if "PLUGINS" in layer), [])
     base = CfgNode(copy.deepcopy(DEFAULTS))
     for module in plugins.load_plugins(_cast(entries, ["name"], "PLUGINS")):
         if hasattr(module, "add_config"):

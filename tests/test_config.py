@@ -104,7 +104,7 @@ def test_a_map_entry_needs_a_name():
 
 def test_config_is_frozen_and_names_the_near_key():
     cfg = load_config()
-    with pytest.raises(AttributeError, match="SEED.*immutable"):
+    with pytest.raises(AttributeError, match=r"SEED.*immutable"):
         cfg.SEED = 3
     with pytest.raises(AttributeError, match="no key EPOCH; did you mean EPOCHS"):
         _ = cfg.SOLVER.EPOCH

@@ -58,7 +58,9 @@ def test_installed_entry_point(tmp_path, monkeypatch):
     make_folder(tmp_path, "packaged_method", "LossOfEntryPoint")
     monkeypatch.syspath_prepend(tmp_path)
     point = EntryPoint("published", "packaged_method", plugins.GROUP)
-    monkeypatch.setattr(plugins, "entry_points", lambda group, name=None: [point] if name in (None, "published") else [])
+    monkeypatch.setattr(
+        plugins, "entry_points", lambda group, name=None: [point] if name in (None, "published") else []
+    )
     plugins.load_plugins(["published"])
     assert LOSS_REGISTRY.get("LossOfEntryPoint")
 

@@ -11,7 +11,7 @@ def test_counts_and_sizes():
 
 
 def test_only_outliers():
-    with pytest.raises(NoClusters, match="every one of 3 images is an outlier.*EPS"):
+    with pytest.raises(NoClusters, match=r"every one of 3 images is an outlier.*EPS"):
         PseudoLabels(torch.full((3,), -1), torch.zeros(0, 2))
 
 

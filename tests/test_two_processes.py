@@ -70,7 +70,9 @@ def test_two_processes_agree_with_each_other_and_with_one(recipe, tmp_path):
     (single,) = launch(1, tmp_path / "one", recipe)
     assert torch.equal(single["labels"], one["labels"])
     for name, value in single["model"].items():
-        torch.testing.assert_close(one["model"][name], value, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name} {m}")
+        torch.testing.assert_close(
+            one["model"][name], value, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name} {m}"
+        )
     for metric, value in single["results"]["synthetic"].items():
         assert one["results"]["synthetic"][metric] == pytest.approx(value, abs=0.2)
 

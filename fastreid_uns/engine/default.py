@@ -57,6 +57,8 @@ class DefaultTrainer(Trainer):
         ValueError, FileNotFoundError, KeyError, RuntimeError: before the first step, with the key to change.
     """
 
+    feed: Feed
+
     def __init__(self, cfg: Any) -> None:
         device = dist.init_from_environment(cfg.MODEL.DEVICE)
         self.cfg = cfg
@@ -126,7 +128,9 @@ class DefaultTrainer(Trainer):
             records = check_images(DATASET_REGISTRY.build(section).train, on_bad=cfg.INPUT.ON_BAD_IMAGE, what=what)
             if any(record.identity < 0 for record in records):
                 raise ValueError(f"{what} has images without identity; a source set must be labelled throughout.")
-            classes = {identity: len(set(labels)) + i for i, identity in enumerate(sorted({r.identity for r in records}))}
+            classes = {
+                identity: len(set(labels)) + i for i, identity in enumerate(sorted({r.identity for r in records}))
+            }
             labels += [classes[record.identity] for record in records]
             domains += [domain] * len(records)
             source += records
@@ -145,9 +149,7 @@ class DefaultTrainer(Trainer):
         where = (cfg.SOLVER.ITERS_PER_EPOCH, cfg.SEED, dist.rank(), dist.world())
         sampler = SAMPLER_REGISTRY.build(section, *where)
         if data.source:
-            sources = [
-                SAMPLER_REGISTRY.build(cfg.DATALOADER.SOURCE_SAMPLER, *where) for _ in cfg.DATASETS.SOURCES
-            ]
+            sources = [SAMPLER_REGISTRY.build(cfg.DATALOADER.SOURCE_SAMPLER, *where) for _ in cfg.DATASETS.SOURCES]
             sampler = JointSampler(sampler, sources, data.source_labels, data.source_domains, cameras_of(data.source))
         images = cls.build_images(cfg, [*data.target, *data.source], device, cfg.DATALOADER.FEED)
         augments = {

@@ -52,9 +52,10 @@ def _optimizer_class(name: str) -> Any:
 
     if name in timm.optim.list_optimizers():
         return timm.optim.get_optimizer_class(name, bind_defaults=False)
+    from_timm: list[str] = timm.optim.list_optimizers()  # type: ignore[assignment]
     known = [n for n, v in vars(torch.optim).items() if inspect.isclass(v) and n != "Optimizer"]
     raise KeyError(
-        f"SOLVER.OPTIMIZER: {name!r} is unknown{did_you_mean(name, [*known, *timm.optim.list_optimizers()])} "
+        f"SOLVER.OPTIMIZER: {name!r} is unknown{did_you_mean(name, [*known, *from_timm])} "
         f"A class of torch.optim ({', '.join(known)}) or a name of timm.optim is accepted."
     )
 

@@ -138,7 +138,8 @@ class Trainer:
         parts = _split(batch, self.accumulate)
         for number, part in enumerate(parts):
             joins = number + 1 == len(parts) or self._parallel is self.model
-            with contextlib.nullcontext() if joins else self._parallel.no_sync():
+            # gradients of the processes are averaged once, with the last part
+            with contextlib.nullcontext() if joins else self._parallel.no_sync():  # type: ignore[operator]
                 self._backward(part, 1.0 / len(parts))
         if self.clip:
             self.scaler.unscale_(self.optimizer)

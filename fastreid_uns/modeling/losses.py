@@ -99,4 +99,3 @@ class LossSet(nn.Module):
                 )
             outputs[f"loss_{name}"] = self.weights[name] * loss(*(offer[want] for want in self.wanted[name]))
         return outputs
-

@@ -122,6 +122,8 @@ class InstanceMemory(Memory):
     bank, and so keeps them; source rows change only when the bank holds fresh source features.
     """
 
+    num_source: Tensor
+
     def __init__(self, dim: int, *, momentum: float = 0.2, temperature: float = 0.05) -> None:
         super().__init__(dim, momentum=momentum, temperature=temperature)
         self.register_buffer("num_source", torch.zeros((), dtype=torch.int64))

@@ -52,7 +52,7 @@ class MetaArch(nn.Module):
         self.memory = memory
         self.losses = losses
         self.num_images = num_images
-        self.teacher = momentum_copy(encoder) if momentum_encoder else None
+        self.teacher: Encoder | None = momentum_copy(encoder) if momentum_encoder else None
         self.encoder_momentum = encoder_momentum
         self.momentum_buffers = momentum_buffers
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 
+from typing import TypeVar
+
 import torch
 from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 BUFFER_POLICIES = ("own", "copy", "average")
 
 
-def momentum_copy(module: nn.Module) -> nn.Module:
+def momentum_copy(module: Module) -> Module:
     """A copy without gradients, equal to `module` at first."""
     teacher = copy.deepcopy(module)
     teacher.requires_grad_(False)

@@ -20,7 +20,8 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 
 def random_state() -> dict[str, Any]:
     """State of all generators of this process: tensors and plain values."""
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002
+    name, keys, position, has_gauss, cached = numpy_state
     return {
         "python": random.getstate(),
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],

@@ -17,7 +17,11 @@ def filled(name: str, images: int = 8):
     labels = torch.arange(images) // 2
     centroids = F.normalize(feats.view(-1, 2, 6).mean(1))
     memory.reset(PseudoLabels(labels, centroids), FeatureBank(feats, torch.zeros(images)))
-    return memory, F.normalize(torch.randn(4, 6, generator=torch.Generator().manual_seed(1))), torch.tensor([0, 1, 0, 2])
+    return (
+        memory,
+        F.normalize(torch.randn(4, 6, generator=torch.Generator().manual_seed(1))),
+        torch.tensor([0, 1, 0, 2]),
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -17,7 +17,11 @@ class Linear(nn.Module):
 
     def forward(self, batch):
         logits = self.layer(batch.views[0].flatten(1))
-        return {"loss_a": F.cross_entropy(logits, batch.labels), "loss_b": logits.square().mean(), "size": logits.norm()}
+        return {
+            "loss_a": F.cross_entropy(logits, batch.labels),
+            "loss_b": logits.square().mean(),
+            "size": logits.norm(),
+        }
 
 
 class FixedFeed:

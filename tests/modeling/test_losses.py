@@ -61,5 +61,7 @@ def test_loss_set_weights_names_and_feeds_by_name():
 
 def test_a_loss_that_wants_what_is_not_offered():
     losses = LossSet({"a": (CrossEntropyLoss(), 1.0)})
-    with pytest.raises(KeyError, match=r"MODEL\.LOSSES\.a: CrossEntropyLoss wants logits; this model offers feats, labels"):
+    with pytest.raises(
+        KeyError, match=r"MODEL\.LOSSES\.a: CrossEntropyLoss wants logits; this model offers feats, labels"
+    ):
         losses({"feats": torch.eye(2), "labels": torch.tensor([0, 1])})
