@@ -204,7 +204,7 @@ class DefaultTrainer(Trainer):
             if not data.query or not data.gallery:
                 raise ValueError(
                     f"DATASETS.TESTS.{name}: {section.NAME} has {len(data.query)} query and {len(data.gallery)} gallery "
-                    f"images; both are needed to evaluate. Drop it with `DATASETS.TESTS.{name} null`, or add a split."
+                    f"images; evaluation needs both. Drop it with `DATASETS.TESTS.{name} null`, or add a split."
                 )
             images = cls.build_images(cfg, [*data.query, *data.gallery], device, "loader")
             evaluators[name] = Evaluator(

@@ -177,7 +177,7 @@ class Trainer:
             losses = ", ".join(f"{k} {float(v):.3g}" for k, v in self.last.items() if k.startswith("loss"))
             raise RuntimeError(
                 f"training: the loss is not finite since step {first} (epoch {self.epoch}; now {losses}). The "
-                f"checkpoints of earlier epochs are kept. Lower SOLVER.BASE_LR, set SOLVER.CLIP_NORM or SOLVER.AMP none."
+                f"checkpoints of earlier epochs are kept. Lower SOLVER.BASE_LR or set SOLVER.CLIP_NORM."
             )
 
     def stop(self, reason: str) -> None:
