@@ -219,7 +219,7 @@ def _sequential(state: Mapping[str, Tensor]) -> Rename:
 
 
 _OURS = {"backbone.": "backbone.", "head.": "head."}
-_BOTTLENECK = {"base.": "backbone.", "bottleneck.": "head.embed.neck."}
+_NECK = {"bottleneck.": "head.embed.neck."}  # of Bag of Tricks and TransReID
 _FASTREID = {"backbone.": "backbone.", "heads.bottleneck.0.": "head.embed.neck.", "heads.pool_layer.p": "head.pool.p"}
 _FAMILIES: list[tuple[str, Callable[[str], Any], Callable[[Mapping[str, Tensor]], Rename]]] = [
     ("fastreid_uns checkpoint", re.compile(r"(encoder|teacher)\.backbone\.").match, _ours),
@@ -229,8 +229,8 @@ _FAMILIES: list[tuple[str, Callable[[str], Any], Callable[[Mapping[str, Tensor]]
     ("DINO", re.compile(r"backbone\.").match, _prefixes({"backbone.": "backbone."})),
     ("SpCL family trained with STEM_RELU false", re.compile(r"base\.3\.").match, _sequential),
     ("SpCL family", re.compile(r"base\.\d+\.").match, _sequential),
-    ("Bag of Tricks", re.compile(r"base\.").match, _prefixes(_BOTTLENECK)),
-    ("plain", re.compile("").match, _prefixes({"": "backbone."})),
+    ("Bag of Tricks", re.compile(r"base\.").match, _prefixes({**_NECK, "base.": "backbone."})),
+    ("plain", re.compile("").match, _prefixes({**_NECK, "": "backbone."})),
 ]
 
 

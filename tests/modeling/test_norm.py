@@ -270,6 +270,8 @@ try:
 except ValueError as error:
     message = str(error)
 torch.save((results, message), f"{folder}/result{rank}.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 

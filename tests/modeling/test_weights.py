@@ -98,6 +98,7 @@ def resnet_file(kind: str, state: State, head: State) -> object:
             **renamed(neck, "bottleneck."),
             "classifier.weight": fc["fc.weight"],
         },
+        "transreid_ssl": {"state_dict": renamed({**backbone, **renamed(neck, "bottleneck.")}, "module.")},
         "dino": {"student": renamed(backbone, "module.backbone."), "args": argparse.Namespace(lr=1)},
         "ours": {"model": {**state, **head}},
         "ours_training": {
@@ -122,6 +123,7 @@ FAMILY = {
     "sequential": "SpCL family",
     "sequential_without_relu": "SpCL family trained with STEM_RELU false",
     "bag_of_tricks": "Bag of Tricks",
+    "transreid_ssl": "plain",
     "dino": "DINO",
     "ours": "fastreid_uns",
     "ours_training": "fastreid_uns checkpoint",
@@ -141,7 +143,7 @@ def test_values_of_each_family_arrive(kind: str, tmp_path: Path) -> None:
 
     got = encoder.state_dict()
     arrived = body if kind not in WITH_HEAD else {**body, **head}
-    if kind == "bag_of_tricks":
+    if kind in ("bag_of_tricks", "transreid_ssl"):
         arrived = {**body, **{name: value for name, value in head.items() if "neck" in name}}
     for name, value in arrived.items():
         torch.testing.assert_close(got[name], value, msg=name)
