@@ -237,8 +237,10 @@ def _flip_and_shift(images: Tensor, flip: Tensor, offset: Tensor) -> Tensor:
 def _flip_and_shift_by_slices(images: Tensor, flip: Tensor, offset: Tensor) -> Tensor:
     """Copies row by row: on a CPU ten times as fast as reading by index."""
     height, width = images.shape[-2:]
+    most = torch.tensor([height, width])
+    offsets = offset.clamp(-most, most).tolist()
     out = torch.zeros_like(images)
-    for target, image, mirror, (down, right) in zip(out, images, flip.tolist(), offset.tolist(), strict=True):
+    for target, image, mirror, (down, right) in zip(out, images, flip.tolist(), offsets, strict=True):
         image = image.flip(2) if mirror else image
         window = image[:, max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)]
         target[:, max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)] = window

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import struct
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -97,6 +98,7 @@ class ImageSet:
         pin = device.type == "cuda"
         if self._loader is None or self._loader.pin_memory != pin:
             self._loader = _loader(_Decoder(self.paths, self.size), self._plan, self.workers, pin)
+            weakref.finalize(self, _release, self._loader)
         for pixels in self._loader:
             yield pixels.to(device, non_blocking=pin)
             if turn != self._turn:
@@ -206,7 +208,8 @@ def check_images(records: Sequence[Record], *, on_bad: str, what: str) -> list[R
             f"{found} All must be readable. tools/prepare_data.py lists them; replace them, or leave them out with "
             f"INPUT.ON_BAD_IMAGE: skip."
         )
-    logger.warning("%s They are left out; INPUT.ON_BAD_IMAGE: stop makes this an error.", found)
+    if rank() == 0:
+        logger.warning("%s They are left out; INPUT.ON_BAD_IMAGE: stop makes this an error.", found)
     return [record for record in records if record.path not in bad]
 
 
@@ -243,6 +246,11 @@ def _loader(decoder: _Decoder, plan: _Plan, workers: int, pin: bool) -> DataLoad
         pin_memory=pin,
         generator=torch.Generator(),  # else the loader draws from the global one, which resumed runs would notice
     )
+
+
+def _release(loader: DataLoader) -> None:
+    """Held by the finalizer of a set, a loader is never part of a garbage cycle: within one, the queues of its workers
+    would be closed before it can tell them to end, and torch would wait five seconds for each."""
 
 
 def _decode(path: str, size: tuple[int, int]) -> np.ndarray:
@@ -295,12 +303,8 @@ def _filled(images: ImageSet, where: str, device: torch.device) -> Tensor:
 def _mapped(images: ImageSet, folder: Path) -> Tensor:
     shape = (len(images), 3, *images.size)
     size = int(np.prod(shape))
-    name, exists = "", False
-    if rank() == 0:
-        name = f"pixels-{images.size[0]}x{images.size[1]}-{_fingerprint(images)}.bin"
-        exists = (folder / name).is_file() and (folder / name).stat().st_size == size
-    name, exists, maker = broadcast_object((name, exists, os.getpid()))
-    file = folder / name
+    file = folder / f"pixels-{images.size[0]}x{images.size[1]}-{_fingerprint(images)}.bin"
+    exists, maker = broadcast_object((file.is_file() and file.stat().st_size == size, os.getpid()))
     if exists:
         logger.info("Pixels of %s images from %s", f"{len(images):,}", file)
     else:
