@@ -7,19 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastreid_uns.modeling.encoder import Encoder
+from fastreid_uns.modeling.encoder import Encoder, build_encoder
 from fastreid_uns.modeling.losses import LossSet
 from fastreid_uns.modeling.memory import Memory
 from fastreid_uns.modeling.momentum import momentum_copy, update_momentum
 from fastreid_uns.modeling.norm import domain_norm, group_norm_statistics
 from fastreid_uns.modeling.weights import load_weights
-from fastreid_uns.registry import (
-    BACKBONE_REGISTRY,
-    HEAD_REGISTRY,
-    LOSS_REGISTRY,
-    MEMORY_REGISTRY,
-    META_ARCH_REGISTRY,
-)
+from fastreid_uns.registry import LOSS_REGISTRY, MEMORY_REGISTRY, META_ARCH_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, HeadOutput, PseudoLabels
 
 
@@ -127,9 +121,7 @@ def build_model(cfg: Any, num_images: int) -> MetaArch:
         cfg: a complete config.
         num_images: N, unlabelled training images.
     """
-    backbone = BACKBONE_REGISTRY.build(cfg.MODEL.BACKBONE, tuple(cfg.INPUT.SIZE))
-    head = HEAD_REGISTRY.build(cfg.MODEL.HEAD, backbone.out_channels)
-    encoder = Encoder(backbone, head, mean=cfg.INPUT.MEAN, std=cfg.INPUT.STD)
+    encoder = build_encoder(cfg)
     if cfg.MODEL.WEIGHTS:
         load_weights(encoder, cfg.MODEL.WEIGHTS)
     if cfg.MODEL.DOMAIN_NORM:
