@@ -23,7 +23,7 @@ def dbscan(distance: csr_matrix, eps: float, min_samples: int) -> np.ndarray:
 
     Args:
         distance: (N, N) symmetric; absent pairs are farther apart than `eps`.
-        eps: radius; a distance equal to it (in float32) is inside.
+        eps: radius; a distance equal to it, in the type of `distance`, is inside.
         min_samples: points within the radius, the point itself included, that make a core point.
 
     Returns:
@@ -37,7 +37,7 @@ def dbscan(distance: csr_matrix, eps: float, min_samples: int) -> np.ndarray:
 
     n = distance.shape[0]
     rows = np.repeat(np.arange(n), np.diff(distance.indptr))
-    inside = (distance.data <= np.float32(eps)) & (rows != distance.indices)
+    inside = (distance.data <= distance.dtype.type(eps)) & (rows != distance.indices)
     a, b = rows[inside], distance.indices[inside]
     core = np.bincount(a, minlength=n) + 1 >= min_samples
     joined = core[a] & core[b]

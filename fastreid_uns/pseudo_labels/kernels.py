@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 # No sum may be reordered, or a run would not repeat itself; NaN is refused before any kernel runs.
-_FLAGS = {"nogil": True, "fastmath": {"nnan", "nsz"}}
+_FLAGS: dict[str, Any] = {"nogil": True, "fastmath": {"nnan", "nsz"}}
 _CHUNK = 64
-_GRID = np.float32(2**20)
+_GRID = 2.0**20
 
 
 def _compiled(function: Callable) -> Any:
@@ -27,12 +27,25 @@ def _compiled(function: Callable) -> Any:
         return numba.njit(**_FLAGS)(function)
 
 
-def over_rows(kernel: Callable, rows: int, *args: Any) -> list[Any]:
-    """Results of `kernel(start, stop, *args)` over slabs of the rows 0..rows-1, in order, on torch's thread count."""
-    threads = torch.get_num_threads()
-    cuts = np.linspace(0, rows, min(8 * threads, rows) + 1).astype(np.int64).tolist()
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(lambda a, b: kernel(a, b, *args), cuts[:-1], cuts[1:]))
+class Workers:
+    """Threads that share the rows of a kernel, as many as torch uses; a context manager."""
+
+    def __init__(self) -> None:
+        self.count = torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(self.count)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown()
+
+    def over_rows(self, kernel: Callable, rows: int, *args: Any, slabs: int = 8) -> list[Any]:
+        """Results of `kernel(start, stop, *args)` over the rows 0..rows-1 in order, `slabs` calls for each thread."""
+        if self.count == 1 or rows < 64:
+            return [kernel(0, rows, *args)]
+        cuts = np.linspace(0, rows, min(slabs * self.count, rows) + 1).astype(np.int64).tolist()
+        return list(self.pool.map(lambda a, b: kernel(a, b, *args), cuts[:-1], cuts[1:]))
 
 
 @_compiled
@@ -100,7 +113,7 @@ def offer_rows(start, stop, products, norms, row0, col0, sq, index, farthest):
 
 @_compiled
 def place_in_return(start, stop, index, back):
-    """Write to `back[i, c]` the column at which i stands in the list of its c-th neighbour; the list's length if absent."""
+    """Write to `back[i, c]` where i stands in the list of its c-th neighbour; the list's length if absent."""
     k = index.shape[1]
     for i in range(start, stop):
         for c in range(k):
@@ -177,7 +190,7 @@ def _listed_distance(index, sq, i, j):
 @_compiled
 def averaged_rows(start, stop, index, k2, indptr, indices, data):
     """Mean of the sparse rows of the first k2 neighbours; returns sizes, columns and values of the rows."""
-    total = np.zeros(index.shape[0], np.float32)
+    total = np.zeros(index.shape[0])
     sizes = np.empty(stop - start, np.int64)
     columns = np.empty(128 * (stop - start), np.int32)
     values = np.empty(128 * (stop - start), np.float32)
@@ -195,7 +208,7 @@ def averaged_rows(start, stop, index, k2, indptr, indices, data):
                 total[t] += data[e]
         values = _room(values, len(columns))
         for e in range(begin, end):
-            values[e] = total[columns[e]] / np.float32(k2)
+            values[e] = total[columns[e]] / k2
             total[columns[e]] = 0
         sizes[i - start] = end - begin
     return sizes, columns[:end], values[:end]
@@ -208,9 +221,9 @@ def overlap_distances(start, stop, indptr, indices, data, list_begin, list_end, 
     Entry e of the rows meets the entries `list_begin[e]..list_end[e]` of the other rows in the same column. Returns
     sizes, other rows and distances; distances are rounded to multiples of 2^-20 and lie below 1.
     """
-    shared = np.zeros(n, np.float32)
+    shared = np.zeros(n)
     met = np.empty(n + 1, np.int32)
-    least = np.float32(2 * (1 - limit) / (2 - limit) - 1e-5)  # overlaps below are too far apart, without a division
+    least = 2 * (1 - limit) / (2 - limit) - 1e-5  # overlaps below are too far apart, without a division
     sizes = np.empty(stop - start, np.int64)
     columns = np.empty(32 * (stop - start), np.int32)
     values = np.empty(32 * (stop - start), np.float32)
@@ -231,8 +244,7 @@ def overlap_distances(start, stop, indptr, indices, data, list_begin, list_end, 
             shared[met[m]] = 0
             if mu < least:
                 continue
-            distance = np.float32(1) - mu / (np.float32(2) - mu)
-            distance = np.float32(np.rint(max(distance, np.float32(0)) * _GRID)) / _GRID
+            distance = np.float32(np.rint(max(1 - mu / (2 - mu), 0.0) * _GRID) / _GRID)
             if distance <= limit and distance < 1:
                 columns[end] = met[m]
                 values[end] = distance

@@ -76,7 +76,10 @@ def jaccard_distance(feats: Tensor, k1: int = 30, k2: int = 6, *, max_distance: 
 
 
 def reciprocal_encoding(feats: Tensor, k1: int = 30, k2: int = 6) -> csr_matrix:
-    """Neighbourhood of each image as weights over images, (N, N) CSR float32 whose rows sum to 1; see `jaccard_distance`."""
+    """Neighbourhood of each image as weights over images: (N, N) CSR float32, rows sum to 1.
+
+    Arguments and errors are those of `jaccard_distance`.
+    """
     if k1 < 2 or k2 < 1:
         raise ValueError(f"jaccard distance: k1 is {k1} and k2 is {k2}; k1 must be at least 2 and k2 at least 1.")
     k = min(k1, len(feats))
@@ -108,20 +111,20 @@ def encode(
     n, k = index.shape
     near, near_sq = index.to("cpu", torch.int32).numpy(), sq.cpu().numpy()
     back = np.empty_like(near)
-    kernels.over_rows(kernels.place_in_return, n, near, back)
     half = min(round(k1 / 2) + 1, k)
-    sizes, members, distances = _join(kernels.over_rows(kernels.expanded_sets, n, near, near_sq, back, half))
-    starts = _starts(sizes)
-    rows = np.repeat(np.arange(n), sizes)
-    unlisted = np.flatnonzero(distances < 0)
-    distances[unlisted] = _pair_distances(feats, rows[unlisted], members[unlisted])
-    weights = np.exp(-exponent(rows, distances)).astype(np.float32)
-    weights /= np.repeat(np.add.reduceat(weights, starts[:-1]), sizes)
-    if k2 > 1:
-        sizes, members, weights = _join(
-            kernels.over_rows(kernels.averaged_rows, n, near, min(k2, k), starts, members, weights)
-        )
+    with kernels.Workers() as workers:
+        workers.over_rows(kernels.place_in_return, n, near, back)
+        sizes, members, distances = _join(workers.over_rows(kernels.expanded_sets, n, near, near_sq, back, half))
         starts = _starts(sizes)
+        rows = np.repeat(np.arange(n), sizes)
+        unlisted = np.flatnonzero(distances < 0)
+        distances[unlisted] = _pair_distances(feats, rows[unlisted], members[unlisted])
+        weights = np.exp(-exponent(rows, distances.astype(np.float64)))
+        weights = (weights / np.repeat(np.add.reduceat(weights, starts[:-1]), sizes)).astype(np.float32)
+        if k2 > 1:
+            averages = workers.over_rows(kernels.averaged_rows, n, near, min(k2, k), starts, members, weights)
+            sizes, members, weights = _join(averages)
+            starts = _starts(sizes)
     encoding = csr_matrix((weights, members, starts), shape=(n, n))
     # A weight this small adds nothing to an overlap, and its minimum with another one could underflow to zero.
     encoding.data[encoding.data < 1e-30] = 0
@@ -152,14 +155,12 @@ def encoding_distance(rows: csr_matrix, columns: csr_matrix | None = None, *, ma
         slots = csr_matrix((np.arange(rows.nnz), rows.indices, rows.indptr), shape=rows.shape).tocsc().data
         first = np.empty(rows.nnz, lists.indptr.dtype)
         first[slots] = np.arange(rows.nnz)
-    sizes, found, distances = _join(
-        kernels.over_rows(
-            kernels.overlap_distances,
-            rows.shape[0],
-            *(rows.indptr, rows.indices, rows.data, first, last, lists.indices, lists.data),
-            *(n, np.float32(max_distance)),
+    with kernels.Workers() as workers:
+        entries = (rows.indptr, rows.indices, rows.data, first, last, lists.indices, lists.data)
+        parts = workers.over_rows(
+            kernels.overlap_distances, rows.shape[0], *entries, n, np.float32(max_distance), slabs=32
         )
-    )
+    sizes, found, distances = _join(parts)
     result = csr_matrix((distances, found, _starts(sizes)), shape=(rows.shape[0], n))
     if symmetric:
         upper = result.tocoo()
@@ -173,7 +174,8 @@ def encoding_distance(rows: csr_matrix, columns: csr_matrix | None = None, *, ma
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Matrix products in true float32, whatever training has chosen: rounding to TF32 would reorder neighbours."""
-    backends = [b for b in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if hasattr(b, "fp32_precision")]
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    backends = [place for place in places if hasattr(place, "fp32_precision")]
     kept = [b.fp32_precision for b in backends] if backends else torch.get_float32_matmul_precision()
     _set_precision(backends, ["ieee"] * len(backends) if backends else "highest")
     try:
@@ -206,7 +208,7 @@ def check_finite(feats: Tensor) -> None:
 
 
 def _search_each_pair_once(feats: Tensor, norms: Tensor, k: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Upper triangle of blocks; each serves its rows and its columns, so every row sees the others in ascending order."""
+    """Upper triangle of blocks; each serves its rows and its columns, so a row sees the others in ascending order."""
     from fastreid_uns.pseudo_labels import kernels
 
     n = len(feats)
@@ -215,22 +217,23 @@ def _search_each_pair_once(feats: Tensor, norms: Tensor, k: int, block: int) -> 
     sq[:, 0], index[:, 0] = -1, np.arange(n)  # nothing comes before the image itself, not even its double
     farthest = np.zeros(n, np.float32)
     held = torch.empty(min(block, n) ** 2)
-    for row0 in range(0, n, block):
-        above = feats[row0 : row0 + block].float()
-        for col0 in range(row0, n, block):
-            beside = feats[col0 : col0 + block].float()
-            products = held[: len(above) * len(beside)].view(len(above), len(beside))
-            torch.mm(above, beside.T, out=products)
-            args = (products.numpy(), norms.numpy(), row0, col0, sq, index, farthest)
-            kernels.over_rows(kernels.offer_columns, len(above), *args)
-            if col0 > row0:
-                kernels.over_rows(kernels.offer_rows, len(beside), *args)
+    with kernels.Workers() as workers:
+        for row0 in range(0, n, block):
+            above = feats[row0 : row0 + block].float()
+            for col0 in range(row0, n, block):
+                beside = feats[col0 : col0 + block].float()
+                products = held[: len(above) * len(beside)].view(len(above), len(beside))
+                torch.mm(above, beside.T, out=products)
+                args = (products.numpy(), norms.numpy(), row0, col0, sq, index, farthest)
+                workers.over_rows(kernels.offer_columns, len(above), *args, slabs=1)
+                if col0 > row0:
+                    workers.over_rows(kernels.offer_rows, len(beside), *args, slabs=1)
     sq[:, 0] = 0
     return torch.from_numpy(sq), torch.from_numpy(index).long(), torch.from_numpy(farthest)
 
 
 def _search_by_rows(feats: Tensor, norms: Tensor, k: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All blocks, each ranked by one integer per pair: bits of the distance above, index below, so there are no ties."""
+    """All blocks, ranked by one integer per pair: bits of the distance above, index below, so there are no ties."""
     n = len(feats)
     found, farthest = [], []
     ids = torch.arange(n, device=feats.device)
