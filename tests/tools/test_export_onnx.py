@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastreid_uns.config import load_config
+from fastreid_uns.modeling.meta_arch import build_model
+from fastreid_uns.predictor import FeatureExtractor
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import export_onnx
+
+TOOLS = Path(export_onnx.__file__).parent
+
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
+    reason="needs the packages of the extra export",
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    file = tmp_path_factory.mktemp("run") / "checkpoint.pth"
+    keys = ["INPUT.SIZE=[32, 16]", "MODEL.BACKBONE.NAME=SmallNet", "MODEL.BACKBONE.WIDTH=8", "MODEL.NORM_GROUP=4"]
+    cfg = load_config(None, keys)
+    torch.save({"model": build_model(cfg, 5).state_dict(), "config": cfg.dump(), "num_images": 5}, file)
+    return file
+
+
+@needs_onnx
+def test_the_file_gives_the_features_of_the_encoder(checkpoint, tmp_path, capsys):
+    import onnxruntime
+
+    file = tmp_path / "deeper" / "small.onnx"
+    assert export_onnx.main([str(checkpoint), str(file)]) == 0
+    assert "32x16 RGB in 0..1 -> 64 features, batch free" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(str(file))
+    pixels = np.random.default_rng(1).integers(0, 256, (7, 3, 32, 16), dtype=np.uint8)
+    (feats,) = session.run(None, {"images": pixels.astype(np.float32) / 255})
+    expected = FeatureExtractor.from_checkpoint(checkpoint, device="cpu")(torch.from_numpy(pixels))
+    np.testing.assert_allclose(feats, expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(feats, axis=1), 1, atol=1e-5)
+    sidecar = json.loads(file.with_suffix(".json").read_text())
+    assert sidecar["input"]["shape"] == ["batch", 3, 32, 16]
+    assert (sidecar["input"]["colours"], sidecar["input"]["range"]) == ("RGB", [0.0, 1.0])
+    assert sidecar["output"]["shape"] == ["batch", 64]
+    assert sidecar["config"]["MODEL"]["BACKBONE"]["NAME"] == "SmallNet"
+
+
+def test_a_file_that_differs_is_not_left(checkpoint, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "small.onnx"
+    monkeypatch.setattr(export_onnx, "require_onnx", lambda: None)
+    monkeypatch.setattr(export_onnx, "export", lambda extractor, output, opset: output.write_text("features"))
+    for difference in (2e-4, float("nan")):
+        monkeypatch.setattr(export_onnx, "largest_difference", lambda *_, value=difference: value)
+        assert export_onnx.main([str(checkpoint), str(file)]) == 2
+        assert f"features of the ONNX file differ by {difference:.1e}; 1.0e-04 is accepted" in capsys.readouterr().err
+        assert not file.exists()
+
+
+@needs_onnx
+def test_a_fixed_batch_is_refused(tmp_path):
+    class Fixed(torch.nn.Module):
+        dim = 3
+
+        def forward(self, images):
+            class Out:
+                feats = images.mean((2, 3)) + torch.zeros(len(images), 3)
+
+            return Out
+
+    extractor = FeatureExtractor(Fixed(), (8, 8), device="cpu")
+    export_onnx.export(extractor, tmp_path / "fixed.onnx", 18)
+    with pytest.raises(RuntimeError, match=r"fixes the batch at 2 images.*write tensor\.shape\[0\]"):
+        export_onnx.largest_difference(extractor, tmp_path / "fixed.onnx")
+
+
+def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else object())
+    assert export_onnx.main([str(tmp_path), "x.onnx"]) == 2
+    assert "export: onnx is not installed" in capsys.readouterr().err
+
+
+def test_help_loads_nothing_heavy():
+    done = subprocess.run([sys.executable, TOOLS / "export_onnx.py", "--help"], capture_output=True, text=True)
+    assert "OUTPUT_DIR of a run" in done.stdout
+    code = "import sys, export_onnx; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=TOOLS, text=True).strip() == "False"
