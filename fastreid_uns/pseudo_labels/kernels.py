@@ -48,6 +48,12 @@ class Workers:
         return list(self.pool.map(lambda a, b: kernel(a, b, *args), cuts[:-1], cuts[1:]))
 
 
+def over_rows(kernel: Callable, rows: int, *args: Any, slabs: int = 8) -> list[Any]:
+    """`Workers.over_rows` for a single kernel."""
+    with Workers() as workers:
+        return workers.over_rows(kernel, rows, *args, slabs=slabs)
+
+
 @_compiled
 def _insert(sq, index, i, distance, j):
     # A neighbour that comes later has the higher index, so it stands behind those at the same distance.

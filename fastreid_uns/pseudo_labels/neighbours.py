@@ -155,11 +155,9 @@ def encoding_distance(rows: csr_matrix, columns: csr_matrix | None = None, *, ma
         slots = csr_matrix((np.arange(rows.nnz), rows.indices, rows.indptr), shape=rows.shape).tocsc().data
         first = np.empty(rows.nnz, lists.indptr.dtype)
         first[slots] = np.arange(rows.nnz)
-    with kernels.Workers() as workers:
-        entries = (rows.indptr, rows.indices, rows.data, first, last, lists.indices, lists.data)
-        parts = workers.over_rows(
-            kernels.overlap_distances, rows.shape[0], *entries, n, np.float32(max_distance), slabs=32
-        )
+    entries = (rows.indptr, rows.indices, rows.data, first, last, lists.indices, lists.data)
+    limit = np.float32(max_distance)
+    parts = kernels.over_rows(kernels.overlap_distances, rows.shape[0], *entries, n, limit, slabs=32)
     sizes, found, distances = _join(parts)
     result = csr_matrix((distances, found, _starts(sizes)), shape=(rows.shape[0], n))
     if symmetric:
