@@ -24,7 +24,7 @@ setup(
         "fvcore",
         "iopath",
         "numba",
-        "numpy",
+        "numpy>=1.25",
         "pillow>=9.1",
         "pyyaml",
         "safetensors",

@@ -26,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "DATALOADER": {
         "FEED": "loader",  # loader (decode in every epoch) or cached (decode once)
         "CACHE": "device",  # where the cached feed keeps the pixels: device, host or disk
+        "CACHE_DIR": "",  # folder of the pixel file of CACHE disk; "" = OUTPUT_DIR/cache
         "WORKERS": 4,  # processes that decode
         "SAMPLER": {"NAME": "ClusterSampler"},
         "SOURCE_SAMPLER": {"NAME": "ClusterSampler"},  # of each labelled set, with its true labels

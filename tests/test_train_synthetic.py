@@ -10,6 +10,7 @@ from fastreid_uns.config import load_config
 from fastreid_uns.engine import checkpoint
 from fastreid_uns.engine.default import DefaultTrainer
 from fastreid_uns.engine.hooks import ReclusterHook
+from fastreid_uns.hook import HookBase
 from fastreid_uns.structures import NoClusters, PseudoLabels
 
 RECIPE = [
@@ -28,6 +29,17 @@ def run(overrides: list[str], resume: bool = False) -> DefaultTrainer:
         trainer.resume()
     trainer.train()
     return trainer
+
+
+class Crash(HookBase):
+    """Ends the process in the middle of an epoch, as far as the trainer can tell."""
+
+    def __init__(self, epoch: int):
+        self.epoch = epoch
+
+    def after_step(self):
+        if self.trainer.epoch == self.epoch and self.trainer.iter % 6 == 3:
+            raise KeyboardInterrupt
 
 
 def flat(state, prefix="") -> dict[str, torch.Tensor]:
@@ -68,9 +80,13 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tiny, tmp_path, stop_aft
     recipe = [*tiny, *RECIPE, "SOLVER.ITERS_PER_EPOCH=6", "MODEL.MOMENTUM_ENCODER=true", "MODEL.ENCODER_MOMENTUM=0.5"]
     straight = run([*recipe, "SOLVER.EPOCHS=4", f"OUTPUT_DIR={tmp_path / 'straight'}"])
     torch.rand(7)
-    run([*recipe, f"SOLVER.EPOCHS={stop_after}", f"OUTPUT_DIR={tmp_path / 'parts'}"])
+    parts = [*recipe, "SOLVER.EPOCHS=4", f"OUTPUT_DIR={tmp_path / 'parts'}"]
+    killed = DefaultTrainer(load_config(overrides=parts))
+    killed.add_hook(Crash(stop_after))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
     torch.rand(5)
-    resumed = run([*recipe, "SOLVER.EPOCHS=4", f"OUTPUT_DIR={tmp_path / 'parts'}"], resume=True)
+    resumed = run(parts, resume=True)
     assert_equal_states(resumed.state_dict(), straight.state_dict())
     lines = [json.loads(line) for line in (straight.folder / "metrics.jsonl").read_text().splitlines()]
     assert len({line["clusters"] for line in lines}) > 1

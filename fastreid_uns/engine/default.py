@@ -181,7 +181,7 @@ class DefaultTrainer(Trainer):
         if feed == "loader":
             return images
         if feed == "cached":
-            folder = Path(cfg.OUTPUT_DIR) / "cache"
+            folder = cfg.DATALOADER.CACHE_DIR or Path(cfg.OUTPUT_DIR) / "cache"
             return CachedImageSet(images, where=cfg.DATALOADER.CACHE, device=device, folder=folder)
         raise ValueError(f"DATALOADER.FEED: {feed!r} is unknown; accepted: loader, cached.")
 
