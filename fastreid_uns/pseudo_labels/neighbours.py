@@ -232,26 +232,25 @@ def _search_each_pair_once(feats: Tensor, norms: Tensor, k: int, block: int) -> 
 
 def _search_by_rows(feats: Tensor, norms: Tensor, k: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """All blocks, ranked by one integer per pair: bits of the distance above, index below, so there are no ties."""
-    n = len(feats)
     found, farthest = [], []
-    ids = torch.arange(n, device=feats.device)
-    for rows in ids.split(block):
+    ids = torch.arange(len(feats), device=feats.device)
+    for above, rows, row_norms in zip(feats.split(block), ids.split(block), norms.split(block), strict=True):
         best = torch.empty((len(rows), 0), dtype=torch.int64, device=feats.device)
-        far = norms.new_zeros(len(rows))
-        for columns in ids.split(8 * block):
-            products = feats[rows[0] : rows[-1] + 1].float() @ feats[columns[0] : columns[-1] + 1].float().T
-            sq = products.mul_(-2).add_(norms[rows, None] + norms[columns]).clamp_(min=0)
+        far = torch.zeros_like(row_norms)
+        for beside, columns in zip(feats.split(8 * block), ids.split(8 * block), strict=True):
+            products = above.float() @ beside.float().T
+            sq = (row_norms[:, None] + norms[columns]).sub_(products, alpha=2).clamp_(min=0)
             far = torch.maximum(far, sq.amax(1))
             keys = (sq.view(torch.int32).long() << 32) | columns
-            keys[rows[:, None] == columns] |= -(2**63)  # nothing comes before the image itself, not even its double
+            here = rows[(rows >= columns[0]) & (rows <= columns[-1])]
+            # Nothing comes before the image itself, not even its double.
+            keys[here - rows[0], here - columns[0]] = here - 2**63
             best = torch.cat([best, keys], 1)
             best = best.topk(min(k, best.shape[1]), dim=1, largest=False).values
         found.append(best)
         farthest.append(far)
     keys = torch.cat(found)
-    sq = ((keys >> 32) & 0x7FFFFFFF).int().view(torch.float32)
-    sq[:, 0] = 0
-    return sq, keys & 0xFFFFFFFF, torch.cat(farthest)
+    return ((keys >> 32) & 0x7FFFFFFF).int().view(torch.float32), keys & 0xFFFFFFFF, torch.cat(farthest)
 
 
 def _pair_distances(feats: Tensor, first: np.ndarray, second: np.ndarray, chunk: int = 256) -> np.ndarray:
