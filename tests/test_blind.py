@@ -34,8 +34,10 @@ def train(tiny, tiny_set, tmp_path):
         section = {"NAME": "relabelled_synthetic", "SOURCE": tiny_set, "SHUFFLE": shuffle}
         folder = tmp_path / f"shuffle_{shuffle}"
         changes = [f"DATASETS.TRAIN={json.dumps(section)}", f"OUTPUT_DIR={folder}", "LOG.CLUSTER_QUALITY=true"]
-        trainer = DefaultTrainer(load_config(QUICKSTART, [*tiny, *changes]))
+        clusters = ["PSEUDO_LABELS.K1=8", "PSEUDO_LABELS.K2=3", "PSEUDO_LABELS.MIN_SAMPLES=2"]
+        trainer = DefaultTrainer(load_config(QUICKSTART, [*tiny, *changes, *clusters]))
         trainer.train()
+        assert trainer.metrics["clusters"] > 1
         logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return trainer.model.state_dict(), logged
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import ast
+import argparse
 import importlib
-import itertools
 import json
 import re
+import runpy
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -48,46 +48,65 @@ def commands(file: Path) -> Iterator[list[str]]:
                     yield words
 
 
-def options_of(tool: Path) -> set[str]:
-    """The options that a tool's argparse knows, read from its source."""
-    calls = [node for node in ast.walk(ast.parse(tool.read_text())) if isinstance(node, ast.Call)]
-    added = [call.args for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"]
-    return {arg.value for args in added for arg in args if isinstance(arg, ast.Constant)} | {"--help"}
+class Parsed(BaseException):
+    """A command line was accepted; carries the namespace."""
 
 
-def mentioned_files(file: Path) -> set[str]:
-    """Files that a README makes itself: titled blocks, and what new_project.py would write."""
-    made = set(titled_blocks(file))
-    for words in commands(file):
-        if "tools/new_project.py" in words and "--into" not in words:
-            name = words[words.index("tools/new_project.py") + 1]
-            made |= {f"projects/{name}", f"projects/{name}/configs/synthetic.yaml"}
-    return made
+def parse(tool: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """Run a tool up to where its arguments are parsed; a usage error is a SystemExit."""
+
+    def stopping(method: Callable) -> Callable:
+        def parse_and_stop(self, args=None, namespace=None):
+            raise Parsed(method(self, args, namespace))
+
+        return parse_and_stop
+
+    with monkeypatch.context() as patch:
+        for name in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, name, stopping(getattr(argparse.ArgumentParser, name)))
+        patch.setattr(sys, "argv", [str(tool), *arguments])
+        patch.setattr(sys, "path", [*sys.path])
+        with pytest.raises(Parsed) as stopped:
+            runpy.run_path(str(tool), run_name="__main__")
+    return stopped.value.args[0]
+
+
+def made_files(file: Path) -> set[str]:
+    """Configs that a README makes itself: YAML blocks that begin with a name, and what new_project.py would write."""
+    text = file.read_text(encoding="utf-8")
+    named = set(re.findall(r"^```yaml.*\n# (\S+\.yaml)$", text, re.MULTILINE))
+    return named | {
+        f"projects/{name}/configs/synthetic.yaml" for name in re.findall(r"new_project\.py (\w+)$", text, re.M)
+    }
 
 
 @pytest.mark.parametrize("file", READMES, ids=name_of)
-def test_commands_parse(file):
-    made = mentioned_files(file)
+def test_commands_parse(file, monkeypatch):
+    made = made_files(file)
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    extras = re.findall(r'^        "(\w+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE)
     for words in commands(file):
         if words[0] == "make":
-            targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert set(words[1:]) <= set(targets), f"no such target: {words}"
-        if words[0] not in ("python", "torchrun") or not (tools := [w for w in words if w.startswith("tools/")]):
-            continue
-        tool = ROOT / tools[0]
-        assert tool.is_file(), f"{tools[0]} does not exist"
-        arguments = words[words.index(tools[0]) + 1 :]
-        given = {word.split("=")[0] for word in arguments if word.startswith("--") and word != "--"}
-        assert given <= options_of(tool), f"{tools[0]} knows no {given - options_of(tool)}"
-        for word in arguments:
-            if word.endswith(".yaml"):
-                assert word in made or (ROOT / word).is_file(), f"{word} does not exist"
-        if tool.name == "train_net.py":
-            config = arguments[arguments.index("--config-file") + 1]
-            overrides = [*itertools.dropwhile(lambda w: not re.match(r"[A-Z_]+(\.|=|$)", w), arguments)]
-            overrides = [*itertools.takewhile(lambda w: not w.startswith("--"), overrides)]
-            if config not in made:
-                load_config(ROOT / config, overrides)
+        for named in re.findall(r"\.\[([\w,]+)\]", " ".join(words)):
+            assert set(named.split(",")) <= set(extras), f"no such extra: {words}"
+        for place, word in enumerate(words):
+            if not word.startswith("tools/"):
+                continue
+            assert (ROOT / word).is_file(), f"{word} does not exist"
+            options = parse(ROOT / word, words[place + 1 :], monkeypatch)
+            config = getattr(options, "config_file", None)
+            if config and config not in made:
+                load_config(ROOT / config, options.overrides)
+
+
+@pytest.mark.parametrize("file", READMES, ids=name_of)
+def test_configs_that_are_shown_load(file, tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for language, rest, content in FENCE.findall(file.read_text(encoding="utf-8")):
+        if language == "yaml" and "title=" not in rest:
+            (tmp_path / "shown.yaml").write_text(content)
+            load_config(tmp_path / "shown.yaml")
 
 
 @pytest.mark.parametrize("file", READMES, ids=name_of)
@@ -130,7 +149,7 @@ def train(file: Path, tiny: list[str], changes: list[str]):
 
 
 def test_the_paper_of_the_guide_trains_and_passes_its_test(checkout, tiny):
-    trainer = train(checkout / "projects/Confident/configs/synthetic.yaml", tiny, [])
+    trainer = train(checkout / "projects/Confident/configs/synthetic.yaml", tiny, ["PSEUDO_LABELS.K1=8"])
     assert 0 < trainer.metrics["confidence"] < 1
     for test in (checkout / "projects/Confident/tests").glob("test_*.py"):
         space: dict = {}
