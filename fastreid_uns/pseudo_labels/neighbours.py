@@ -244,7 +244,7 @@ def _search_by_rows(feats: Tensor, norms: Tensor, k: int, block: int) -> tuple[T
             keys = (sq.view(torch.int32).long() << 32) | columns
             here = rows[(rows >= columns[0]) & (rows <= columns[-1])]
             # Nothing comes before the image itself, not even its double.
-            keys[here - rows[0], here - columns[0]] = here - 2**63
+            keys[here - rows[0], here - columns[0]] = here | -(2**63)
             best = torch.cat([best, keys], 1)
             best = best.topk(min(k, best.shape[1]), dim=1, largest=False).values
         found.append(best)
