@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fastreid_uns.config import load_config
-from fastreid_uns.engine import checkpoint
 from fastreid_uns.engine.default import DefaultTrainer
 from fastreid_uns.engine.hooks import ReclusterHook
 from fastreid_uns.hook import HookBase
 from fastreid_uns.structures import NoClusters, PseudoLabels
+from fastreid_uns.utils import checkpoint
 
 RECIPE = [
     "PSEUDO_LABELS.K1=8",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastreid_uns.engine import checkpoint
+from fastreid_uns.utils import checkpoint
 
 ROOT = Path(__file__).parents[1]
 WORKER = """

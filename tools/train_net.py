@@ -34,28 +34,24 @@ def start_processes(count: int) -> int:
 
 def evaluate(cfg) -> dict[str, dict[str, float]]:
     """Numbers of the given weights, or of the newest checkpoint of OUTPUT_DIR."""
-    from fastreid_uns.engine import checkpoint
     from fastreid_uns.engine.default import DefaultTrainer
-    from fastreid_uns.utils import dist
+    from fastreid_uns.utils import checkpoint, dist
 
     device = dist.init_from_environment(cfg.MODEL.DEVICE)
-    file = cfg.MODEL.WEIGHTS or checkpoint.last_checkpoint(Path(cfg.OUTPUT_DIR))
-    cfg = cfg.clone()
-    cfg.defrost()
-    if checkpoint.is_checkpoint(file):
+    if cfg.MODEL.WEIGHTS:
+        model = DefaultTrainer.build_model(cfg, num_images=1)
+    else:
+        file = checkpoint.last_checkpoint(Path(cfg.OUTPUT_DIR))
         content = checkpoint.load_checkpoint(file)
-        cfg.MODEL.WEIGHTS = ""
         model = DefaultTrainer.build_model(cfg, content["num_images"])
         checkpoint.load_model(model, content, file)
-    else:
-        model = DefaultTrainer.build_model(cfg, 1)
     return DefaultTrainer.test(cfg, model.to(device))
 
 
 def train(cfg, resume: bool) -> dict[str, dict[str, float]]:
     """Numbers after the last epoch."""
-    from fastreid_uns.engine import checkpoint
     from fastreid_uns.engine.default import DefaultTrainer
+    from fastreid_uns.utils import checkpoint
 
     folder = Path(cfg.OUTPUT_DIR)
     if not resume and (folder / checkpoint.LAST).is_file():

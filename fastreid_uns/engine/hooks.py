@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastreid_uns.data.feed import Feed
 from fastreid_uns.data.image_set import ImageSet
-from fastreid_uns.engine import checkpoint
 from fastreid_uns.engine.log import Writer
 from fastreid_uns.evaluation.clusters import cluster_quality
 from fastreid_uns.evaluation.evaluator import Evaluator
@@ -21,7 +20,7 @@ from fastreid_uns.evaluation.extract import extract_features
 from fastreid_uns.hook import HookBase
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
 from fastreid_uns.structures import FeatureBank, NoClusters, PseudoLabels
-from fastreid_uns.utils import dist
+from fastreid_uns.utils import checkpoint, dist
 from fastreid_uns.utils.seed import random_state, set_random_state
 
 logger = logging.getLogger(__name__)

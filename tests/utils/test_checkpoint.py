@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastreid_uns.engine import checkpoint
+from fastreid_uns.utils import checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +45,7 @@ def test_a_process_killed_while_saving_leaves_the_old_file(tmp_path):
     code = f"""
         import os, signal, torch
         from pathlib import Path
-        from fastreid_uns.engine import checkpoint
+        from fastreid_uns.utils import checkpoint
         def die(content, stream):
             stream.write(b"half a file"); stream.flush()
             os.kill(os.getpid(), signal.SIGKILL)
