@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastreid_uns.data.datasets.synthetic_pen import Colour, Pen, Point, mix, tone
+from fastreid_uns.data.drawing.pen import Colour, Pen, Point, mix, tone
+from fastreid_uns.data.drawing.shapes import SHAPES
 
 Space = tuple[float, float, float]  # metres: forward, left, up
 
@@ -27,121 +28,9 @@ PAINTS: list[Colour] = [
 ]
 GLASS: Colour = (44, 54, 64)
 RUBBER: Colour = (26, 26, 28)
+PAPERS: list[Colour] = [(226, 220, 190), (214, 76, 58), (88, 150, 96)]
 DISTANCE = 11.0  # metres from the camera to the middle of the vehicle
 EYE = 0.7  # height of the middle of the view
-
-
-class Shape(NamedTuple):
-    """A kind of vehicle in metres: the outline from the front bumper over the roof to the rear one."""
-
-    outline: list[tuple[float, float]]  # forward, up
-    strips: str  # of each piece of the outline: f(ront) h(ood) g(lass) r(oof) t(runk) b(ack) c(argo)
-    panes: list[list[tuple[float, float]]]  # side windows
-    wheels: tuple[float, float]
-    radius: float
-    half: float  # half the width up to the belt
-    belt: float
-    tumble: float  # loss of half width per metre above the belt
-    door: tuple[float, float]  # middle of the front door: where a logo stands
-
-
-SHAPES = {
-    "sedan": Shape(
-        [(2.2, 0.25), (2.24, 0.68), (0.95, 0.94), (0.2, 1.42), (-0.85, 1.42), (-1.5, 1.0), (-2.16, 0.94), (-2.2, 0.3)],
-        "fhgrgtb",
-        [
-            [(0.78, 0.98), (0.2, 1.35), (-0.25, 1.35), (-0.25, 0.98)],
-            [(-0.34, 0.98), (-0.34, 1.35), (-0.8, 1.35), (-1.28, 1.02)],
-        ],
-        (1.38, -1.34),
-        0.33,
-        0.9,
-        0.95,
-        0.4,
-        (0.2, 0.7),
-    ),
-    "hatchback": Shape(
-        [(1.95, 0.25), (2.0, 0.72), (1.0, 0.98), (0.4, 1.5), (-1.35, 1.5), (-1.9, 1.0), (-1.95, 0.3)],
-        "fhgrgb",
-        [
-            [(0.84, 1.02), (0.4, 1.42), (-0.2, 1.42), (-0.2, 1.02)],
-            [(-0.29, 1.02), (-0.29, 1.42), (-1.2, 1.42), (-1.5, 1.06)],
-        ],
-        (1.25, -1.25),
-        0.33,
-        0.86,
-        1.0,
-        0.36,
-        (0.25, 0.74),
-    ),
-    "suv": Shape(
-        [(2.2, 0.35), (2.25, 0.95), (1.1, 1.15), (0.5, 1.75), (-1.85, 1.75), (-2.2, 1.15), (-2.25, 0.4)],
-        "fhgrgb",
-        [
-            [(0.94, 1.2), (0.5, 1.66), (-0.2, 1.66), (-0.2, 1.2)],
-            [(-0.3, 1.2), (-0.3, 1.66), (-1.15, 1.66), (-1.15, 1.2)],
-            [(-1.25, 1.2), (-1.25, 1.66), (-1.75, 1.66), (-1.95, 1.24)],
-        ],
-        (1.4, -1.4),
-        0.4,
-        0.95,
-        1.15,
-        0.25,
-        (0.3, 0.85),
-    ),
-    "van": Shape(
-        [(2.3, 0.3), (2.36, 0.95), (1.85, 1.15), (1.2, 2.0), (-2.3, 2.05), (-2.4, 1.3), (-2.42, 0.35)],
-        "fhgrgb",
-        [[(1.7, 1.2), (1.2, 1.85), (0.6, 1.85), (0.6, 1.2)]],
-        (1.55, -1.5),
-        0.35,
-        0.97,
-        1.2,
-        0.12,
-        (-0.9, 1.1),
-    ),
-    "minibus": Shape(
-        [(2.5, 0.3), (2.56, 0.9), (2.4, 1.15), (1.9, 2.1), (-2.5, 2.15), (-2.6, 1.25), (-2.6, 0.35)],
-        "ffgrgb",
-        [
-            [(2.15, 1.2), (1.85, 1.95), (1.2, 1.95), (1.2, 1.2)],
-            [(1.1, 1.2), (1.1, 1.95), (-0.1, 1.95), (-0.1, 1.2)],
-            [(-0.2, 1.2), (-0.2, 1.95), (-1.3, 1.95), (-1.3, 1.2)],
-            [(-1.4, 1.2), (-1.4, 1.95), (-2.4, 1.95), (-2.4, 1.2)],
-        ],
-        (1.6, -1.6),
-        0.36,
-        1.0,
-        1.2,
-        0.12,
-        (0.2, 0.85),
-    ),
-    "pickup": Shape(
-        [(2.4, 0.4), (2.45, 0.95), (1.2, 1.12), (0.6, 1.7), (-0.4, 1.7), (-0.6, 1.12), (-2.45, 1.08), (-2.5, 0.45)],
-        "fhgrgtb",
-        [
-            [(1.02, 1.17), (0.6, 1.6), (0.2, 1.6), (0.2, 1.17)],
-            [(0.1, 1.17), (0.1, 1.6), (-0.35, 1.6), (-0.48, 1.17)],
-        ],
-        (1.5, -1.5),
-        0.4,
-        0.95,
-        1.12,
-        0.3,
-        (0.4, 0.82),
-    ),
-    "truck": Shape(
-        [(2.9, 0.4), (2.95, 1.2), (2.7, 2.0), (1.6, 2.05), (1.5, 2.7), (-2.9, 2.7), (-2.9, 0.6)],
-        "fgrccc",
-        [[(2.7, 1.3), (2.5, 1.9), (1.8, 1.9), (1.8, 1.3)]],
-        (2.1, -1.9),
-        0.42,
-        1.05,
-        3.0,
-        0.0,
-        (-0.7, 1.7),
-    ),
-}
 DECORATIONS = ("plain", "side", "racing", "lower", "logo", "text", "roof", "hood", "doors", "wrap")
 
 
@@ -193,7 +82,7 @@ def make_vehicle(group: np.random.Generator, own: np.random.Generator, member: i
         extra=str(own.choice(["none", "none", "rack", "sign", "sunroof", "light"])),
         stickers=tuple(bool(value) for value in own.random(5) < 0.5),
         scale=float(own.uniform(0.94, 1.06)),
-        words=tuple(float(value) for value in own.uniform(0.12, 0.4, 8)),
+        words=tuple(float(value) for value in own.uniform(0.12, 0.4, 5)),
     )
 
 
@@ -248,11 +137,14 @@ class _Figure:
         """Half the width at a height."""
         return self.shape.half - self.shape.tumble * max(0.0, z - self.shape.belt)
 
-    def side(self, points: Sequence[tuple[float, float]], colour: Colour, y: int = 0) -> None:
+    def side(self, points: Sequence[Point], colour: Colour) -> None:
         """Fill a shape on the side that is seen, points being (forward, up)."""
-        y = y or self.near
-        light = 0.9 + 0.14 * abs(self.cos) * (1 if self.cos * self.near < 0 else -1)
-        self.pen.polygon([self.at(x, y * self.half(z), z) for x, z in points], tone(colour, light))
+        light = 0.9 - 0.14 * self.cos * self.near
+        self.pen.polygon([self.at(x, self.near * self.half(z), z) for x, z in points], tone(colour, light))
+
+    def slab(self, front: float, rear: float, low: float, high: float, colour: Colour) -> None:
+        """Fill a rectangle on the side that is seen."""
+        self.side([(front, low), (front, high), (rear, high), (rear, low)], colour)
 
     def patch(self, strip: int, left: float, right: float, low: float, high: float, colour: Colour) -> None:
         """Fill a part of one strip of the outline.
@@ -282,21 +174,15 @@ class _Figure:
     def draw(self) -> None:
         """Everything, the far parts first."""
         shape = self.shape
-        length = shape.outline[0][0]
-        wide, deep = (
-            abs(length * self.sin) + abs(shape.half * self.cos),
-            abs(length * self.cos) + abs(shape.half * self.sin),
-        )
+        front, rear = shape.outline[0][0] + 0.05, shape.outline[-1][0] - 0.05
+        wide = abs(front * self.sin) + abs(shape.half * self.cos)
+        deep = abs(front * self.cos) + abs(shape.half * self.sin)
         self.pen.shade(self.at(0.0, 0.0, 0.0), 1.15 * wide, max(0.35, 1.2 * deep * math.sin(self.posture.pitch)), 0.75)
         self.tyres()
-        ends = [(shape.outline[0][0] - 0.05, 0.22), (shape.outline[-1][0] + 0.05, 0.22)]
-        self.pen.polygon(
-            [self.at(x, y * 0.95 * shape.half, z) for (x, z), y in zip(ends + ends[::-1], (1, 1, -1, -1), strict=True)],
-            RUBBER,
-        )
-        order = [i for i in range(len(shape.strips)) if self.faces(i)]
-        middle = [(shape.outline[i][0] + shape.outline[i + 1][0]) * self.cos for i in range(len(shape.strips))]
-        for strip in sorted(order, key=lambda i: middle[i]):
+        floor = [(front, 1), (front, -1), (rear, -1), (rear, 1)]
+        self.pen.polygon([self.at(x, y * 0.95 * shape.half, 0.22) for x, y in floor], RUBBER)
+        middle = [(a[0] + b[0]) * self.cos for a, b in zip(shape.outline, shape.outline[1:], strict=False)]
+        for strip in sorted(filter(self.faces, range(len(shape.strips))), key=middle.__getitem__):
             self.strip(strip)
         if abs(self.sin) * DISTANCE > shape.half:
             self.flank()
@@ -306,19 +192,17 @@ class _Figure:
     def tyres(self) -> None:
         """The wheels as far as they are seen below the body."""
         r = self.shape.radius
+        half = max(0.13 * abs(self.cos), 0.05) + 0.8 * r * abs(self.sin)
         for x in sorted(self.shape.wheels, key=lambda x: x * self.cos):
-            for y in (-self.near, self.near):
-                a, b = self.at(x, y * 0.82 * self.shape.half, r), self.at(x, y * 0.82 * self.shape.half, 0.1)
-                self.pen.polygon(self._upright(a, b, max(0.13 * abs(self.cos), 0.05) + 0.8 * r * abs(self.sin)), RUBBER)
-
-    @staticmethod
-    def _upright(a: Point, b: Point, half: float) -> list[Point]:
-        return [(a[0] - half, a[1]), (a[0] + half, a[1]), (b[0] + 0.9 * half, b[1]), (b[0] - 0.9 * half, b[1])]
+            for side in (-self.near, self.near):
+                (a, top), (b, low) = (self.at(x, side * 0.82 * self.shape.half, z) for z in (r, 0.1))
+                corners = [(a - half, top), (a + half, top), (b + 0.9 * half, low), (b - 0.9 * half, low)]
+                self.pen.polygon(corners, RUBBER)
 
     def strip(self, number: int) -> None:
         """One strip of the outline with what is on it."""
         car, kind = self.car, self.shape.strips[number]
-        wraps = car.decoration == "racing" or (car.decoration == "hood" and kind == "h")
+        wraps = car.decoration == "racing" or (car.decoration == "hood" and kind in "hf")
         base = {"r": car.roof, "c": car.second}.get(kind, car.paint)
         if kind == "g":
             self.patch(number, -1, 1, 0, 1, base)
@@ -360,41 +244,29 @@ class _Figure:
         for place, there in enumerate(self.car.stickers):
             if there:
                 left = -0.8 + 0.2 * place
-                self.patch(
-                    strip, left, left + 0.16, 0.76, 0.92, [(226, 220, 190), (214, 76, 58), (88, 150, 96)][place % 3]
-                )
+                self.patch(strip, left, left + 0.16, 0.76, 0.92, PAPERS[place % len(PAPERS)])
 
     def flank(self) -> None:
         """The side with windows, decoration and wheels."""
         car, shape = self.car, self.shape
-        front, rear = shape.outline[0], shape.outline[-1]
+        front, rear = shape.outline[0][0], shape.outline[-1][0]
+        low = max(shape.outline[0][1], shape.outline[-1][1])
         self.side(shape.outline, car.paint)
-        crease = 0.62 * shape.belt
-        self.side(
-            [(front[0], front[1]), (front[0], crease), (rear[0], crease), (rear[0], rear[1])], tone(car.paint, 0.88)
-        )
+        self.slab(front, rear, low, 0.62 * shape.belt, tone(car.paint, 0.88))
         if car.shape == "truck":
-            self.side([(1.5, 0.75), (1.5, 2.7), (-2.9, 2.7), (-2.9, 0.75)], car.second)
-            self.side([(1.6, 0.5), (1.6, 0.8), (-2.9, 0.8), (-2.9, 0.5)], (58, 58, 62))
+            self.slab(1.5, -2.9, 0.75, 2.7, car.second)
+            self.slab(1.6, -2.9, 0.5, 0.8, (58, 58, 62))
         elif car.roof != car.paint:
-            tops = [p for p in shape.outline if p[1] > shape.belt + 0.12]
-            self.side(tops, car.roof)
+            self.side([point for point in shape.outline if point[1] > shape.belt + 0.12], car.roof)
         for pane in shape.panes:
             self.side(pane, car.glass)
-            self.side(
-                [
-                    pane[0],
-                    pane[1],
-                    ((pane[1][0] + pane[2][0]) / 2, pane[1][1]),
-                    ((pane[0][0] * 2 + pane[3][0]) / 3, pane[0][1]),
-                ],
-                tone(car.glass, 1.3),
-            )
-        self.decorate(front[0], rear[0])
-        if car.bumper != car.paint or car.decoration == "lower":
-            colour = car.second if car.decoration == "lower" else car.bumper
-            top = shape.belt * (0.55 if car.decoration == "lower" else 0.38) if car.shape != "truck" else 0.8
-            self.side([(front[0], front[1]), (front[0], top), (rear[0], top), (rear[0], rear[1])], colour)
+            (a, low_a), (b, high_b), (c, _), (d, _) = pane
+            self.side([(a, low_a), (b, high_b), ((b + c) / 2, high_b), ((2 * a + d) / 3, low_a)], tone(car.glass, 1.3))
+        self.decorate(front, rear)
+        if car.decoration == "lower":
+            self.slab(front, rear, low, 0.8 if car.shape == "truck" else 0.55 * shape.belt, car.second)
+        elif car.bumper != car.paint:
+            self.slab(front, rear, low, 0.8 if car.shape == "truck" else 0.38 * shape.belt, car.bumper)
         for x in shape.wheels:
             self.wheel(x)
 
@@ -403,26 +275,24 @@ class _Figure:
         car, (x, z) = self.car, self.shape.door
         colour = car.paint if car.shape == "truck" else car.second
         if car.decoration == "side":
-            self.side(
-                [(front * 0.97, z - 0.07), (front * 0.97, z + 0.07), (rear * 0.97, z + 0.1), (rear * 0.97, z - 0.04)],
-                colour,
-            )
+            self.slab(0.97 * front, 0.97 * rear, z - 0.06, z + 0.08, colour)
         elif car.decoration == "doors":
-            self.side([(x - 0.55, z - 0.3), (x - 0.55, z + 0.25), (x + 0.55, z + 0.25), (x + 0.55, z - 0.3)], colour)
+            self.slab(x + 0.55, x - 0.55, z - 0.3, z + 0.25, colour)
         elif car.decoration == "wrap":
-            self.side(
-                [(rear * 0.15, z - 0.35), (rear * 0.45, z + 0.26), (rear * 0.99, z + 0.26), (rear * 0.99, z - 0.35)],
-                colour,
-            )
+            corners = [
+                (0.15 * rear, z - 0.35),
+                (0.45 * rear, z + 0.26),
+                (0.99 * rear, z + 0.26),
+                (0.99 * rear, z - 0.35),
+            ]
+            self.side(corners, colour)
         elif car.decoration == "logo":
-            r = 0.27
-            self.side(
-                [(x + r * math.cos(a), z + r * math.sin(a)) for a in (i * math.pi / 5 for i in range(10))], colour
-            )
+            angles = [i * math.pi / 5 for i in range(10)]
+            self.side([(x + 0.27 * math.cos(a), z + 0.27 * math.sin(a)) for a in angles], colour)
         elif car.decoration == "text":
             left = x + 0.8
-            for word in car.words[:5]:
-                self.side([(left, z - 0.1), (left, z + 0.12), (left - word, z + 0.12), (left - word, z - 0.1)], colour)
+            for word in car.words:
+                self.slab(left, left - word, z - 0.1, z + 0.12, colour)
                 left -= word + 0.12
 
     def wheel(self, x: float) -> None:
@@ -452,12 +322,12 @@ class _Figure:
                 ends = [self.at(x, side * 0.94 * self.half(z0), z0 + 0.1) for x in (x0 - 0.1, x1 + 0.1)]
                 self.pen.line(ends, 0.06, (70, 70, 74))
             return
-        middle, z, colour = (x0 + x1) / 2, (z0 + z1) / 2, (240, 196, 60) if self.car.extra == "sign" else (60, 110, 220)
-        for deep, light in ((-0.12, 0.7), (0.12, 1.0)):
-            shift = deep if self.cos > 0 else -deep
-            box = [(middle + shift, y, high) for y, high in ((-0.36, z), (0.36, z), (0.36, z + 0.2), (-0.36, z + 0.2))]
-            self.pen.polygon([self.at(*corner) for corner in box], tone(colour, light))
+        middle, z = (x0 + x1) / 2, (z0 + z1) / 2
+        colour: Colour = (240, 196, 60) if self.car.extra == "sign" else (60, 110, 220)
+        shift = math.copysign(0.12, self.cos)
+        for x, light in ((middle - shift, 0.7), (middle + shift, 1.0)):
+            corners = [(-0.36, z), (0.36, z), (0.36, z + 0.2), (-0.36, z + 0.2)]
+            self.pen.polygon([self.at(x, y, high) for y, high in corners], tone(colour, light))
         if abs(self.sin) > 0.3:
-            y = 0.36 * self.near
-            box = [(middle + a, y, high) for a, high in ((-0.12, z), (0.12, z), (0.12, z + 0.2), (-0.12, z + 0.2))]
-            self.pen.polygon([self.at(*corner) for corner in box], tone(colour, 0.85))
+            corners = [(middle - 0.12, z), (middle + 0.12, z), (middle + 0.12, z + 0.2), (middle - 0.12, z + 0.2)]
+            self.pen.polygon([self.at(x, 0.36 * self.near, high) for x, high in corners], tone(colour, 0.85))

@@ -11,14 +11,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageChops
 
-from fastreid_uns.data.datasets.synthetic_pen import Pen
-from fastreid_uns.data.datasets.synthetic_person import Person, Pose, draw_person, make_person
-from fastreid_uns.data.datasets.synthetic_scene import draw_occluder, make_scene
-from fastreid_uns.data.datasets.synthetic_vehicle import Posture, Vehicle, draw_vehicle, extent, make_vehicle
+from fastreid_uns.data.drawing.pen import Pen
+from fastreid_uns.data.drawing.person import Person, Pose, draw_person, make_person
+from fastreid_uns.data.drawing.scene import draw_occluder, make_scene
+from fastreid_uns.data.drawing.vehicle import Posture, Vehicle, draw_vehicle, extent, make_vehicle
 
 ENLARGE = 3  # the canvas is drawn this much larger than the image
 STRANGER = 1_000_000  # identities from here on occur once, as passers-by and distractors
 QUALITY = 90  # of JPEG
+TURN = {"person": math.pi, "vehicle": 0.4 * math.pi}  # a vehicle shows less of itself on its other side
 CAMERA, GROUP, IDENTITY, TRACKLET, FRAME, OCCLUDER = range(6)  # independent streams of random numbers
 
 
@@ -98,13 +99,11 @@ def render(style: Style, shot: Shot) -> Image.Image:
         shift = [float(rng.choice([-1, 1])) * rng.uniform(0.4, 0.6), rng.uniform(-0.3, 0.3)]
         zoom = rng.uniform(0.7, 1.6)
     if track.bystander:
-        aside = (shift[0] + track.bystander + 0.02 * shot.frame, shift[1] - 0.04)
-        stranger = STRANGER + 31 * shot.identity + shot.tracklet
-        _figure(
-            style, canvas, stranger, track._replace(yaw=track.yaw + 2.0), camera, shot.frame, aside, 0.92 * zoom, rng
-        )
+        behind = shot._replace(identity=STRANGER + 31 * shot.identity + shot.tracklet)
+        aside = (shift[0] + track.bystander + 0.02 * shot.frame, shift[1] - 0.04, 0.92 * zoom)
+        _figure(canvas, style, behind, track._replace(yaw=track.yaw + 2.0), aside, rng)
     if shot.box != "empty":
-        _figure(style, canvas, shot.identity, track, camera, shot.frame, (shift[0], shift[1]), zoom, rng)
+        _figure(canvas, style, shot, track, (shift[0], shift[1], zoom), rng)
     if track.occluder >= 0:
         here = np.random.default_rng([style.seed, OCCLUDER, shot.identity, shot.camera, shot.tracklet])
         draw_occluder(Pen(canvas, (0.0, 0.0), (wide, high)), here, track.occluder, track.obstacle + 0.05 * shot.frame)
@@ -112,26 +111,25 @@ def render(style: Style, shot: Shot) -> Image.Image:
 
 
 def _figure(
-    style: Style,
     canvas: Image.Image,
-    identity: int,
+    style: Style,
+    shot: Shot,
     track: Track,
-    camera: Camera,
-    frame: int,
-    shift: tuple[float, float],
-    zoom: float,
+    place: tuple[float, float, float],
     rng: np.random.Generator,
 ) -> None:
+    """Draw who is in the shot, `place` being the shift from the middle in image sizes, and the zoom."""
     wide, high = canvas.size
-    middle = (wide * (0.5 + shift[0]), high * (0.5 + shift[1]))
+    middle, zoom = (wide * (0.5 + place[0]), high * (0.5 + place[1])), place[2]
+    pitch, phase = _camera(style, shot.camera).pitch, track.phase + 0.8 * track.speed * shot.frame
     yaw = track.yaw + rng.normal(0.0, 0.15 * style.difficulty)
-    who = _identity(style, identity)
+    who = _identity(style, shot.identity)
     if isinstance(who, Person):
         scale = (2.15 * wide * zoom, 0.97 * high * zoom)
-        pose = Pose(yaw, track.phase + 0.8 * track.speed * frame, track.stride, track.lean, track.elbow, camera.pitch)
+        pose = Pose(yaw, phase, track.stride, track.lean, track.elbow, pitch)
         draw_person(Pen(canvas, (middle[0], middle[1] - 0.5 * scale[1]), scale), who, pose)
         return
-    posture = Posture(yaw, camera.pitch)
+    posture = Posture(yaw, pitch)
     left, top, right, bottom = extent(who.shape, posture)
     kx, ky = 0.88 * wide / (right - left), 0.84 * high / (bottom - top)
     scale = (zoom * min(kx, 1.35 * ky * wide / high), zoom * min(ky, 1.35 * kx * high / wide))
@@ -173,7 +171,7 @@ def _camera(style: Style, number: int) -> Camera:
         floor=float(strong * rng.uniform(0.0, 0.25)),
         sharpness=float(1.0 - bias * rng.uniform(0.0, 0.8)),
         grain=Image.fromarray(np.clip(grain, 0, 255).astype(np.uint8)),
-        yaw=float(rng.uniform(-math.pi, math.pi) * style.difficulty),
+        yaw=float(rng.uniform(-TURN[style.kind], TURN[style.kind]) * style.difficulty),
         pitch=float(rng.uniform(0.06, 0.22) if style.kind == "person" else rng.uniform(0.12, 0.4)),
     )
 
@@ -182,7 +180,7 @@ def _camera(style: Style, number: int) -> Camera:
 def _track(style: Style, identity: int, camera: int, tracklet: int) -> Track:
     rng = np.random.default_rng([style.seed, TRACKLET, identity, camera, tracklet])
     spread = style.difficulty
-    turned = math.pi * (rng.random() < 0.5 * spread)
+    turned = math.pi * (rng.random() < 0.5 * spread * TURN[style.kind] / math.pi)
     return Track(
         yaw=_camera(style, camera).yaw + turned + rng.normal(0.0, 0.1 + 0.6 * spread),
         phase=rng.uniform(0.0, 2 * math.pi),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
 Colour = tuple[int, int, int]
@@ -102,22 +103,13 @@ class Pen:
 @lru_cache(maxsize=1)
 def _roundness() -> Image.Image:
     """How much light each column of a cylinder gets from the upper left."""
-    row = [int(255 * max(0.25, min(1.0, 1.12 - abs(x / 31 - 0.4) ** 2 * 2.0))) for x in range(32)]
-    image = Image.new("L", (32, 2))
-    image.putdata(row * 2)
-    return image
+    row = 1.12 - 2.0 * (np.linspace(0.0, 1.0, 32) - 0.4) ** 2
+    return Image.fromarray((255 * np.clip(row, 0.25, 1.0)).astype(np.uint8)[None])
 
 
 @lru_cache(maxsize=1)
 def _soft_ellipse() -> Image.Image:
     """A white disc that fades to black at its edge."""
-    side = 33
-    image = Image.new("L", (side, side))
-    image.putdata(
-        [
-            int(255 * max(0.0, 1 - math.hypot(x - side // 2, y - side // 2) / (side / 2)) ** 0.7)
-            for y in range(side)
-            for x in range(side)
-        ]
-    )
-    return image
+    side = np.linspace(-1.0, 1.0, 33)
+    inside = np.clip(1.0 - np.hypot(side[:, None], side), 0.0, 1.0)
+    return Image.fromarray((255 * inside**0.7).astype(np.uint8))
