@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -158,6 +159,13 @@ def test_the_paper_of_the_guide_trains_and_passes_its_test(checkout, tiny):
         assert functions
         for function in functions:
             function()
+
+
+def test_the_code_of_the_guide_is_clean(checkout):
+    pytest.importorskip("ruff")
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--config", str(ROOT / "pyproject.toml")]
+    done = subprocess.run([*command, str(checkout / "projects")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_hook_of_the_guide_stops_the_run(checkout, tiny):
