@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.evaluation.extract import extract_features, share
+from fastreid_uns.evaluation.rerank import rerank_blocks
 from fastreid_uns.evaluation.retrieval import QueryScores, Ranker, block_rows, distance_blocks
 from fastreid_uns.structures import ReIDData
 from fastreid_uns.utils.dist import all_gather
@@ -60,10 +61,7 @@ class Evaluator:
         query, gallery = outputs["feats"].split([self.ranker.query_size, self.ranker.gallery_size])
         metrics = self.score(query, gallery).summary()
         if self.rerank:
-            from fastreid_uns.evaluation.rerank import rerank_blocks
-
-            scores = self.ranker.score(rerank_blocks(query, gallery))
-            again = scores.summary()
+            again = self.ranker.score(rerank_blocks(query, gallery)).summary()
             del again["queries"]
             metrics.update({f"{name}_rerank": value for name, value in again.items()})
         return metrics

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastreid_uns.pseudo_labels.neighbours import full_precision
 from fastreid_uns.structures import PROTOCOLS, Record, ReIDData
 
 BLOCK_ELEMENTS = 2**22  # distances held at a time: 16 MiB, which malloc reuses instead of asking the system
@@ -32,7 +33,9 @@ def distance_blocks(query: Tensor, gallery: Tensor, rows: int | None = None) -> 
     """
     two = query.new_tensor(2.0)
     for part in query.split(rows or block_rows(len(gallery))):
-        yield torch.addmm(two, part, gallery.T, alpha=-2)
+        with full_precision(part.device):
+            block = torch.addmm(two, part, gallery.T, alpha=-2)
+        yield block
 
 
 class QueryScores(NamedTuple):

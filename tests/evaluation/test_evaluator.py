@@ -9,7 +9,9 @@ import torch.distributed as dist
 
 from fastreid_uns.evaluation import retrieval
 from fastreid_uns.evaluation.evaluator import Evaluator
-from fastreid_uns.evaluation.retrieval import retrieve
+from fastreid_uns.evaluation.extract import extract_features
+from fastreid_uns.evaluation.rerank import rerank
+from fastreid_uns.evaluation.retrieval import Ranker, retrieve
 from fastreid_uns.structures import Record, ReIDData
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -40,6 +42,19 @@ def test_perfect_features_score_100():
 
     metrics = Evaluator(ReIDData([], records[:3], records[3:], "cross_camera"), images)(Mean())
     assert metrics == {"mAP": 100, "mINP": 100, "rank1": 100, "rank5": 100, "rank10": 100, "queries": 3}
+
+
+def test_reranking_adds_its_numbers_and_changes_no_other():
+    data, images = reid_task()
+    torch.manual_seed(0)
+    model = Model()
+    plain = Evaluator(data, images)(model)
+    both = Evaluator(data, images, rerank=True)(model)
+    assert {name: both[name] for name in plain} == plain
+    assert set(both) - set(plain) == {f"{name}_rerank" for name in ("mAP", "mINP", "rank1", "rank5", "rank10")}
+    feats = extract_features(model, images)["feats"]
+    scores = Ranker.of(data).score([rerank(feats[:9], feats[9:])])
+    assert both["mAP_rerank"] == pytest.approx(scores.summary()["mAP"])
 
 
 def test_images_must_belong_to_the_records():
