@@ -132,20 +132,22 @@ def description(extractor, difference: float) -> dict[str, object]:
 
 def run(arguments: argparse.Namespace) -> None:
     require_onnx()
-    from fastreid_uns.predictor import FeatureExtractor
+    from fastreid_uns.predictor import FeatureExtractor, find_checkpoint
 
-    extractor = FeatureExtractor.from_checkpoint(arguments.weights, device="cpu")
-    export(extractor, arguments.output, arguments.opset)
+    weights = find_checkpoint(arguments.weights)
+    output = arguments.output or Path(weights).with_name("encoder.onnx")
+    extractor = FeatureExtractor.from_checkpoint(weights, device="cpu")
+    export(extractor, output, arguments.opset)
     try:
-        difference = checked_difference(extractor, arguments.output, arguments.tolerance)
+        difference = checked_difference(extractor, output, arguments.tolerance)
     except RuntimeError:
-        arguments.output.unlink()  # nobody shall use it
+        output.unlink()  # nobody shall use it
         raise
-    sidecar = arguments.output.with_suffix(".json")
+    sidecar = output.with_suffix(".json")
     sidecar.write_text(json.dumps(description(extractor, difference), indent=2) + "\n", encoding="utf-8")
     height, width = extractor.size
     print(
-        f"{arguments.output}: {height}x{width} RGB in 0..1 -> {extractor.dim} features, batch free; largest difference "
+        f"{output}: {height}x{width} RGB in 0..1 -> {extractor.dim} features, batch free; largest difference "
         f"to torch {difference:.1e}; {sidecar}"
     )
 
