@@ -55,7 +55,7 @@ def recipe(tiny) -> list[str]:
         "MODEL.BACKBONE.WIDTH=8",
         "MODEL.NORM_GROUP=8",
         "SOLVER.OPTIMIZER=SGD",
-        "SOLVER.BASE_LR=0.05",
+        "SOLVER.BASE_LR=0.001",
         "SOLVER.ITERS_PER_EPOCH=3",
     ]
 

@@ -203,8 +203,8 @@ class DefaultTrainer(Trainer):
             data = DATASET_REGISTRY.build(section)
             if not data.query or not data.gallery:
                 raise ValueError(
-                    f"DATASETS.TESTS.{name}: {section.NAME} has {len(data.query)} query and {len(data.gallery)} gallery "
-                    f"images; evaluation needs both. Drop it with `DATASETS.TESTS.{name} null`, or add a split."
+                    f"DATASETS.TESTS.{name}: {section.NAME} has {len(data.query)} query and {len(data.gallery)} "
+                    f"gallery images; evaluation needs both. Drop it with `DATASETS.TESTS.{name} null`, or add a split."
                 )
             images = cls.build_images(cfg, [*data.query, *data.gallery], device, "loader")
             evaluators[name] = Evaluator(

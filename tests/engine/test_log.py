@@ -39,12 +39,12 @@ def test_tensorboard_events_are_written(tmp_path):
 
 def test_a_service_is_imported_only_when_named_and_gets_the_numbers(tmp_path, monkeypatch):
     seen = []
-    run = types.SimpleNamespace(log=lambda numbers, step: seen.append((step, numbers)), finish=lambda: seen.append("end"))
+    run = types.SimpleNamespace(log=lambda numbers, step: seen.append((step, numbers)), finish=lambda: seen.append(0))
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
     (writer,) = build_writers(["wandb"], tmp_path)
     writer.epoch(1, 20, {"mAP": 50.0})
     writer.close()
-    assert seen == [(20, {"epoch": 1, "epoch/mAP": 50.0}), "end"]
+    assert seen == [(20, {"epoch": 1, "epoch/mAP": 50.0}), 0]
 
 
 def test_unknown_writer(tmp_path):
