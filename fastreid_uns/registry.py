@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -25,6 +26,8 @@ class Registry(_Registry):
     def register(self, obj: Any = None, *, name: str | None = None) -> Any:
         """Register a class or function, as a decorator or as a call.
 
+        A file that is imported again, also under another module name, replaces what it registered before.
+
         Raises:
             KeyError: another module has registered the same name.
         """
@@ -32,7 +35,7 @@ class Registry(_Registry):
             return lambda decorated: self.register(decorated, name=name)
         key = name or obj.__name__
         held = self._obj_map.get(key)
-        if held is not None and (held.__module__, held.__qualname__) != (obj.__module__, obj.__qualname__):
+        if held is not None and _origin(held) != _origin(obj):
             raise KeyError(
                 f"{self._name} registry: {key} is registered by {held.__module__} and by {obj.__module__}; "
                 f"names must be unique. Rename one of them, or load only one of the two plugins."
@@ -101,6 +104,12 @@ def keywords(component: Callable) -> dict[str, Any]:
             if not passes_on:
                 break
     return keys
+
+
+def _origin(component: Any) -> tuple[str, str]:
+    """File and name of a component."""
+    module = sys.modules.get(component.__module__)
+    return getattr(module, "__file__", None) or component.__module__, component.__qualname__
 
 
 def _own_keywords(function: Callable) -> tuple[dict[str, Any], bool]:

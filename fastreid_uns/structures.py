@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor, device
 
 PROTOCOLS = ("cross_camera", "plain", "one_per_identity")
 
@@ -117,9 +117,9 @@ class PseudoLabels:
     @property
     def sizes(self) -> Tensor:
         """(K,) images in each cluster."""
-        return torch.bincount(self.labels[self.labels >= 0], minlength=self.num_clusters)
+        return self.labels[self.labels >= 0].bincount(minlength=self.num_clusters)
 
-    def to(self, device: torch.device | str) -> PseudoLabels:
+    def to(self, device: device | str) -> PseudoLabels:
         """The same labels on another device; not checked again."""
         moved = object.__new__(PseudoLabels)
         moved.labels = self.labels.to(device)

@@ -171,9 +171,9 @@ def both(sizes: list[tuple[int, int]]) -> list[tuple[str, list[int]]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse_arguments(arguments)
     import fastreid_uns.builtin  # noqa: F401
 
-    args = parse_arguments(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("fastreid_uns").setLevel(logging.INFO)
     load_plugins([resolve_plugin(entry, Path.cwd()) for entry in args.plugins])

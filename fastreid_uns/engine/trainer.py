@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 class BatchSource(Protocol):
     """What a trainer needs of a feed."""
 
+    labels: Tensor
+
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of one epoch."""
 

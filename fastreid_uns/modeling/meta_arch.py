@@ -95,12 +95,19 @@ class Baseline(MetaArch):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`loss_<name>` for each configured loss, and `accuracy` of the memory's nearest row."""
+        offer = self.offer(batch)
+        outputs = self.losses(offer)
+        if "logits" in offer:
+            outputs["accuracy"] = (offer["logits"].detach().argmax(1) == offer["labels"]).float().mean()
+        return outputs
+
+    def offer(self, batch: Batch) -> dict[str, Tensor]:
+        """Every tensor that a loss can ask for, by name; in training the memory is updated."""
         out: HeadOutput = self.encoder(batch.views[0], batch.domains)
         offer = {"feats": out.feats, "pooled": out.pooled, **batch._asdict()}
         del offer["views"]
         if out.parts is not None:
             offer["parts"] = out.parts
-        logged = {}
         if self.teacher is not None:
             with torch.no_grad():
                 offer["teacher_feats"] = self.teacher(batch.views[-1], batch.domains).feats
@@ -110,8 +117,7 @@ class Baseline(MetaArch):
                 offer["teacher_logits"] = offer["teacher_feats"] @ self.memory.features.T / self.memory.temperature
             offer["logits"] = self.memory(out.feats, rows)
             offer["labels"] = rows
-            logged["accuracy"] = (offer["logits"].detach().argmax(1) == rows).float().mean()
-        return {**self.losses(offer), **logged}
+        return offer
 
 
 def build_model(cfg: Any, num_images: int) -> MetaArch:
