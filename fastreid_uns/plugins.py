@@ -67,9 +67,11 @@ def _load_folder(folder: Path) -> ModuleType:
         raise ImportError(f"PLUGINS: {init} cannot be loaded as a Python module.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    complete = False
     try:
         spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
+        complete = True
+    finally:
+        if not complete:
+            del sys.modules[name]
     return module
