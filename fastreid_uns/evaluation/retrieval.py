@@ -12,12 +12,13 @@ from fastreid_uns.pseudo_labels.neighbours import full_precision
 from fastreid_uns.structures import PROTOCOLS, Record, ReIDData
 
 BLOCK_ELEMENTS = 2**22  # distances held at a time: 16 MiB, which malloc reuses instead of asking the system
+BLOCK_ROWS = 64  # at least: fewer are not worth a second thread
 RANKS = (1, 5, 10)
 
 
 def block_rows(gallery_size: int) -> int:
     """Queries in one block of distances."""
-    return max(1, BLOCK_ELEMENTS // max(1, gallery_size))
+    return max(BLOCK_ROWS, BLOCK_ELEMENTS // max(1, gallery_size))
 
 
 def distance_blocks(query: Tensor, gallery: Tensor, rows: int | None = None) -> Iterator[Tensor]:
@@ -26,7 +27,7 @@ def distance_blocks(query: Tensor, gallery: Tensor, rows: int | None = None) -> 
     Args:
         query: (Q,D) float32, unit length.
         gallery: (G,D) float32, unit length, same device.
-        rows: queries in a block; None = as many as make 16 MiB.
+        rows: queries in a block; None = see `block_rows`.
 
     Yields:
         (b,G) float32, 2 - 2 cos, on the device of the features; rounding may leave it slightly below 0.
@@ -268,7 +269,7 @@ def _score(before: Tensor, rows: Tensor, removed: Tensor, offsets: Tensor) -> Qu
     matches = offsets.diff()
     valid = matches > 0
     nth = torch.arange(len(ranks)) - offsets[:-1][rows] + 1
-    precision = torch.zeros(count, dtype=torch.double).index_add_(0, rows, nth.double() / ranks)
+    precision = torch.bincount(rows, nth.double() / ranks, minlength=count)
     nan, none = torch.full((count,), torch.nan, dtype=torch.double), torch.zeros(count, dtype=torch.long)
     return QueryScores(
         average_precision=precision / matches,

@@ -66,7 +66,7 @@ def test_images_must_belong_to_the_records():
 def evaluate_as_one_of_two(rank, file, result):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    retrieval.BLOCK_ELEMENTS = 50  # two queries in a block, five blocks
+    retrieval.BLOCK_ROWS, retrieval.BLOCK_ELEMENTS = 1, 50  # two queries in a block, five blocks
     data, images = reid_task()
     torch.manual_seed(0)
     model = Model()
@@ -81,6 +81,7 @@ def evaluate_as_one_of_two(rank, file, result):
 
 def test_two_processes_give_the_numbers_of_one(tmp_path, monkeypatch):
     torch.multiprocessing.spawn(evaluate_as_one_of_two, (tmp_path / "group", str(tmp_path / "found")), nprocs=2)
+    monkeypatch.setattr(retrieval, "BLOCK_ROWS", 1)
     monkeypatch.setattr(retrieval, "BLOCK_ELEMENTS", 50)
     data, images = reid_task()
     torch.manual_seed(0)

@@ -150,7 +150,8 @@ def test_count_closer_is_the_same_by_both_ways(monkeypatch):
         for r, c in zip(rows, columns.tolist(), strict=True)
     ]
     assert count_closer(block, offsets, columns).tolist() == wanted
-    monkeypatch.setattr(retrieval, "BLOCK_ELEMENTS", 12000)  # two pairs at a time
+    monkeypatch.setattr(retrieval, "BLOCK_ROWS", 2)  # pairs at a time
+    monkeypatch.setattr(retrieval, "BLOCK_ELEMENTS", 0)
     assert retrieval.count_closer_torch(block, offsets, columns).tolist() == wanted
 
 
