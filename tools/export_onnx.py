@@ -16,7 +16,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("weights", help="checkpoint, or OUTPUT_DIR of a run")
     parser.add_argument(
-        "output", type=Path, help="file to write, for example person.onnx; person.json is put beside it"
+        "output", type=Path, nargs="?", help="file to write (default: encoder.onnx beside the checkpoint)"
     )
     parser.add_argument("--opset", type=int, default=18, help="version of the ONNX operators (default: %(default)s)")
     parser.add_argument(

@@ -82,6 +82,14 @@ def test_a_fixed_batch_is_refused(tmp_path):
         export_onnx.largest_difference(extractor, tmp_path / "fixed.onnx")
 
 
+def test_the_file_lies_beside_the_checkpoint_unless_named(checkpoint, monkeypatch):
+    monkeypatch.setattr(export_onnx, "require_onnx", lambda: None)
+    monkeypatch.setattr(export_onnx, "export", lambda extractor, output, opset: output.write_text("features"))
+    monkeypatch.setattr(export_onnx, "largest_difference", lambda *_: 0.0)
+    assert export_onnx.main([str(checkpoint)]) == 0
+    assert {file.name for file in checkpoint.parent.iterdir()} == {"checkpoint.pth", "encoder.onnx", "encoder.json"}
+
+
 def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else object())
     assert export_onnx.main([str(tmp_path), "x.onnx"]) == 2
