@@ -44,6 +44,7 @@ def run(config: str, kind: str, seed: int, folder: Path, overrides: list[str]) -
         """What a supervised run would have; no config can name it."""
 
         def __init__(self, identities: torch.Tensor) -> None:
+            super().__init__()
             self.labels = identities.unique(return_inverse=True)[1]
 
         def __call__(self, bank, epoch):
