@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.evaluation.extract import extract_features
 from fastreid_uns.modeling.meta_arch import MetaArch, build_model
 from fastreid_uns.structures import Record
+from fastreid_uns.utils.checkpoint import last_checkpoint, load_checkpoint, load_model
 from fastreid_uns.utils.paths import path_manager
 
 
@@ -156,15 +156,7 @@ def find_checkpoint(path: str | Path) -> str:
     Raises:
         FileNotFoundError: there is none.
     """
-    path = str(path)
-    if path_manager.isdir(path):
-        pointer = Path(path) / "last"
-        if not pointer.is_file():
-            raise FileNotFoundError(f"{path}: the folder holds no checkpoint. Train first, or name a checkpoint file.")
-        path = str(pointer.with_name(pointer.read_text().strip()))
-    if not path_manager.isfile(path):
-        raise FileNotFoundError(f"{path}: no such checkpoint. Name a .pth file or the OUTPUT_DIR of a run.")
-    return path
+    return str(last_checkpoint(Path(path))) if path_manager.isdir(str(path)) else str(path)
 
 
 def load_run(path: str | Path) -> tuple[dict[str, Any], MetaArch]:
@@ -178,24 +170,12 @@ def load_run(path: str | Path) -> tuple[dict[str, Any], MetaArch]:
         ValueError: it is damaged, holds code, or is no checkpoint of this framework.
     """
     file = find_checkpoint(path)
-    try:
-        with path_manager.open(file, "rb") as stream:
-            content = torch.load(stream, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{file}: it cannot be read ({str(error).splitlines()[0]}); a checkpoint of tensors and plain values is "
-            f"accepted. Take another file; tools/convert_weights.py converts those of other projects."
-        ) from error
-    if not isinstance(content, dict) or not {"model", "config", "num_images"} <= content.keys():
-        raise ValueError(
-            f"{file}: no checkpoint of this framework; model, config and num_images are needed. Weights of other "
-            f"projects are converted by tools/convert_weights.py."
-        )
+    content = load_checkpoint(file)
     cfg = parse_config(content["config"], Path(file).name).clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = ""  # those of the checkpoint follow
     model = build_model(cfg, content["num_images"])
-    model.load_state_dict(content["model"])
+    load_model(model, content, file)
     return content, model.eval()
 
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -100,19 +98,13 @@ def test_missing_files(run, tmp_path):
         extractor(tmp_path / "none.jpg")
     with pytest.raises(FileNotFoundError, match="there is no image below this folder"):
         extractor(tmp_path)
-    with pytest.raises(FileNotFoundError, match="the folder holds no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint was found"):
         FeatureExtractor.from_checkpoint(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"none\.pth: no such checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"none\.pth does not exist"):
         FeatureExtractor.from_checkpoint(tmp_path / "none.pth")
 
 
-def test_files_that_are_no_checkpoint(tmp_path):
+def test_a_file_that_is_no_checkpoint(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "foreign.pth")
-    with pytest.raises(ValueError, match="no checkpoint of this framework; model, config and num_images are needed"):
+    with pytest.raises(ValueError, match=r"foreign\.pth is not a checkpoint of this framework"):
         load_run(tmp_path / "foreign.pth")
-    torch.save({"model": Path("code")}, tmp_path / "code.pth")
-    with pytest.raises(ValueError, match=r"code\.pth: it cannot be read"):
-        load_run(tmp_path / "code.pth")
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "foreign.pth").read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"cut\.pth: it cannot be read"):
-        load_run(tmp_path / "cut.pth")
