@@ -91,7 +91,7 @@ def test_errors_are_one_line(place, capsys, tmp_path):
         (["query", place / "index", image, "--top", "0"], "at least one image must be shown"),
         (["build", tmp_path / "none", "x", "--weights", place / "run.pth"], "no such folder"),
         (["build", tmp_path, "x", "--weights", place / "run.pth"], "there is no image below this folder"),
-        (["build", place / "gallery", "x", "--weights", tmp_path], "the folder holds no checkpoint"),
+        (["build", place / "gallery", "x", "--weights", tmp_path], "no checkpoint was found"),
     ):
         assert search.main([*map(str, arguments), "--device", "cpu"]) == 2
         printed = capsys.readouterr().err

@@ -170,7 +170,7 @@ def test_parts_and_errors(run, tmp_path, capsys):
     assert "--test other is none of DATASETS.TESTS: mine" in fails(run, "--parts", "ranks", "--test", "other")
     assert "did you mean SIZE?" in fails(run, "INPUT.SIZ", "[4, 4]", "--parts", "clusters")
     assert "key 'INPUT.SIZE' has no value" in fails(run, "INPUT.SIZE", "--parts", "clusters")
-    assert "the folder holds no checkpoint" in fails(tmp_path, "--parts", "clusters")
+    assert "no checkpoint was found" in fails(tmp_path, "--parts", "clusters")
     shorter = run / "shorter.csv"
     shorter.write_text((run / "list.csv").read_text().replace("\n0.png,0,0,train", ""))
     message = fails(run, "DATASETS.TRAIN.PATH", shorter, "--parts", "clusters")
