@@ -47,9 +47,9 @@ def main() -> None:
     from fastreid_uns.config import load_config
     from fastreid_uns.engine.default import DefaultTrainer
     from fastreid_uns.engine.log import logger, setup_logging
-    from fastreid_uns.evaluation.evaluator import make_ranker
-    from fastreid_uns.evaluation.retrieval import distance_blocks
+    from fastreid_uns.evaluation.retrieval import retrieve
     from fastreid_uns.registry import DATASET_REGISTRY
+    from visualize import make_report
 
     folder = Path(arguments.output)
     shutil.rmtree(folder, ignore_errors=True)
@@ -61,9 +61,8 @@ def main() -> None:
     logger.info("Generating the images of %s", section.NAME)
     data = DATASET_REGISTRY.build(section)
     trainer = DefaultTrainer(cfg)
-    colours = colour_statistics(data.query), colour_statistics(data.gallery)
     rows = {
-        "colour statistics": make_ranker(data).score(distance_blocks(*colours)).summary(),
+        "colour statistics": retrieve(colour_statistics(data.query), colour_statistics(data.gallery), data),
         "untrained network": DefaultTrainer.test(cfg, trainer.model)[name],
     }
     trainer.train()
@@ -71,7 +70,8 @@ def main() -> None:
     metrics = ["mAP", "rank1", "rank5", "mINP"]
     body = [[label, *(numbers[metric] for metric in metrics)] for label, numbers in rows.items()]
     logger.info("\n%s\n", tabulate(body, ["", *metrics], floatfmt=".2f", tablefmt="github"))
-    logger.info("%.0f seconds. Everything lies in %s", time.perf_counter() - start, folder)
+    report = make_report(folder)
+    logger.info("%.0f seconds. The report: %s", time.perf_counter() - start, report)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ class ViT(Backbone):
         special = self.cls_token + self.pos_embed[:, :1]
         if hasattr(self, "part_tokens"):
             special = torch.cat([special, self.part_tokens + self.part_pos], dim=1)
-        x = torch.cat([special.expand(len(images), -1, -1), patches + self.pos_embed[:, 1:]], dim=1)
+        x = torch.cat([special.expand(images.shape[0], -1, -1), patches + self.pos_embed[:, 1:]], dim=1)
         x = self.norm(self.blocks(x))
         count = special.shape[1]
         return Tokens(x[:, count:].transpose(1, 2).unflatten(2, self.grid), x[:, :count])
