@@ -43,13 +43,13 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from tabulate import tabulate
+    from visualize import make_report
 
     from fastreid_uns.config import load_config
     from fastreid_uns.engine.default import DefaultTrainer
     from fastreid_uns.engine.log import logger, setup_logging
     from fastreid_uns.evaluation.retrieval import retrieve
     from fastreid_uns.registry import DATASET_REGISTRY
-    from visualize import make_report
 
     folder = Path(arguments.output)
     shutil.rmtree(folder, ignore_errors=True)
