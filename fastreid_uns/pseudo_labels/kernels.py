@@ -14,17 +14,18 @@ import numba
 import numpy as np
 import torch
 
-# No sum may be reordered, or a run would not repeat itself; NaN is refused before any kernel runs.
-_FLAGS: dict[str, Any] = {"nogil": True, "fastmath": {"nnan", "nsz"}}
 _CHUNK = 64
 _GRID = 2.0**20
+UNIT = 2**30  # of weights, which are integers: their sums are exact, so no order of images or threads shows
 
 
-def _compiled(function: Callable) -> Any:
+def _compiled(function: Callable, *allowed: str) -> Any:
+    """Compile; NaN is refused before any kernel runs, and no sum is reordered unless `reassoc` is allowed."""
+    flags: dict[str, Any] = {"nogil": True, "fastmath": {"nnan", "nsz", *allowed}}
     try:
-        return numba.njit(cache=True, **_FLAGS)(function)
+        return numba.njit(cache=True, **flags)(function)
     except RuntimeError:  # neither the package nor the home of the user can hold a compiled file
-        return numba.njit(**_FLAGS)(function)
+        return numba.njit(**flags)(function)
 
 
 class Workers:
@@ -193,13 +194,30 @@ def _listed_distance(index, sq, i, j):
     return np.float32(-1)
 
 
+def _pair_distances(start, stop, feats, first, second, distances):
+    """Write squared distances of pairs of rows to `distances`."""
+    for p in range(start, stop):
+        total = np.float32(0)
+        for c in range(feats.shape[1]):
+            difference = feats[first[p], c] - feats[second[p], c]
+            total += difference * difference
+        distances[p] = total
+
+
+# Summed in the lanes of the processor: always in the same order on one machine.
+pair_distances = _compiled(_pair_distances, "reassoc")
+
+
 @_compiled
 def averaged_rows(start, stop, index, k2, indptr, indices, data):
-    """Mean of the sparse rows of the first k2 neighbours; returns sizes, columns and values of the rows."""
+    """Mean of the sparse rows of the first k2 neighbours; returns sizes, columns and values of the rows.
+
+    Values are integers of size 1 / `UNIT`.
+    """
     total = np.zeros(index.shape[0])
     sizes = np.empty(stop - start, np.int64)
     columns = np.empty(128 * (stop - start), np.int32)
-    values = np.empty(128 * (stop - start), np.float32)
+    values = np.empty(128 * (stop - start), np.int32)
     end = 0
     for i in range(start, stop):
         begin = end
@@ -214,7 +232,7 @@ def averaged_rows(start, stop, index, k2, indptr, indices, data):
                 total[t] += data[e]
         values = _room(values, len(columns))
         for e in range(begin, end):
-            values[e] = total[columns[e]] / k2
+            values[e] = np.int32(np.rint(total[columns[e]] / k2 * UNIT))
             total[columns[e]] = 0
         sizes[i - start] = end - begin
     return sizes, columns[:end], values[:end]
@@ -227,29 +245,31 @@ def overlap_distances(start, stop, indptr, indices, data, list_begin, list_end, 
     Entry e of the rows meets the entries `list_begin[e]..list_end[e]` of the other rows in the same column. Returns
     sizes, other rows and distances; distances are rounded to multiples of 2^-20 and lie below 1.
     """
-    shared = np.zeros(n)
+    shared = np.zeros(n, np.int32)
     met = np.empty(n + 1, np.int32)
-    least = 2 * (1 - limit) / (2 - limit) - 1e-5  # overlaps below are too far apart, without a division
     sizes = np.empty(stop - start, np.int64)
     columns = np.empty(32 * (stop - start), np.int32)
     values = np.empty(32 * (stop - start), np.float32)
+    least = UNIT * (2 * (1 - limit) / (2 - limit) - 1e-5)  # an overlap below is too far apart, without a division
     end = 0
     for i in range(start, stop):
         begin = end
         count = 0
         for e in range(indptr[i], indptr[i + 1]):
+            own = data[e]
             for p in range(list_begin[e], list_end[e]):
                 j = list_rows[p]
                 before = shared[j]
                 met[count] = j
                 count += before == 0
-                shared[j] = before + min(data[e], list_data[p])
+                shared[j] = before + min(own, list_data[p])
         columns, values = _room(columns, end + count), _room(values, end + count)
         for m in range(count):
-            mu = shared[met[m]]
+            overlap = shared[met[m]]
             shared[met[m]] = 0
-            if mu < least:
+            if overlap < least:
                 continue
+            mu = overlap / UNIT
             distance = np.float32(np.rint(max(1 - mu / (2 - mu), 0.0) * _GRID) / _GRID)
             if distance <= limit and distance < 1:
                 columns[end] = met[m]

@@ -76,7 +76,7 @@ def jaccard_distance(feats: Tensor, k1: int = 30, k2: int = 6, *, max_distance: 
 
 
 def reciprocal_encoding(feats: Tensor, k1: int = 30, k2: int = 6) -> csr_matrix:
-    """Neighbourhood of each image as weights over images: (N, N) CSR float32, rows sum to 1.
+    """Neighbourhood of each image as weights over images: (N, N) CSR int32 in units of 2^-30, rows sum to 1.
 
     Arguments and errors are those of `jaccard_distance`.
     """
@@ -102,7 +102,7 @@ def encode(
         exponent: gives x, from the row and the squared distance of each pair, for its weight exp(-x).
 
     Returns:
-        (N, N) CSR float32, rows sum to 1; columns of a row are in no order.
+        (N, N) CSR int32 in units of 2^-30, rows sum to 1; columns of a row are in no order.
     """
     from scipy.sparse import csr_matrix
 
@@ -118,16 +118,22 @@ def encode(
         starts = _starts(sizes)
         rows = np.repeat(np.arange(n), sizes)
         unlisted = np.flatnonzero(distances < 0)
-        distances[unlisted] = _pair_distances(feats, rows[unlisted], members[unlisted])
+        pairs = rows[unlisted], members[unlisted]
+        if feats.device.type == "cpu":
+            missing = np.empty(len(unlisted), np.float32)
+            workers.over_rows(kernels.pair_distances, len(missing), feats.float().contiguous().numpy(), *pairs, missing)
+            distances[unlisted] = missing
+        else:
+            distances[unlisted] = _pair_distances(feats, *pairs)
         weights = np.exp(-exponent(rows, distances.astype(np.float64)))
-        weights = (weights / np.repeat(np.add.reduceat(weights, starts[:-1]), sizes)).astype(np.float32)
+        weights /= np.repeat(np.add.reduceat(weights, starts[:-1]), sizes)
         if k2 > 1:
             averages = workers.over_rows(kernels.averaged_rows, n, near, min(k2, k), starts, members, weights)
             sizes, members, weights = _join(averages)
             starts = _starts(sizes)
+        else:
+            weights = np.rint(weights * kernels.UNIT).astype(np.int32)
     encoding = csr_matrix((weights, members, starts), shape=(n, n))
-    # A weight this small adds nothing to an overlap, and its minimum with another one could underflow to zero.
-    encoding.data[encoding.data < 1e-30] = 0
     encoding.eliminate_zeros()
     return encoding
 
@@ -136,7 +142,7 @@ def encoding_distance(rows: csr_matrix, columns: csr_matrix | None = None, *, ma
     """Jaccard distance of encodings: 1 - mu / (2 - mu), mu the sum of the smaller of two weights.
 
     Args:
-        rows: (M, T) encodings.
+        rows: (M, T) encodings, weights in units of 2^-30, none of them zero.
         columns: (T, N) the encodings to compare with, transposed; without it, `rows` among themselves.
         max_distance: pairs farther apart are left out.
 
@@ -253,8 +259,8 @@ def _search_by_rows(feats: Tensor, norms: Tensor, k: int, block: int) -> tuple[T
     return ((keys >> 32) & 0x7FFFFFFF).int().view(torch.float32), keys & 0xFFFFFFFF, torch.cat(farthest)
 
 
-def _pair_distances(feats: Tensor, first: np.ndarray, second: np.ndarray, chunk: int = 256) -> np.ndarray:
-    """(P,) squared distances of pairs of rows."""
+def _pair_distances(feats: Tensor, first: np.ndarray, second: np.ndarray, chunk: int = 8192) -> np.ndarray:
+    """(P,) squared distances of pairs of rows, where no compiled loop reaches."""
     parts = [np.empty(0, np.float32)]
     for at in range(0, len(first), chunk):
         a, b = (torch.from_numpy(side[at : at + chunk]).to(feats.device).long() for side in (first, second))

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastreid_uns.pseudo_labels import neighbours
+from fastreid_uns.pseudo_labels import kernels, neighbours
 from fastreid_uns.pseudo_labels.neighbours import nearest_neighbours, neighbours_and_farthest
 
 SEARCHES = {"each pair once": neighbours._search_each_pair_once, "by rows": neighbours._search_by_rows}
@@ -75,6 +75,19 @@ def test_public_search_takes_half_precision_and_zero_rows():
     torch.testing.assert_close(neighbours_and_farthest(feats, 9)[2], wanted_farthest, atol=2e-6, rtol=0)
 
 
+def test_distances_of_single_pairs_compiled_and_by_torch():
+    feats = random_feats(50, 37)
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, 50, (2, 200))
+    x = feats.double().numpy()
+    expected = ((x[first] - x[second]) ** 2).sum(1)
+    compiled = np.empty(200, np.float32)
+    kernels.pair_distances(0, 120, feats.numpy(), first, second, compiled)
+    kernels.pair_distances(120, 200, feats.numpy(), first, second, compiled)
+    np.testing.assert_allclose(compiled, expected, atol=1e-6)
+    np.testing.assert_allclose(neighbours._pair_distances(feats, first, second, chunk=64), expected, atol=1e-6)
+
+
 def test_broken_rows_are_counted_and_the_first_is_named():
     feats = random_feats(40, 4)
     feats[7, 2] = torch.nan
@@ -109,7 +122,7 @@ def test_memory_stays_far_below_all_pairs():
     pytest.importorskip("resource")
     program = """
         import resource, torch
-        from fastreid_uns.pseudo_labels import neighbours
+        from fastreid_uns.pseudo_labels import kernels, neighbours
         def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         def run(search, n, block):
             feats = torch.nn.functional.normalize(torch.randn(n, 8))
