@@ -1,4 +1,4 @@
-"""Seconds per stage of one epoch on a generated set of the size of Market-1501, with ResNet-50 features of 2,048 numbers.
+"""Seconds per stage of one epoch on a generated set as large as Market-1501, with ResNet-50 features of 2,048 numbers.
 
 On a GPU the whole epoch is run: extract, neighbours, cluster, train, evaluate. On a CPU only the pseudo-label stage is
 timed, on features of the same network that are extracted once and kept beside the images.
