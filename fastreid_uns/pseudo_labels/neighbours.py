@@ -120,8 +120,8 @@ def encode(
         unlisted = np.flatnonzero(distances < 0)
         pairs = rows[unlisted], members[unlisted]
         if feats.device.type == "cpu":
-            missing = np.empty(len(unlisted), np.float32)
-            workers.over_rows(kernels.pair_distances, len(missing), feats.float().contiguous().numpy(), *pairs, missing)
+            array, missing = feats.detach().float().contiguous().numpy(), np.empty(len(unlisted), np.float32)
+            workers.over_rows(kernels.pair_distances, len(missing), array, *pairs, missing)
             distances[unlisted] = missing
         else:
             distances[unlisted] = _pair_distances(feats, *pairs)
