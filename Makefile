@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/python tools/demo.py --output output/demo
@@ -14,6 +14,9 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: $(VENV)/ready
+	$(BIN)/python tools/benchmark/epoch.py
 
 $(VENV)/ready: setup.py
 	$(PYTHON) -m venv $(VENV)
