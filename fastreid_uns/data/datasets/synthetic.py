@@ -22,7 +22,7 @@ from fastreid_uns.structures import ReIDData
 from fastreid_uns.utils.paths import path_manager
 from fastreid_uns.utils.progress import progress
 
-VERSION = 1  # counts up whenever the same knobs give other images, so that no old folder is taken for a new one
+VERSION = 2  # counts up whenever the same knobs give other images, so that no old folder is taken for a new one
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 KINDS = ("person", "vehicle")
 PASSAGE = 6  # frames in which an identity passes a camera, at most

@@ -72,7 +72,7 @@ def make_person(group: np.random.Generator, own: np.random.Generator, member: in
         member: place in the group; members differ in arrangement, pattern and accessories.
         difficulty: 0..1; the higher, the fewer colours there are.
     """
-    palette = CLOTHES[: round(12 - 6 * difficulty)]
+    palette = CLOTHES[: round(12 - 6 * difficulty**2)]
     shared = [palette[i] for i in group.permutation(len(palette))[:4]]
     places = [int(i) for i in np.roll(group.permutation(4), member)]
     upper, second, lower, accent = (tone(shared[i], own.uniform(0.93, 1.07)) for i in places)

@@ -157,11 +157,11 @@ def _camera(style: Style, number: int) -> Camera:
     place = np.random.default_rng([style.seed, CAMERA, number, 1])
     high, wide = style.size
     horizon = (0.3, 0.5) if style.kind == "person" else (0.12, 0.35)
-    gains = np.exp(rng.uniform(-0.3, 0.3, 3) * strong + rng.uniform(-0.35, 0.25) * strong)
+    gains = np.exp(rng.uniform(-0.25, 0.25, 3) * strong + rng.uniform(-0.3, 0.2) * strong)
     saturation = 1.0 - strong * rng.uniform(0.0, 0.7)
     grey = np.full((3, 3), [0.3, 0.59, 0.11])
     matrix = np.diag(gains) @ (saturation * np.eye(3) + (1 - saturation) * grey)
-    gamma = np.exp(rng.uniform(-0.3, 0.3) * strong + rng.uniform(-0.12, 0.12, 3) * strong)
+    gamma = np.exp(rng.uniform(-0.25, 0.25) * strong + rng.uniform(-0.1, 0.1, 3) * strong)
     sigma = 3.0 + 14.0 * bias * rng.uniform() * (0.5 + style.difficulty)
     grain = place.normal(128.0, sigma, (2 * high, 2 * wide, 3))
     return Camera(
@@ -180,9 +180,9 @@ def _camera(style: Style, number: int) -> Camera:
 def _track(style: Style, identity: int, camera: int, tracklet: int) -> Track:
     rng = np.random.default_rng([style.seed, TRACKLET, identity, camera, tracklet])
     spread = style.difficulty
-    turned = math.pi * (rng.random() < 0.5 * spread * TURN[style.kind] / math.pi)
+    turned = math.pi * (rng.random() < 0.35 * spread * TURN[style.kind] / math.pi)
     return Track(
-        yaw=_camera(style, camera).yaw + turned + rng.normal(0.0, 0.1 + 0.6 * spread),
+        yaw=_camera(style, camera).yaw + turned + rng.normal(0.0, 0.1 + 0.4 * spread),
         phase=rng.uniform(0.0, 2 * math.pi),
         stride=rng.uniform(0.1, 0.25 + 0.5 * spread),
         lean=rng.uniform(-0.05, 0.2) * 2 * spread,

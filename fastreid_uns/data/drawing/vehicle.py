@@ -62,7 +62,7 @@ def make_vehicle(group: np.random.Generator, own: np.random.Generator, member: i
         member: place in the group; members differ in decoration, and every other one swaps the two paints.
         difficulty: 0..1; the higher, the fewer paints there are.
     """
-    paints = PAINTS[: round(10 - 5 * difficulty)]
+    paints = PAINTS[: round(10 - 5 * difficulty**2)]
     shared = [paints[i] for i in group.permutation(len(paints))[:2]]
     paint, second = (tone(shared[(member + i) % 2], own.uniform(0.94, 1.06)) for i in (0, 1))
     decoration = DECORATIONS[int(group.permutation(len(DECORATIONS))[member % len(DECORATIONS)])]
