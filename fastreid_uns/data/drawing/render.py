@@ -19,7 +19,7 @@ from fastreid_uns.data.drawing.vehicle import Posture, Vehicle, draw_vehicle, ex
 ENLARGE = 3  # the canvas is drawn this much larger than the image
 STRANGER = 1_000_000  # identities from here on occur once, as passers-by and distractors
 QUALITY = 90  # of JPEG
-TURN = {"person": math.pi, "vehicle": 0.4 * math.pi}  # a vehicle shows less of itself on its other side
+TURN = {"person": math.pi, "vehicle": 0.6 * math.pi}  # a vehicle shows less of itself on its other side
 CAMERA, GROUP, IDENTITY, TRACKLET, FRAME, OCCLUDER = range(6)  # independent streams of random numbers
 
 
