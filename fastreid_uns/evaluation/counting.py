@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
+
+from fastreid_uns.utils.compiled import compiled
 
 _CHUNK = 2048  # stays in the first cache while it is compared with one match after the other
 
 
-def _compiled(function: Callable) -> Any:
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # neither the package nor the home of the user can hold a compiled file
-        return numba.njit(nogil=True)(function)
-
-
 # A sum in 32 bits over a whole slice is what the compiler turns into 16 comparisons at once.
-@_compiled
+@compiled
 def _up_to(values, own):
     count = np.int32(0)
     for j in range(values.shape[0]):
@@ -27,7 +18,7 @@ def _up_to(values, own):
     return count
 
 
-@_compiled
+@compiled
 def _below(values, own):
     count = np.int32(0)
     for j in range(values.shape[0]):
@@ -35,7 +26,7 @@ def _below(values, own):
     return count
 
 
-@_compiled
+@compiled
 def count_closer(start, stop, block, offsets, columns, count):
     """Add to `count[p]` how many entries of its row stand before column `columns[p]`, equal values by position.
 

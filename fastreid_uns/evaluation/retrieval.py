@@ -206,7 +206,7 @@ def count_closer(block: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
     """
     if block.device.type == "cpu":
         from fastreid_uns.evaluation import counting
-        from fastreid_uns.pseudo_labels.kernels import over_rows
+        from fastreid_uns.utils.compiled import over_rows
 
         count = torch.zeros(len(columns), dtype=torch.long)
         arrays = (tensor.numpy() for tensor in (block.contiguous(), offsets, columns, count))

@@ -7,12 +7,11 @@ gives, and the order in which it adds up, does not depend on how many threads th
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
-import torch
+
+from fastreid_uns.utils.compiled import compiled
 
 _CHUNK = 64
 _GRID = 2.0**20
@@ -21,38 +20,7 @@ UNIT = 2**30  # of weights, which are integers: their sums are exact, so no orde
 
 def _compiled(function: Callable, *allowed: str) -> Any:
     """Compile; NaN is refused before any kernel runs, and no sum is reordered unless `reassoc` is allowed."""
-    flags: dict[str, Any] = {"nogil": True, "fastmath": {"nnan", "nsz", *allowed}}
-    try:
-        return numba.njit(cache=True, **flags)(function)
-    except RuntimeError:  # neither the package nor the home of the user can hold a compiled file
-        return numba.njit(**flags)(function)
-
-
-class Workers:
-    """Threads that share the rows of a kernel, as many as torch uses; a context manager."""
-
-    def __init__(self) -> None:
-        self.count = torch.get_num_threads()
-        self.pool = ThreadPoolExecutor(self.count)
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.pool.shutdown()
-
-    def over_rows(self, kernel: Callable, rows: int, *args: Any, slabs: int = 8) -> list[Any]:
-        """Results of `kernel(start, stop, *args)` over the rows 0..rows-1 in order, `slabs` calls for each thread."""
-        if self.count == 1 or rows < 64:
-            return [kernel(0, rows, *args)]
-        cuts = np.linspace(0, rows, min(slabs * self.count, rows) + 1).astype(np.int64).tolist()
-        return list(self.pool.map(lambda a, b: kernel(a, b, *args), cuts[:-1], cuts[1:]))
-
-
-def over_rows(kernel: Callable, rows: int, *args: Any, slabs: int = 8) -> list[Any]:
-    """`Workers.over_rows` for a single kernel."""
-    with Workers() as workers:
-        return workers.over_rows(kernel, rows, *args, slabs=slabs)
+    return compiled(function, "nnan", "nsz", *allowed)
 
 
 @_compiled

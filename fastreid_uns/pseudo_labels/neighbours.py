@@ -107,12 +107,13 @@ def encode(
     from scipy.sparse import csr_matrix
 
     from fastreid_uns.pseudo_labels import kernels
+    from fastreid_uns.utils.compiled import Workers
 
     n, k = index.shape
     near, near_sq = index.to("cpu", torch.int32).numpy(), sq.cpu().numpy()
     back = np.empty_like(near)
     half = min(round(k1 / 2) + 1, k)
-    with kernels.Workers() as workers:
+    with Workers() as workers:
         workers.over_rows(kernels.place_in_return, n, near, back)
         sizes, members, distances = _join(workers.over_rows(kernels.expanded_sets, n, near, near_sq, back, half))
         starts = _starts(sizes)
@@ -152,6 +153,7 @@ def encoding_distance(rows: csr_matrix, columns: csr_matrix | None = None, *, ma
     from scipy.sparse import coo_matrix, csr_matrix
 
     from fastreid_uns.pseudo_labels import kernels
+    from fastreid_uns.utils.compiled import over_rows
 
     symmetric = columns is None
     lists = rows.T.tocsr() if columns is None else columns
@@ -163,7 +165,7 @@ def encoding_distance(rows: csr_matrix, columns: csr_matrix | None = None, *, ma
         first[slots] = np.arange(rows.nnz)
     entries = (rows.indptr, rows.indices, rows.data, first, last, lists.indices, lists.data)
     limit = np.float32(max_distance)
-    parts = kernels.over_rows(kernels.overlap_distances, rows.shape[0], *entries, n, limit, slabs=32)
+    parts = over_rows(kernels.overlap_distances, rows.shape[0], *entries, n, limit, slabs=32)
     sizes, found, distances = _join(parts)
     result = csr_matrix((distances, found, _starts(sizes)), shape=(rows.shape[0], n))
     if symmetric:
@@ -214,6 +216,7 @@ def check_finite(feats: Tensor) -> None:
 def _search_each_pair_once(feats: Tensor, norms: Tensor, k: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Upper triangle of blocks; each serves its rows and its columns, so a row sees the others in ascending order."""
     from fastreid_uns.pseudo_labels import kernels
+    from fastreid_uns.utils.compiled import Workers
 
     n = len(feats)
     sq = np.full((n, k), np.inf, np.float32)
@@ -221,7 +224,7 @@ def _search_each_pair_once(feats: Tensor, norms: Tensor, k: int, block: int) -> 
     sq[:, 0], index[:, 0] = -1, np.arange(n)  # nothing comes before the image itself, not even its double
     farthest = np.zeros(n, np.float32)
     held = torch.empty(min(block, n) ** 2)
-    with kernels.Workers() as workers:
+    with Workers() as workers:
         for row0 in range(0, n, block):
             above = feats[row0 : row0 + block].float()
             for col0 in range(row0, n, block):
