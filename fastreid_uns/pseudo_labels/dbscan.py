@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -86,14 +85,7 @@ class DBSCANLabels(PseudoLabelGenerator):
             labels = torch.from_numpy(dbscan(distance, self.eps, self.min_samples)).to(bank.feats.device)
             if int(labels.max()) < 0:
                 raise NoClusters(self._all_outliers(encoding))
-            pseudo = PseudoLabels(labels, centroids(bank.feats, labels))
-        if pseudo.num_clusters == 1 and 2 * int(pseudo.sizes[0]) > len(labels):
-            warnings.warn(
-                f"PSEUDO_LABELS: one cluster holds most or all images at EPS {self.eps:.2f}; the features may have "
-                f"collapsed. Lower PSEUDO_LABELS.EPS.",
-                stacklevel=2,
-            )
-        return pseudo
+            return PseudoLabels(labels, centroids(bank.feats, labels))
 
     def _all_outliers(self, encoding: csr_matrix, sample: int = 1000) -> str:
         n = encoding.shape[0]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -120,22 +119,6 @@ def test_all_outliers_names_the_radius_and_the_distance_that_would_do():
 def test_all_outliers_of_a_large_set_are_judged_by_a_sample():
     with pytest.raises(ValueError, match=r"every one of 2,500 images .* has median 0\.\d\d"):
         DBSCANLabels(eps=0.01, k1=5, k2=2)(random_bank(2500), 0)
-
-
-def test_collapse_warns_and_still_gives_the_cluster():
-    collapsed = bank_of(F.normalize(torch.ones(40, 8)))
-    with pytest.warns(
-        UserWarning, match=r"one cluster holds most or all images at EPS 0\.60; .*Lower PSEUDO_LABELS\.EPS"
-    ):
-        pseudo = DBSCANLabels()(collapsed, 0)
-    assert pseudo.labels.tolist() == [0] * 40
-
-
-def test_healthy_features_warn_of_nothing():
-    case = np.load(GOLDEN / "jaccard_n60.npz")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        DBSCANLabels(k1=10, k2=3)(bank_of(torch.from_numpy(case["features"])), 0)
 
 
 def test_broken_features_are_refused():
