@@ -140,8 +140,8 @@ def test_names_are_those_of_ibn_net(depth: int, ibn: str) -> None:
 def test_ibn_normalises_one_half_by_image_and_one_by_batch() -> None:
     x = torch.randn(4, 6, 8, 5) * torch.rand(4, 6, 1, 1) + torch.rand(4, 6, 1, 1)
     out = IBN(6)(x)
-    torch.testing.assert_close(out[:, :3].mean((2, 3)), torch.zeros(4, 3), atol=1e-5, rtol=0)
-    torch.testing.assert_close(out[:, 3:].mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out[:, :3].mean((2, 3)), torch.zeros(4, 3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(out[:, 3:].mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
     assert bool((out[:, 3:].mean((2, 3)).abs() > 0.1).any())
 
 
