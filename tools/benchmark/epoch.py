@@ -61,7 +61,7 @@ def dense_labels(feats, section):
 
 
 def label_stage(folder: Path, repeats: int) -> dict:
-    """Time of neighbours and clustering over features of images at half size, and of the dense form on the same ones."""
+    """Time of neighbours and clustering over features of images at half size, and of the dense form on them."""
     import torch
 
     from fastreid_uns.data.image_set import ImageSet
@@ -77,7 +77,10 @@ def label_stage(folder: Path, repeats: int) -> dict:
     file = folder / "feats.pt"
     if not file.is_file():
         torch.manual_seed(cfg.SEED)
-        model = DefaultTrainer.build_model(cfg, len(records)).to(memory_format=torch.channels_last)
+        model = DefaultTrainer.build_model(cfg, len(records)).to(memory_format=torch.channels_last).train()
+        with torch.no_grad():  # random weights need norm statistics of the data, else all features are alike
+            for pixels in images.stream(torch.randperm(len(records))[:2048].split(64), "cpu"):
+                model.encoder(pixels)
         torch.save(extract_features(model, images, amp=precision("auto", torch.device("cpu")))["feats"], file)
     bank = FeatureBank(torch.load(file, weights_only=True), images.cameras)
     generator = DefaultTrainer.build_generator(cfg)
