@@ -82,7 +82,9 @@ def label_stage(folder: Path, repeats: int) -> dict:
             for pixels in images.stream(torch.randperm(len(records))[:2048].split(64), "cpu"):
                 model.encoder(pixels)
         torch.save(extract_features(model, images, amp=precision("auto", torch.device("cpu")))["feats"], file)
-    bank = FeatureBank(torch.load(file, weights_only=True), images.cameras)
+    feats = torch.load(file, weights_only=True)
+    # centred, or random weights leave gaps between neighbours that float32 cannot rank
+    bank = FeatureBank(torch.nn.functional.normalize(feats - feats.mean(0)), images.cameras)
     generator = DefaultTrainer.build_generator(cfg)
     runs = []
     for _ in range(repeats + 1):  # the first one compiles
