@@ -40,7 +40,7 @@ MAPS: dict[str, Registry | Callable] = {
     "HOOKS": registry.HOOK_REGISTRY,
     "INPUT.AUGMENTS": Augment,
 }
-FREE = ("SOLVER.OPTIMIZER_ARGS",)  # sections whose keys are not ours to check
+FREE = ("SOLVER.OPTIMIZER_ARGS", "PROTOCOL")  # sections whose keys are not ours to check
 
 
 class CfgNode(_CfgNode):
@@ -71,6 +71,23 @@ def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -
 def parse_config(text: str, name: str = "config") -> CfgNode:
     """The config that `cfg.dump()` wrote, for example into a checkpoint that messages call `name`."""
     return _build([(name, yaml.safe_load(text))])
+
+
+def deviations(cfg: CfgNode) -> list[str]:
+    """Where a config departs from its `PROTOCOL`: `KEY: value instead of value` for each such key."""
+    found = []
+
+    def compare(stated: Mapping, held: Any, where: str) -> None:
+        for key, value in stated.items():
+            path = f"{where}.{key}".lstrip(".")
+            own = held.get(key) if isinstance(held, Mapping) else None
+            if isinstance(value, Mapping):
+                compare(value, own, path)
+            elif own != value:
+                found.append(f"{path}: {own} instead of {value}")
+
+    compare(cfg.PROTOCOL, cfg, "")
+    return found
 
 
 def _build(layers: Sequence[tuple[str, dict]]) -> CfgNode:

@@ -81,4 +81,5 @@ DEFAULTS: dict[str, Any] = {
         "PATIENCE": 0,  # evaluations without a better mAP after which training stops; 0 = never
     },
     "HOOKS": {},  # further hooks, a map of free names
+    "PROTOCOL": {},  # what the paper states, keys and values as above; a run says where it departs from it
 }

@@ -55,7 +55,9 @@ class HeadOutput(NamedTuple):
 
     pooled: Tensor  # (B,C) before the neck
     feats: Tensor  # (B,D) unit length, float32
-    parts: Tensor | None = None  # (B,P,D)
+    parts: Tensor | None = None  # (B,P,D) unit length, float32
+    raw: Tensor | None = None  # (B,D) after the neck, before unit length
+    raw_parts: Tensor | None = None  # (B,P,D)
 
 
 @dataclass

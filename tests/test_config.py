@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastreid_uns.config import load_config, parse_config
+from fastreid_uns.config import deviations, load_config, parse_config
 from fastreid_uns.defaults import DEFAULTS
 from fastreid_uns.registry import META_ARCH_REGISTRY
 
@@ -116,3 +116,11 @@ def test_framework_keys_of_the_model_section_are_the_reserved_ones():
 
 def test_defaults_are_plain_yaml():
     assert yaml.safe_load(yaml.safe_dump(DEFAULTS)) == DEFAULTS
+
+
+def test_departures_from_a_protocol_are_named(tmp_path):
+    text = "PROTOCOL: {SOLVER: {EPOCHS: 60, BASE_LR: 0.0005}, PSEUDO_LABELS: {EPS: 0.5}}\n"
+    write(tmp_path, "p.yaml", text + "SOLVER: {EPOCHS: 60, BASE_LR: 0.0005}\nPSEUDO_LABELS: {EPS: 0.5}")
+    assert deviations(load_config(tmp_path / "p.yaml")) == []
+    cfg = load_config(tmp_path / "p.yaml", ["SOLVER.EPOCHS", "5", "PSEUDO_LABELS.NAME", "KMeansLabels"])
+    assert deviations(cfg) == ["SOLVER.EPOCHS: 5 instead of 60", "PSEUDO_LABELS.EPS: None instead of 0.5"]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastreid_uns.config import deviations
 from fastreid_uns.data.augment import Augment
 from fastreid_uns.data.feed import Feed
 from fastreid_uns.data.image_set import CachedImageSet, ImageSet, check_images
@@ -92,6 +93,8 @@ class DefaultTrainer(Trainer):
         )
         for hook in self.build_hooks(cfg, self):
             self.add_hook(hook)
+        if cfg.PROTOCOL:
+            logger.info("Departures from the paper's protocol: %s", "; ".join(deviations(cfg)) or "none")
         seed_everything(cfg.SEED + dist.rank(), cfg.DETERMINISTIC)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logger.info(

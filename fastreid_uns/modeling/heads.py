@@ -123,7 +123,8 @@ class EmbeddingHead(nn.Module):
         x = feature_map(output)
         with torch.autocast(x.device.type, enabled=False):
             pooled = self.pool(x).squeeze(1)
-            return HeadOutput(pooled, F.normalize(self.embed(pooled)))
+            raw = self.embed(pooled)
+            return HeadOutput(pooled, F.normalize(raw), raw=raw)
 
 
 @HEAD_REGISTRY.register()
@@ -155,7 +156,8 @@ class PartHead(EmbeddingHead):
         with torch.autocast(x.device.type, enabled=False):
             stripes = self.part_pool(x).unbind(1)
             parts = [embed(stripe) for embed, stripe in zip(self.part_embed, stripes, strict=True)]
-            return whole._replace(parts=F.normalize(torch.stack(parts, dim=1), dim=2))
+            raw = torch.stack(parts, dim=1)
+            return whole._replace(parts=F.normalize(raw, dim=2), raw_parts=raw)
 
 
 @HEAD_REGISTRY.register()
@@ -196,7 +198,8 @@ class TokenHead(nn.Module):
             )
         with torch.autocast(tokens.device.type, enabled=False):
             pooled = self._fuse(tokens.to(torch.promote_types(tokens.dtype, torch.float32)))
-            return HeadOutput(pooled, F.normalize(self.embed(pooled)))
+            raw = self.embed(pooled)
+            return HeadOutput(pooled, F.normalize(raw), raw=raw)
 
     def _fuse(self, tokens: Tensor) -> Tensor:
         whole = tokens[:, 0]

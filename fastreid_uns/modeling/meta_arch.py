@@ -87,8 +87,9 @@ class MetaArch(nn.Module):
 class Baseline(MetaArch):
     """Cluster Contrast: features of the first view against the memory; further losses come from the config.
 
-    Losses are offered `feats, pooled, labels, index, cameras, domains`, with a memory `logits`, with a part head
-    `parts`, and with a momentum encoder `teacher_feats` of the last view (and `teacher_logits`).
+    Losses are offered `feats, pooled, labels, index, cameras, domains`, what else the head gives (`raw`, and of a part
+    head `parts` and `raw_parts`), with a memory `logits`, and with a momentum encoder `teacher_feats` of the last view
+    (and `teacher_logits`).
 
     Source: Dai et al. 2022 (Cluster Contrast), eq. 4.
     """
@@ -104,10 +105,8 @@ class Baseline(MetaArch):
     def offer(self, batch: Batch) -> dict[str, Tensor]:
         """Every tensor that a loss can ask for, by name; in training the memory is updated."""
         out: HeadOutput = self.encoder(batch.views[0], batch.domains)
-        offer = {"feats": out.feats, "pooled": out.pooled, **batch._asdict()}
-        del offer["views"]
-        if out.parts is not None:
-            offer["parts"] = out.parts
+        offer = {**out._asdict(), **batch._asdict()}
+        offer = {name: value for name, value in offer.items() if name != "views" and value is not None}
         if self.teacher is not None:
             with torch.no_grad():
                 offer["teacher_feats"] = self.teacher(batch.views[-1], batch.domains).feats

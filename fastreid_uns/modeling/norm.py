@@ -283,6 +283,21 @@ def rows_of_domains(model: nn.Module, domains: Tensor | None) -> Iterator[None]:
         layer.rows.runs = before
 
 
+@contextlib.contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """While it lasts, training passes use the statistics of their batch but leave the running ones as they are."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    held = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for norm, (momentum, tracked) in zip(norms, held, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, tracked
+
+
 def _replace(module: nn.Module, convert: Any) -> nn.Module:
     if isinstance(module, _BatchNorm):
         return convert(module)

@@ -66,3 +66,10 @@ def centroids(feats: Tensor, labels: Tensor) -> Tensor:
     count = int(labels.max()) + 1 if len(labels) else 0
     total = torch.zeros((count, feats.shape[1]), device=feats.device)
     return F.normalize(total.index_add_(0, labels[kept], feats[kept].float()), dim=1)
+
+
+def singletons(labels: Tensor) -> Tensor:
+    """(N,) `labels` in which each outlier (-1) has become a cluster of its own, numbered after the others in order."""
+    outlier = labels < 0
+    first = int(labels.max()) + 1
+    return torch.where(outlier, first + outlier.cumsum(0) - 1, labels)

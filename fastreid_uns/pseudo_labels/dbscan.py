@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
+from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids, singletons
 from fastreid_uns.pseudo_labels.neighbours import encoding_distance, reciprocal_encoding
 from fastreid_uns.registry import PSEUDO_LABEL_REGISTRY
 from fastreid_uns.structures import FeatureBank, NoClusters, PseudoLabels
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
+
+OUTLIERS = ("drop", "singletons")
 
 
 def dbscan(distance: csr_matrix, eps: float, min_samples: int) -> np.ndarray:
@@ -53,19 +55,23 @@ def dbscan(distance: csr_matrix, eps: float, min_samples: int) -> np.ndarray:
 
 @PSEUDO_LABEL_REGISTRY.register()
 class DBSCANLabels(PseudoLabelGenerator):
-    """DBSCAN over the k-reciprocal Jaccard distance; images without a cluster are outliers.
+    """DBSCAN over the k-reciprocal Jaccard distance.
 
     Args:
         eps: radius, in (0, 1). Between two images that share no neighbour the distance is 1.
         min_samples: images within the radius, the image itself included, that start a cluster.
         k1: neighbours that vote, the image itself included.
         k2: neighbours over which the encoding is averaged; 1 switches it off.
+        outliers: what becomes of images without a cluster: `drop` leaves them out of the epoch, `singletons` makes each
+            a cluster of its own, numbered after the others.
 
     Raises:
         ValueError: a parameter out of range.
     """
 
-    def __init__(self, *, eps: float = 0.6, min_samples: int = 4, k1: int = 30, k2: int = 6) -> None:
+    def __init__(
+        self, *, eps: float = 0.6, min_samples: int = 4, k1: int = 30, k2: int = 6, outliers: str = "drop"
+    ) -> None:
         super().__init__()
         if not 0 < eps < 1:
             raise ValueError(
@@ -75,7 +81,9 @@ class DBSCANLabels(PseudoLabelGenerator):
         for key, value, least in (("MIN_SAMPLES", min_samples, 1), ("K1", k1, 2), ("K2", k2, 1)):
             if value < least:
                 raise ValueError(f"PSEUDO_LABELS: {key} is {value}; it must be at least {least}.")
-        self.eps, self.min_samples, self.k1, self.k2 = eps, min_samples, k1, k2
+        if outliers not in OUTLIERS:
+            raise ValueError(f"PSEUDO_LABELS: OUTLIERS is {outliers!r}; accepted: {', '.join(OUTLIERS)}. Change it.")
+        self.eps, self.min_samples, self.k1, self.k2, self.outliers = eps, min_samples, k1, k2, outliers
 
     def __call__(self, bank: FeatureBank, epoch: int) -> PseudoLabels:
         with self.timed("neighbours"):
@@ -83,6 +91,8 @@ class DBSCANLabels(PseudoLabelGenerator):
             distance = encoding_distance(encoding, max_distance=self.eps)
         with self.timed("cluster"):
             labels = torch.from_numpy(dbscan(distance, self.eps, self.min_samples)).to(bank.feats.device)
+            if self.outliers == "singletons":
+                labels = singletons(labels)
             if int(labels.max()) < 0:
                 raise NoClusters(self._all_outliers(encoding))
             return PseudoLabels(labels, centroids(bank.feats, labels))

@@ -166,3 +166,13 @@ def test_token_head_says_what_the_backbone_lacks() -> None:
         TokenHead(4, fuse="cat")(Tokens(TOKENS.map, TOKENS.tokens[:, :1]))
     with pytest.raises(ValueError, match=r"FUSE: 'sum' is unknown; accepted: class, mean, cat"):
         TokenHead(4, fuse="sum")
+
+
+@pytest.mark.parametrize("head", [EmbeddingHead(4), PartHead(4, parts=2)])
+def test_raw_features_point_where_the_unit_features_point(head: nn.Module) -> None:
+    out = head(torch.randn(6, 4, 4, 2, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(out.raw / out.raw.norm(dim=1, keepdim=True), out.feats)
+    assert (out.raw.norm(dim=1) - 1).abs().min() > 0.01
+    assert (out.raw_parts is None) == (out.parts is None)
+    if out.parts is not None:
+        torch.testing.assert_close(out.raw_parts / out.raw_parts.norm(dim=2, keepdim=True), out.parts)

@@ -16,6 +16,7 @@ from fastreid_uns.modeling.norm import (
     DomainBatchNorm,
     GroupedBatchNorm,
     domain_norm,
+    frozen_statistics,
     group_norm_statistics,
     rows_of_domains,
 )
@@ -303,3 +304,19 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
         if group == 8:
             torch.testing.assert_close(second[name][3], first[name][3])
     assert "NORM_GROUP is 12 and a norm layer got 4 images in each of 2 processes" in message
+
+
+@pytest.mark.parametrize("group", [0, 4])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_frozen_statistics_normalise_by_the_batch_and_change_no_buffer(group: int, momentum: float | None) -> None:
+    model = group_norm_statistics(nn.Sequential(nn.BatchNorm1d(3, momentum=momentum)), group)
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    moved = copy.deepcopy(model)
+    before = copy.deepcopy(model.state_dict())
+    with frozen_statistics(model):
+        frozen = model(x)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(frozen, moved(x))
+    assert not torch.equal(moved.state_dict()["0.running_mean"], before["0.running_mean"])
+    model(x)
+    assert all(torch.equal(value, moved.state_dict()[name]) for name, value in model.state_dict().items())

@@ -5,7 +5,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
+from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids, singletons
 
 
 def test_centroids_are_unit_means_of_their_images():
@@ -47,3 +47,8 @@ def test_seconds_are_those_of_the_last_block():
         pass
     assert 0 <= generator.seconds["neighbours"] < 0.05
     assert list(generator.seconds) == ["neighbours", "cluster"]
+
+
+def test_singletons_come_after_the_clusters_in_order():
+    assert singletons(torch.tensor([-1, 1, 0, -1, 1])).tolist() == [2, 1, 0, 3, 1]
+    assert singletons(torch.tensor([-1, -1])).tolist() == [0, 1]

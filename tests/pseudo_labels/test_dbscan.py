@@ -138,3 +138,16 @@ def test_radius_out_of_range(eps):
 def test_counts_out_of_range(key, value, least):
     with pytest.raises(ValueError, match=rf"PSEUDO_LABELS: {key} is {value}; it must be at least {least}"):
         DBSCANLabels(**{key.lower(): value})
+
+
+def test_outliers_become_clusters_of_one_image():
+    bank = random_bank(200)
+    dropped = DBSCANLabels(eps=0.5, k1=10, k2=3)(bank, 0).labels
+    kept = DBSCANLabels(eps=0.5, k1=10, k2=3, outliers="singletons")(bank, 0)
+    inside = dropped >= 0
+    assert 0 < int(inside.sum()) < 200
+    assert torch.equal(kept.labels[inside], dropped[inside])
+    assert kept.num_clusters == int(dropped.max()) + 1 + int((~inside).sum())
+    assert (kept.sizes[int(dropped.max()) + 1 :] == 1).all()
+    with pytest.raises(ValueError, match="OUTLIERS is 'keep'; accepted: drop, singletons"):
+        DBSCANLabels(outliers="keep")
