@@ -22,6 +22,7 @@ class Registry(_Registry):
     def __init__(self, name: str, reserved: Iterable[str] = ()) -> None:
         super().__init__(name)
         self.reserved = frozenset(reserved)
+        self._origins: dict[str, tuple[str, str]] = {}
 
     def register(self, obj: Any = None, *, name: str | None = None) -> Any:
         """Register a class or function, as a decorator or as a call.
@@ -35,12 +36,14 @@ class Registry(_Registry):
             return lambda decorated: self.register(decorated, name=name)
         key = name or obj.__name__
         held = self._obj_map.get(key)
-        if held is not None and _origin(held) != _origin(obj):
+        again = held is not None and (held.__module__, held.__qualname__) == (obj.__module__, obj.__qualname__)
+        if held is not None and not again and self._origins[key] != _origin(obj):
             raise KeyError(
                 f"{self._name} registry: {key} is registered by {held.__module__} and by {obj.__module__}; "
                 f"names must be unique. Rename one of them, or load only one of the two plugins."
             )
         self._obj_map[key] = obj
+        self._origins[key] = _origin(obj)  # now, as the module may be gone when another one asks
         return obj
 
     def get(self, name: str) -> Any:

@@ -134,9 +134,11 @@ def checkout(tmp_path, monkeypatch) -> Path:
         (tmp_path / name).write_text(content)
     projects = importlib.import_module("fastreid_uns.projects")
     monkeypatch.setattr(projects, "__path__", [str(tmp_path / "projects")])
+    before = set(sys.modules)
     yield tmp_path
-    for module in [name for name in sys.modules if name.startswith("fastreid_uns.projects.")]:
-        del sys.modules[module]
+    for module in set(sys.modules) - before:
+        if module.startswith("fastreid_uns.projects."):
+            del sys.modules[module]
     importlib.invalidate_caches()
 
 

@@ -32,9 +32,11 @@ def checkout(tool, tmp_path, monkeypatch) -> Path:
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     monkeypatch.setattr(tool, "ROOT", tmp_path)
     monkeypatch.setattr(fastreid_uns.projects, "__path__", [str(tmp_path / "projects")])
+    before = set(sys.modules)
     yield tmp_path
-    for name in [name for name in sys.modules if name.startswith("fastreid_uns.projects.")]:
-        del sys.modules[name]
+    for name in set(sys.modules) - before:
+        if name.startswith("fastreid_uns.projects."):
+            del sys.modules[name]
 
 
 def files_below(folder: Path) -> list[str]:
