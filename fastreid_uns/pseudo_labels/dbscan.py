@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from fastreid_uns.pseudo_labels.approximate import APPROXIMATE, approximate_neighbours
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids, singletons
-from fastreid_uns.pseudo_labels.neighbours import encoding_distance, reciprocal_encoding
+from fastreid_uns.pseudo_labels.neighbours import encoding_distance, nearest_neighbours, reciprocal_encoding
 from fastreid_uns.registry import PSEUDO_LABEL_REGISTRY
 from fastreid_uns.structures import FeatureBank, NoClusters, PseudoLabels
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 OUTLIERS = ("drop", "singletons")
+SEARCHES = ("exact", *APPROXIMATE)
 
 
 def dbscan(distance: csr_matrix, eps: float, min_samples: int) -> np.ndarray:
@@ -64,13 +67,25 @@ class DBSCANLabels(PseudoLabelGenerator):
         k2: neighbours over which the encoding is averaged; 1 switches it off.
         outliers: what becomes of images without a cluster: `drop` leaves them out of the epoch, `singletons` makes each
             a cluster of its own, numbered after the others.
+        search: of neighbours; `exact`, or approximate by faiss, with a warning: `ivf` or `hnsw`.
+        search_effort: of an approximate search, at least 1: inverted lists that are looked through, or candidates that
+            are followed through the graph.
 
     Raises:
         ValueError: a parameter out of range.
+        ImportError: `search` is approximate and faiss is not installed; raised by the first clustering.
     """
 
     def __init__(
-        self, *, eps: float = 0.6, min_samples: int = 4, k1: int = 30, k2: int = 6, outliers: str = "drop"
+        self,
+        *,
+        eps: float = 0.6,
+        min_samples: int = 4,
+        k1: int = 30,
+        k2: int = 6,
+        outliers: str = "drop",
+        search: str = "exact",
+        search_effort: int = 64,
     ) -> None:
         super().__init__()
         if not 0 < eps < 1:
@@ -78,16 +93,34 @@ class DBSCANLabels(PseudoLabelGenerator):
                 f"PSEUDO_LABELS: EPS is {eps}; it must lie between 0 and 1, both excluded, because images that share "
                 f"no neighbour have distance 1. The papers use 0.4 to 0.7."
             )
-        for key, value, least in (("MIN_SAMPLES", min_samples, 1), ("K1", k1, 2), ("K2", k2, 1)):
+        for key, value, least in (
+            ("MIN_SAMPLES", min_samples, 1),
+            ("K1", k1, 2),
+            ("K2", k2, 1),
+            ("SEARCH_EFFORT", search_effort, 1),
+        ):
             if value < least:
                 raise ValueError(f"PSEUDO_LABELS: {key} is {value}; it must be at least {least}.")
         if outliers not in OUTLIERS:
             raise ValueError(f"PSEUDO_LABELS: OUTLIERS is {outliers!r}; accepted: {', '.join(OUTLIERS)}. Change it.")
+        if search not in SEARCHES:
+            raise ValueError(f"PSEUDO_LABELS: SEARCH is {search!r}; accepted: {', '.join(SEARCHES)}. Change it.")
         self.eps, self.min_samples, self.k1, self.k2, self.outliers = eps, min_samples, k1, k2, outliers
+        self.search, self.search_effort = search, search_effort
+
+    def nearest(self, feats: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """What `nearest_neighbours` gives, with the neighbours that SEARCH finds; on the CPU if it is approximate."""
+        if self.search == "exact":
+            return nearest_neighbours(feats, k)
+        return approximate_neighbours(feats, k, search=self.search, effort=self.search_effort)
+
+    def encoding(self, feats: Tensor) -> csr_matrix:
+        """`reciprocal_encoding` of the features, with the neighbours that SEARCH finds."""
+        return reciprocal_encoding(feats, self.k1, self.k2, self.nearest)
 
     def __call__(self, bank: FeatureBank, epoch: int) -> PseudoLabels:
         with self.timed("neighbours"):
-            encoding = reciprocal_encoding(bank.feats, self.k1, self.k2)
+            encoding = self.encoding(bank.feats)
             distance = encoding_distance(encoding, max_distance=self.eps)
         with self.timed("cluster"):
             labels = torch.from_numpy(dbscan(distance, self.eps, self.min_samples)).to(bank.feats.device)

@@ -13,8 +13,9 @@ import numpy as np
 
 from fastreid_uns.utils.compiled import compiled
 
-_CHUNK = 64
+_CHUNK = 128
 _GRID = 2.0**20
+_ROUND_UP = 1 + 2.0**-30  # more than the rounding of a float64 sum of squares
 UNIT = 2**30  # of weights, which are integers: their sums are exact, so no order of images or threads shows
 
 
@@ -23,11 +24,166 @@ def _compiled(function: Callable, *allowed: str) -> Any:
     return compiled(function, "nnan", "nsz", *allowed)
 
 
+def _squared_distance(feats, i, j):
+    """Of float32 rows, summed in float64 and rounded once, so that the order of the sum hardly ever shows."""
+    total = 0.0
+    for c in range(feats.shape[1]):
+        difference = np.float64(feats[i, c]) - np.float64(feats[j, c])
+        total += difference * difference
+    return np.float32(total)
+
+
+_squared_distance = _compiled(_squared_distance, "reassoc", "contract")
+
+
 @_compiled
-def _insert(sq, index, i, distance, j):
-    # A neighbour that comes later has the higher index, so it stands behind those at the same distance.
+def round_rows(start, stop, feats, mean, rows, scales, lengths, kept, lost):
+    """Centre rows and measure them: their length, the length of what is kept of them and of what is lost.
+
+    Rows of 8 bits are written to `rows`, with their scales; if `rows` has no columns, float32 is kept.
+    """
+    width = feats.shape[1]
+    centred = np.empty(width)
+    for i in range(start, stop):
+        square = 0.0
+        peak = 0.0
+        for c in range(width):
+            value = np.float64(feats[i, c]) - np.float64(mean[c])
+            centred[c] = value
+            square += value * value
+            peak = max(peak, abs(value))
+        lengths[i] = np.sqrt(square) * _ROUND_UP
+        if rows.shape[1] == 0:
+            kept[i] = lengths[i] * (1 + 2.0**-24)
+            lost[i] = lengths[i] * 2.0**-24
+            continue
+        scale = np.float32(peak / 127)
+        scales[i] = scale
+        inverse = 1 / np.float64(scale) if scale > 0 else 0.0
+        square = rest = 0.0
+        for c in range(width):
+            level = min(max(np.rint(centred[c] * inverse), -127.0), 127.0)
+            rows[i, c] = np.int8(level)
+            value = level * np.float64(scale)
+            square += value * value
+            rest += (centred[c] - value) * (centred[c] - value)
+        kept[i] = np.sqrt(square) * _ROUND_UP
+        lost[i] = np.sqrt(rest) * _ROUND_UP
+
+
+@_compiled
+def _shorten(i, need, errors, limits, counts, near, listed):
+    """Drop candidates that cannot be among the `need` nearest; a row that stays full is given up: its count is -1."""
+    count = counts[i]
+    limits[i] = np.partition(near[i, :count], need - 1)[need - 1] + np.float32(2) * errors[i]
+    end = 0
+    for c in range(count):
+        if near[i, c] <= limits[i]:
+            near[i, end] = near[i, c]
+            listed[i, end] = listed[i, c]
+            end += 1
+    counts[i] = end
+    if 16 * end > 15 * near.shape[1]:
+        counts[i] = -1
+        limits[i] = -np.inf
+
+
+@_compiled
+def offer_columns(start, stop, products, scales, norms, images, col0, need, errors, limits, counts, near, listed):
+    """Offer the images of a block's columns, from `col0` on, to `images`, those of its rows.
+
+    `scales` and `norms` are of all images; what follows `need` has a row for each row of the block.
+    """
+    width = products.shape[1]
+    beyond = np.empty(_CHUNK, np.float32)  # estimates less the norm of the row
+    hits = np.empty(_CHUNK, np.int32)
+    for r in range(start, stop):
+        i = images[r]
+        twice = np.float32(2) * scales[i]
+        for c0 in range(0, width, _CHUNK):
+            size = min(_CHUNK, width - c0)
+            first = col0 + c0
+            line, scale, norm = products[r, c0 : c0 + size], scales[first : first + size], norms[first : first + size]
+            limit = limits[r] - norms[i]
+            hit = np.int32(0)
+            for c in range(size):
+                value = norm[c] - twice * scale[c] * np.float32(line[c])
+                beyond[c] = value
+                hit |= np.int32(value <= limit)
+            if hit:
+                count = 0
+                for c in range(size):
+                    hits[count] = c
+                    count += beyond[c] <= limit
+                for h in range(count):
+                    distance, j = norms[i] + beyond[hits[h]], first + hits[h]
+                    if counts[r] == near.shape[1]:
+                        _shorten(r, need, errors, limits, counts, near, listed)
+                    if distance <= limits[r] and j != i:
+                        near[r, counts[r]] = distance
+                        listed[r, counts[r]] = j
+                        counts[r] += 1
+
+
+@_compiled
+def offer_rows(start, stop, products, scales, norms, images, col0, need, errors, limits, counts, near, listed):
+    """Offer `images`, those of a block's rows, to those of its columns: the same block, seen from the side.
+
+    What follows `need` has a row for each column of the block.
+    """
+    beyond = np.empty(_CHUNK, np.float32)  # estimates less the norm of the column
+    hits = np.empty(_CHUNK, np.int32)
+    for c0 in range(start, stop, _CHUNK):
+        size = min(_CHUNK, stop - c0)
+        first = col0 + c0
+        scale, norm = scales[first : first + size], norms[first : first + size]
+        limit = limits[c0 : c0 + size] - norm
+        for r in range(products.shape[0]):
+            i = images[r]
+            twice = np.float32(2) * scales[i]
+            line = products[r, c0 : c0 + size]
+            hit = np.int32(0)
+            for c in range(size):
+                value = norms[i] - twice * scale[c] * np.float32(line[c])
+                beyond[c] = value
+                hit |= np.int32(value <= limit[c])
+            if hit:
+                count = 0
+                for c in range(size):
+                    hits[count] = c
+                    count += beyond[c] <= limit[c]
+                for h in range(count):
+                    distance, j = norm[hits[h]] + beyond[hits[h]], c0 + hits[h]
+                    if counts[j] == near.shape[1]:
+                        _shorten(j, need, errors, limits, counts, near, listed)
+                        limit[hits[h]] = limits[j] - norm[hits[h]]
+                    if distance <= limits[j]:
+                        near[j, counts[j]] = distance
+                        listed[j, counts[j]] = i
+                        counts[j] += 1
+
+
+@_compiled
+def keep_farthest(start, stop, products, norms, row0, col0, farthest):
+    """Raise `farthest` to the largest squared distance of a block of float32 products, for its columns and its rows."""
+    width = products.shape[1]
+    for r in range(start, stop):
+        line, norm, far = products[r], norms[col0 : col0 + width], farthest[col0 : col0 + width]
+        largest = np.float32(0)
+        for c in range(width):
+            distance = norms[row0 + r] + norm[c] - np.float32(2) * line[c]
+            far[c] = max(far[c], distance)
+            largest = max(largest, distance)
+        farthest[row0 + r] = max(farthest[row0 + r], largest)
+
+
+@_compiled
+def _place(sq, index, i, distance, j):
+    """Put a neighbour where it belongs by distance and then by index; the first place is the image's own."""
     at = sq.shape[1] - 1
-    while sq[i, at - 1] > distance:
+    if distance > sq[i, at] or (distance == sq[i, at] and j > index[i, at]):
+        return
+    while at > 1 and (sq[i, at - 1] > distance or (sq[i, at - 1] == distance and index[i, at - 1] > j)):
         sq[i, at] = sq[i, at - 1]
         index[i, at] = index[i, at - 1]
         at -= 1
@@ -36,54 +192,30 @@ def _insert(sq, index, i, distance, j):
 
 
 @_compiled
-def offer_columns(start, stop, products, norms, row0, col0, sq, index, farthest):
-    """Offer the images of a block's columns to the images of its rows, ascending; keep the nearest of each row."""
+def measure_listed(start, stop, feats, images, errors, counts, near, listed, sq, index):
+    """Nearest neighbours of `images` out of their candidates, by true distances; out of all images if given up."""
     last = sq.shape[1] - 1
-    width = products.shape[1]
-    distances = np.empty(_CHUNK, np.float32)
     for r in range(start, stop):
-        i = row0 + r
-        for c0 in range(0, width, _CHUNK):
-            size = min(_CHUNK, width - c0)
-            near = np.float32(np.inf)
-            far = farthest[i]
-            for c in range(size):
-                d = max(norms[i] + norms[col0 + c0 + c] - np.float32(2) * products[r, c0 + c], np.float32(0))
-                distances[c] = d
-                near = min(near, d)
-                far = max(far, d)
-            farthest[i] = far
-            if near < sq[i, last]:
-                for c in range(size):
-                    j = col0 + c0 + c
-                    if distances[c] < sq[i, last] and j != i:
-                        _insert(sq, index, i, distances[c], j)
-
-
-@_compiled
-def offer_rows(start, stop, products, norms, row0, col0, sq, index, farthest):
-    """Offer the images of a block's rows to those of its columns `start..stop`: the same block, seen from the side."""
-    last = sq.shape[1] - 1
-    distances = np.empty(_CHUNK, np.float32)
-    limit = np.empty(_CHUNK, np.float32)
-    for c0 in range(start, stop, _CHUNK):
-        size = min(_CHUNK, stop - c0)
-        first = col0 + c0
-        for c in range(size):
-            limit[c] = sq[first + c, last]
-        for r in range(products.shape[0]):
-            i = row0 + r
-            hits = 0
-            for c in range(size):
-                d = max(norms[first + c] + norms[i] - np.float32(2) * products[r, c0 + c], np.float32(0))
-                distances[c] = d
-                hits += d < limit[c]
-                farthest[first + c] = max(farthest[first + c], d)
-            if hits:
-                for c in range(size):
-                    if distances[c] < limit[c]:
-                        _insert(sq, index, first + c, distances[c], i)
-                        limit[c] = sq[first + c, last]
+        i = images[r]
+        sq[r, 0] = 0
+        index[r, 0] = i
+        sq[r, 1:] = np.inf
+        index[r, 1:] = feats.shape[0]
+        if last == 0:
+            continue
+        if counts[r] < 0:
+            for j in range(feats.shape[0]):
+                if j != i:
+                    _place(sq, index, r, _squared_distance(feats, i, j), j)
+                if sq[r, last] == 0:
+                    break  # all who follow have a higher index
+            continue
+        order = np.argsort(near[r, : counts[r]])
+        for at in range(len(order)):
+            if near[r, order[at]] - errors[r] > sq[r, last]:
+                break
+            j = listed[r, order[at]]
+            _place(sq, index, r, _squared_distance(feats, i, j), j)
 
 
 @_compiled
@@ -162,25 +294,19 @@ def _listed_distance(index, sq, i, j):
     return np.float32(-1)
 
 
-def _pair_distances(start, stop, feats, first, second, distances):
+@_compiled
+def pair_distances(start, stop, feats, first, second, distances):
     """Write squared distances of pairs of rows to `distances`."""
     for p in range(start, stop):
-        total = np.float32(0)
-        for c in range(feats.shape[1]):
-            difference = feats[first[p], c] - feats[second[p], c]
-            total += difference * difference
-        distances[p] = total
-
-
-# Summed in the lanes of the processor: always in the same order on one machine.
-pair_distances = _compiled(_pair_distances, "reassoc")
+        distances[p] = _squared_distance(feats, first[p], second[p])
 
 
 @_compiled
-def averaged_rows(start, stop, index, k2, indptr, indices, data):
+def averaged_rows(start, stop, order, place, index, k2, indptr, indices, data):
     """Mean of the sparse rows of the first k2 neighbours; returns sizes, columns and values of the rows.
 
-    Values are integers of size 1 / `UNIT`.
+    Values are integers of size 1 / `UNIT`. What is given numbers the images by their `place` in `order`; rows and
+    columns of the result are the images themselves.
     """
     total = np.zeros(index.shape[0])
     sizes = np.empty(stop - start, np.int64)
@@ -190,7 +316,7 @@ def averaged_rows(start, stop, index, k2, indptr, indices, data):
     for i in range(start, stop):
         begin = end
         for c in range(k2):
-            j = index[i, c]
+            j = index[place[i], c]
             columns = _room(columns, end + indptr[j + 1] - indptr[j])
             for e in range(indptr[j], indptr[j + 1]):
                 t = indices[e]
@@ -200,18 +326,41 @@ def averaged_rows(start, stop, index, k2, indptr, indices, data):
                 total[t] += data[e]
         values = _room(values, len(columns))
         for e in range(begin, end):
-            values[e] = np.int32(np.rint(total[columns[e]] / k2 * UNIT))
-            total[columns[e]] = 0
+            t = columns[e]
+            values[e] = np.int32(np.rint(total[t] / k2 * UNIT))
+            total[t] = 0
+            columns[e] = order[t]
         sizes[i - start] = end - begin
     return sizes, columns[:end], values[:end]
 
 
 @_compiled
-def overlap_distances(start, stop, indptr, indices, data, list_begin, list_end, list_rows, list_data, n, limit):
-    """Jaccard distances of sparse rows to those n rows with which they share a column, up to `limit`.
+def transposed(order, indptr, indices, data, width):
+    """Columns of sparse rows: where each of `width` begins, places of its rows in `order`, ascending, and values."""
+    begin = np.zeros(width + 1, np.int64)
+    for e in range(len(indices)):
+        begin[indices[e] + 1] += 1
+    for t in range(width):
+        begin[t + 1] += begin[t]
+    end = begin[:-1].copy()
+    rows = np.empty(len(indices), np.int32)
+    values = np.empty(len(indices), data.dtype)
+    for place in range(len(order)):
+        for e in range(indptr[order[place]], indptr[order[place] + 1]):
+            t = indices[e]
+            rows[end[t]] = place
+            values[end[t]] = data[e]
+            end[t] += 1
+    return begin, rows, values
 
-    Entry e of the rows meets the entries `list_begin[e]..list_end[e]` of the other rows in the same column. Returns
-    sizes, other rows and distances; distances are rounded to multiples of 2^-20 and lie below 1.
+
+@_compiled
+def overlap_distances(start, stop, order, indptr, indices, data, list_indptr, list_rows, list_data, n, limit, once):
+    """Jaccard distances of sparse rows, taken in some order, to those n rows with which they share a column.
+
+    The lists hold the n rows column by column, in ascending order; with `once`, where both are the same rows in the
+    same order, a row meets only itself and those before it. Returns sizes, other rows and distances up to `limit`;
+    distances are rounded to multiples of 2^-20 and lie below 1.
     """
     shared = np.zeros(n, np.int32)
     met = np.empty(n + 1, np.int32)
@@ -220,13 +369,17 @@ def overlap_distances(start, stop, indptr, indices, data, list_begin, list_end, 
     values = np.empty(32 * (stop - start), np.float32)
     least = UNIT * (2 * (1 - limit) / (2 - limit) - 1e-5)  # an overlap below is too far apart, without a division
     end = 0
-    for i in range(start, stop):
+    for place in range(start, stop):
+        i = order[place]
         begin = end
         count = 0
+        beyond = place + 1 if once else n
         for e in range(indptr[i], indptr[i + 1]):
             own = data[e]
-            for p in range(list_begin[e], list_end[e]):
+            for p in range(list_indptr[indices[e]], list_indptr[indices[e] + 1]):
                 j = list_rows[p]
+                if j >= beyond:
+                    break
                 before = shared[j]
                 met[count] = j
                 count += before == 0
@@ -243,5 +396,5 @@ def overlap_distances(start, stop, indptr, indices, data, list_begin, list_end, 
                 columns[end] = met[m]
                 values[end] = distance
                 end += 1
-        sizes[i - start] = end - begin
+        sizes[place - start] = end - begin
     return sizes, columns[:end], values[:end]

@@ -14,8 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastreid_uns.pseudo_labels.candidates import search_by_candidates
+
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
+
+_SPARE = 8  # candidates beside the k nearest, where they are not told by a bound
 
 
 @torch.no_grad()
@@ -23,32 +27,47 @@ def nearest_neighbours(feats: Tensor, k: int, *, block: int = 2048) -> tuple[Ten
     """The k nearest images of each image by squared Euclidean distance, exactly, the image itself first.
 
     Args:
-        feats: (N, D) float, finite; computed in float32 on the device that it is on.
+        feats: (N, D) float, finite; taken as float32 on the device that it is on.
         k: neighbours of each image, itself included, 1..N.
-        block: rows and columns of the block of products that is held at a time. Distances may differ by rounding
-            (about 1e-6) between block sizes, and so may the order of neighbours that are this close to a tie.
+        block: rows and columns of the block of products that is held at a time; it does not show in the result.
 
     Returns:
         Squared distances (N, k) float32, ascending from the image's own 0, and their images (N, k) int64; where
-        distances are equal, the lower index comes first.
+        distances are equal, the lower index comes first. A distance is summed in float64 and rounded once.
 
     Raises:
         ValueError: NaN or infinite rows, no rows, or k outside 1..N.
     """
-    sq, index, _ = neighbours_and_farthest(feats, k, block=block)
-    return sq, index
+    return _search(feats, k, block)[:2]
 
 
 @torch.no_grad()
 def neighbours_and_farthest(feats: Tensor, k: int, *, block: int = 2048) -> tuple[Tensor, Tensor, Tensor]:
-    """`nearest_neighbours`, and (N,) float32 squared distance of each image to the one farthest from it."""
+    """`nearest_neighbours`, and (N,) float32 squared distance of each image to the one farthest from it.
+
+    The farthest is that of a float32 product, which may be off by rounding (about 1e-6).
+    """
+    return _search(feats, k, block, farthest=True)
+
+
+def _search(feats: Tensor, k: int, block: int, *, farthest: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    feats = checked(feats, k)
+    with full_precision(feats.device):
+        if feats.device.type == "cpu":
+            return search_by_candidates(feats, k, block, farthest=farthest)
+        return _search_by_rows(feats, k, block)
+
+
+def checked(feats: Tensor, k: int) -> Tensor:
+    """The features as float32 in one piece, if they can be searched.
+
+    Raises:
+        ValueError: as `nearest_neighbours`.
+    """
     if not 1 <= k <= len(feats):
         raise ValueError(f"nearest_neighbours: k is {k}; it must lie in 1..{len(feats):,}, the number of images.")
     check_finite(feats)
-    norms = torch.cat([rows.float().square().sum(1) for rows in feats.split(block)])
-    search = _search_each_pair_once if feats.device.type == "cpu" else _search_by_rows
-    with full_precision(feats.device):
-        return search(feats, norms, k, block)
+    return feats.detach().float().contiguous()
 
 
 def jaccard_distance(feats: Tensor, k1: int = 30, k2: int = 6, *, max_distance: float = 1.0) -> csr_matrix:
@@ -75,17 +94,20 @@ def jaccard_distance(feats: Tensor, k1: int = 30, k2: int = 6, *, max_distance: 
     return encoding_distance(reciprocal_encoding(feats, k1, k2), max_distance=max_distance)
 
 
-def reciprocal_encoding(feats: Tensor, k1: int = 30, k2: int = 6) -> csr_matrix:
+def reciprocal_encoding(
+    feats: Tensor, k1: int = 30, k2: int = 6, search: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
+) -> csr_matrix:
     """Neighbourhood of each image as weights over images: (N, N) CSR int32 in units of 2^-30, rows sum to 1.
 
-    Arguments and errors are those of `jaccard_distance`.
+    Arguments and errors are those of `jaccard_distance`; `search` finds neighbours as `nearest_neighbours` does, which
+    it is by default.
     """
     if k1 < 2 or k2 < 1:
         raise ValueError(f"jaccard distance: k1 is {k1} and k2 is {k2}; k1 must be at least 2 and k2 at least 1.")
     k = min(k1, len(feats))
     if k < k1:
         warnings.warn(f"k1 {k1} exceeds the {k} images there are; {k} neighbours are used. Lower K1.", stacklevel=2)
-    sq, index = nearest_neighbours(feats, k)
+    sq, index = (search or nearest_neighbours)(feats, k)
     return encode(feats, sq, index, k1, k2, lambda rows, distances: distances)
 
 
@@ -110,40 +132,60 @@ def encode(
     from fastreid_uns.utils.compiled import Workers
 
     n, k = index.shape
-    near, near_sq = index.to("cpu", torch.int32).numpy(), sq.cpu().numpy()
+    near = index.to("cpu", torch.int32).numpy()
+    order = _alike_together(np.arange(0, n * k, k), near.ravel(), square=True)
+    place = np.empty_like(order)
+    place[order] = np.arange(n)
+    near, near_sq = place[near[order]], sq.cpu().numpy()[order]  # from here on, images are numbered by their place
     back = np.empty_like(near)
     half = min(round(k1 / 2) + 1, k)
     with Workers() as workers:
         workers.over_rows(kernels.place_in_return, n, near, back)
         sizes, members, distances = _join(workers.over_rows(kernels.expanded_sets, n, near, near_sq, back, half))
         starts = _starts(sizes)
-        rows = np.repeat(np.arange(n), sizes)
         unlisted = np.flatnonzero(distances < 0)
-        pairs = rows[unlisted], members[unlisted]
+        counts = np.add.reduceat(distances < 0, starts[:-1], dtype=np.int64)
+        pairs = np.repeat(order, counts), order[members[unlisted]]
         if feats.device.type == "cpu":
             array, missing = feats.detach().float().contiguous().numpy(), np.empty(len(unlisted), np.float32)
             workers.over_rows(kernels.pair_distances, len(missing), array, *pairs, missing)
             distances[unlisted] = missing
         else:
-            distances[unlisted] = _pair_distances(feats, *pairs)
-        weights = np.exp(-exponent(rows, distances.astype(np.float64)))
-        weights /= np.repeat(np.add.reduceat(weights, starts[:-1]), sizes)
-        if k2 > 1:
-            averages = workers.over_rows(kernels.averaged_rows, n, near, min(k2, k), starts, members, weights)
-            sizes, members, weights = _join(averages)
-            starts = _starts(sizes)
-        else:
-            weights = np.rint(weights * kernels.UNIT).astype(np.int32)
+            first, second = (torch.from_numpy(side).to(feats.device) for side in pairs)
+            distances[unlisted] = _pair_distances(feats.float(), first, second).cpu().numpy()
+        weights = _weights(distances, starts, order, exponent)
+        del distances, unlisted, pairs
+        lists = (near, min(k2, k), starts, members, weights)
+        sizes, members, weights = _join(workers.over_rows(kernels.averaged_rows, n, order, place, *lists))
+    starts = _starts(sizes)
     encoding = csr_matrix((weights, members, starts), shape=(n, n))
     encoding.eliminate_zeros()
     return encoding
+
+
+def _weights(
+    distances: np.ndarray,
+    starts: np.ndarray,
+    images: np.ndarray,
+    exponent: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """exp(-x) of each entry over its sum in the row, float64; some rows at a time, for the sake of memory."""
+    result = np.empty(len(distances))
+    for row0 in range(0, len(starts) - 1, 65536):
+        cuts = starts[row0 : row0 + 65537]
+        part = slice(cuts[0], cuts[-1])
+        sizes = np.diff(cuts)
+        rows = np.repeat(images[row0 : row0 + len(sizes)], sizes)
+        weights = np.exp(-exponent(rows, distances[part].astype(np.float64)))
+        result[part] = weights / np.repeat(np.add.reduceat(weights, cuts[:-1] - cuts[0]), sizes)
+    return result
 
 
 def encoding_distance(rows: csr_matrix, columns: csr_matrix | None = None, *, max_distance: float = 1.0) -> csr_matrix:
     """Jaccard distance of encodings: 1 - mu / (2 - mu), mu the sum of the smaller of two weights.
 
     Args:
-        rows: (M, T) encodings, weights in units of 2^-30, none of them zero.
+        rows: (M, T) encodings, weights in units of 2^-30, none of them zero, no row empty.
         columns: (T, N) the encodings to compare with, transposed; without it, `rows` among themselves.
         max_distance: pairs farther apart are left out.
 
@@ -155,26 +197,40 @@ def encoding_distance(rows: csr_matrix, columns: csr_matrix | None = None, *, ma
     from fastreid_uns.pseudo_labels import kernels
     from fastreid_uns.utils.compiled import over_rows
 
-    symmetric = columns is None
-    lists = rows.T.tocsr() if columns is None else columns
-    n = lists.shape[1]
-    first, last = lists.indptr[rows.indices], lists.indptr[rows.indices + 1]
-    if symmetric:  # each pair once: an entry meets those that stand behind it in its column
-        slots = csr_matrix((np.arange(rows.nnz), rows.indices, rows.indptr), shape=rows.shape).tocsc().data
-        first = np.empty(rows.nnz, lists.indptr.dtype)
-        first[slots] = np.arange(rows.nnz)
-    entries = (rows.indptr, rows.indices, rows.data, first, last, lists.indices, lists.data)
-    limit = np.float32(max_distance)
-    parts = over_rows(kernels.overlap_distances, rows.shape[0], *entries, n, limit, slabs=32)
-    sizes, found, distances = _join(parts)
-    result = csr_matrix((distances, found, _starts(sizes)), shape=(rows.shape[0], n))
-    if symmetric:
-        upper = result.tocoo()
-        off = upper.row != upper.col
-        pairs = [np.concatenate([a, b[off]]) for a, b in ((upper.row, upper.col), (upper.col, upper.row))]
-        result = coo_matrix((np.concatenate([upper.data, upper.data[off]]), tuple(pairs)), shape=result.shape).tocsr()
+    count, limit = rows.shape[0], np.float32(max_distance)
+    entries = (rows.indptr, rows.indices, rows.data)
+    if columns is None:
+        order = _alike_together(rows.indptr[:-1], rows.indices, square=count == rows.shape[1])
+        lists = kernels.transposed(order, *entries, rows.shape[1])
+        n = count
+    else:
+        order = np.arange(count)
+        lists = (columns.indptr, columns.indices, columns.data)
+        n = columns.shape[1]
+    args = (order, *entries, *lists, n, limit, columns is None)
+    sizes, found, distances = _join(over_rows(kernels.overlap_distances, count, *args, slabs=32))
+    del lists, args
+    result = csr_matrix((distances, found, _starts(sizes)), shape=(count, n))
+    if columns is None:
+        half = result.tocoo()
+        row, col = order[half.row], order[half.col]
+        off = row != col
+        pairs = [np.concatenate([a, b[off]]) for a, b in ((row, col), (col, row))]
+        result = coo_matrix((np.concatenate([half.data, half.data[off]]), tuple(pairs)), shape=result.shape).tocsr()
     result.sort_indices()
     return result
+
+
+def _alike_together(starts: np.ndarray, columns: np.ndarray, *, square: bool) -> np.ndarray:
+    """(N,) int32 order in which rows that share columns stand near each other, so that loops find them in the cache.
+
+    Rows with many columns in common are likely to have the same lowest one. If the columns are those rows (`square`),
+    the lowest that they have in turn is even more so.
+    """
+    lowest = np.minimum.reduceat(columns, starts)
+    if square:
+        lowest = np.minimum.reduceat(lowest[columns], starts)
+    return np.argsort(lowest, kind="stable").astype(np.int32)
 
 
 @contextmanager
@@ -213,66 +269,86 @@ def check_finite(feats: Tensor) -> None:
         )
 
 
-def _search_each_pair_once(feats: Tensor, norms: Tensor, k: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Upper triangle of blocks; each serves its rows and its columns, so a row sees the others in ascending order."""
-    from fastreid_uns.pseudo_labels import kernels
-    from fastreid_uns.utils.compiled import Workers
+def _search_by_rows(feats: Tensor, k: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The search where no compiled loop reaches: more than k by float32 products, the k nearest of them measured.
 
-    n = len(feats)
-    sq = np.full((n, k), np.inf, np.float32)
-    index = np.zeros((n, k), np.int32)
-    sq[:, 0], index[:, 0] = -1, np.arange(n)  # nothing comes before the image itself, not even its double
-    farthest = np.zeros(n, np.float32)
-    held = torch.empty(min(block, n) ** 2)
-    with Workers() as workers:
-        for row0 in range(0, n, block):
-            above = feats[row0 : row0 + block].float()
-            for col0 in range(row0, n, block):
-                beside = feats[col0 : col0 + block].float()
-                products = held[: len(above) * len(beside)].view(len(above), len(beside))
-                torch.mm(above, beside.T, out=products)
-                args = (products.numpy(), norms.numpy(), row0, col0, sq, index, farthest)
-                workers.over_rows(kernels.offer_columns, len(above), *args, slabs=1)
-                if col0 > row0:
-                    workers.over_rows(kernels.offer_rows, len(beside), *args, slabs=1)
-    sq[:, 0] = 0
-    return torch.from_numpy(sq), torch.from_numpy(index).long(), torch.from_numpy(farthest)
-
-
-def _search_by_rows(feats: Tensor, norms: Tensor, k: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All blocks, ranked by one integer per pair: bits of the distance above, index below, so there are no ties."""
-    found, farthest = [], []
+    All blocks; a pair is ranked by one integer, bits of the distance above and index below, so there are no ties. Of
+    images that products cannot tell from the k-th nearest, `_SPARE` are measured, those of lower index first.
+    """
     ids = torch.arange(len(feats), device=feats.device)
-    for above, rows, row_norms in zip(feats.split(block), ids.split(block), norms.split(block), strict=True):
+    norms = torch.cat([rows.square().sum(1) for rows in feats.split(block)])
+    nearest, farthest = [], []
+    for row0 in range(0, len(feats), block):
+        above, rows = feats[row0 : row0 + block], ids[row0 : row0 + block]
         best = torch.empty((len(rows), 0), dtype=torch.int64, device=feats.device)
-        far = torch.zeros_like(row_norms)
-        for beside, columns in zip(feats.split(8 * block), ids.split(8 * block), strict=True):
-            products = above.float() @ beside.float().T
-            sq = (row_norms[:, None] + norms[columns]).sub_(products, alpha=2).clamp_(min=0)
+        far = torch.zeros(len(rows), device=feats.device)
+        for col0 in range(0, len(feats), 8 * block):
+            beside, columns = feats[col0 : col0 + 8 * block], ids[col0 : col0 + 8 * block]
+            sq = torch.addmm(norms[columns], above, beside.T, alpha=-2).add_(norms[rows, None]).clamp_(min=0)
             far = torch.maximum(far, sq.amax(1))
-            keys = (sq.view(torch.int32).long() << 32) | columns
-            here = rows[(rows >= columns[0]) & (rows <= columns[-1])]
-            # Nothing comes before the image itself, not even its double.
-            keys[here - rows[0], here - columns[0]] = here | -(2**63)
-            best = torch.cat([best, keys], 1)
-            best = best.topk(min(k, best.shape[1]), dim=1, largest=False).values
-        found.append(best)
+            if col0 <= row0 < col0 + 8 * block:  # the image itself needs no search
+                sq[:, row0 - col0 : row0 - col0 + len(rows)].fill_diagonal_(torch.inf)
+            best = _smallest(torch.cat([best, _keys_of_nearest(sq, columns, k + _SPARE)], 1), k + _SPARE)
+        nearest.append(_measured(feats, rows, best & 0xFFFFFFFF, k))
         farthest.append(far)
-    keys = torch.cat(found)
-    return ((keys >> 32) & 0x7FFFFFFF).int().view(torch.float32), keys & 0xFFFFFFFF, torch.cat(farthest)
+    keys = torch.cat(nearest)
+    return (keys >> 32).int().view(torch.float32), keys & 0xFFFFFFFF, torch.cat(farthest)
 
 
-def _pair_distances(feats: Tensor, first: np.ndarray, second: np.ndarray, chunk: int = 8192) -> np.ndarray:
-    """(P,) squared distances of pairs of rows, where no compiled loop reaches."""
-    parts = [np.empty(0, np.float32)]
-    for at in range(0, len(first), chunk):
-        a, b = (torch.from_numpy(side[at : at + chunk]).to(feats.device).long() for side in (first, second))
-        parts.append((feats[a].float() - feats[b].float()).square().sum(1).cpu().numpy())
-    return np.concatenate(parts)
+def _keys(sq: Tensor, index: Tensor) -> Tensor:
+    """Integers in the order of distance, float32 and not negative, and then of index."""
+    return (sq.view(torch.int32).long() << 32) | index
+
+
+def _smallest(keys: Tensor, k: int) -> Tensor:
+    return keys.topk(min(k, keys.shape[1]), dim=1, largest=False).values
+
+
+def _keys_of_nearest(sq: Tensor, columns: Tensor, k: int, group: int = 16) -> Tensor:
+    """Keys of the k nearest of each row, from those k groups of neighbouring columns that hold the nearest images."""
+    width = sq.shape[1] // group * group
+    tail = _keys(sq[:, width:], columns[width:])
+    if not width:
+        return tail
+    grouped = sq[:, :width].unflatten(1, (-1, group))
+    groups = torch.arange(grouped.shape[1], device=sq.device)
+    chosen = _smallest(_keys(grouped.amin(2), groups), k) & 0xFFFFFFFF
+    picked = grouped.gather(1, chosen[:, :, None].expand(-1, -1, group))
+    return torch.cat([_keys(picked, columns[:width].unflatten(0, (-1, group))[chosen]).flatten(1), tail], 1)
+
+
+def _measured(feats: Tensor, rows: Tensor, index: Tensor, k: int) -> Tensor:
+    """Keys of the k nearest of some images, each itself first, out of their candidates (b, c), by true distances."""
+    first = rows[:, None].expand_as(index)
+    sq = _pair_distances(feats, first.flatten(), index.flatten()).view(index.shape)
+    keys = _keys(sq.masked_fill(first == index, torch.inf), index)
+    return torch.cat([rows[:, None], _smallest(keys, k - 1).sort(1).values], 1)
+
+
+def _pair_distances(feats: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """(P,) float32 squared distances of pairs of rows, summed in float64, where no compiled loop reaches."""
+    chunk = max(1, 2**24 // feats.shape[1])
+    parts = [torch.empty(0, device=feats.device)]
+    for a, b in zip(first.split(chunk), second.split(chunk), strict=True):
+        parts.append((feats[a].double() - feats[b].double()).square().sum(1).float())
+    return torch.cat(parts)
 
 
 def _join(parts: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
-    return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
+    """The parts one after the other; they are given up one by one, so that memory holds them once."""
+    columns = [list(column) for column in zip(*parts, strict=True)]
+    parts.clear()
+    return tuple(_joined(column) for column in columns)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    result = np.empty(sum(map(len, parts)), parts[0].dtype)
+    end = len(result)
+    while parts:
+        last = parts.pop()
+        result[end - len(last) : end] = last
+        end -= len(last)
+    return result
 
 
 def _starts(sizes: np.ndarray) -> np.ndarray:

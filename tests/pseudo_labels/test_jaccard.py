@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse import csr_matrix
 
-from fastreid_uns.pseudo_labels import kernels
+from fastreid_uns.pseudo_labels import kernels, neighbours
 from fastreid_uns.pseudo_labels.neighbours import (
     encode,
     encoding_distance,
@@ -148,6 +148,14 @@ def test_structural_ties_fall_on_their_exact_value():
         rows = csr_matrix((data, np.concatenate([a, b]), [0, 6, 12]), shape=(2, 8))
         assert dense(encoding_distance(rows)).tolist() == [[0, 0.5], [0.5, 0]]
         assert encoding_distance(rows, max_distance=0.5).nnz == 4
+
+
+def test_rows_that_share_columns_are_visited_one_after_the_other():
+    group = np.random.default_rng(0).permutation(np.repeat(np.arange(20), 5))
+    together = csr_matrix((group[:, None] == group).astype(np.int32))
+    order = neighbours._alike_together(together.indptr[:-1], together.indices, square=True)
+    assert sorted(order.tolist()) == list(range(100))
+    assert (np.diff(group[order]) != 0).sum() == 19
 
 
 def test_distance_between_two_sets_of_rows_is_the_block_of_all_distances():

@@ -3,16 +3,22 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastreid_uns.pseudo_labels import kernels, neighbours
+from fastreid_uns.pseudo_labels import candidates, kernels, neighbours
+from fastreid_uns.pseudo_labels.candidates import Coarse, search_by_candidates
 from fastreid_uns.pseudo_labels.neighbours import nearest_neighbours, neighbours_and_farthest
 
-SEARCHES = {"each pair once": neighbours._search_each_pair_once, "by rows": neighbours._search_by_rows}
+SEARCHES = {
+    "8 bits": partial(search_by_candidates, eight_bits=True),
+    "float32": partial(search_by_candidates, farthest=True),
+    "by rows": neighbours._search_by_rows,
+}
 
 
 def random_feats(n: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -24,44 +30,146 @@ def grid_feats(n: int, d: int = 3) -> torch.Tensor:
     return torch.randint(-1, 2, (n, d), generator=torch.Generator().manual_seed(n)) / 4
 
 
+def alike_feats(n: int, d: int = 24) -> torch.Tensor:
+    """Rows that share all but a thousandth, as those of an untrained network do."""
+    return F.normalize(random_feats(1, d, 1) + 1e-3 * random_feats(n, d))
+
+
 def by_definition(feats: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Squared distances by differences, in float64, sorted by (not itself, distance, index)."""
+    """Squared distances by differences, in float64, rounded, sorted by (not itself, distance, index)."""
     x = feats.double().numpy()
-    sq = ((x[:, None] - x[None]) ** 2).sum(2)
+    sq = np.stack([((x - row) ** 2).sum(1) for row in x]).astype(np.float32)
     index = np.stack([np.lexsort((np.arange(len(x)), row, np.arange(len(x)) != i))[:k] for i, row in enumerate(sq)])
     near = np.take_along_axis(sq, index, 1)
-    return torch.from_numpy(near).float(), torch.from_numpy(index), torch.from_numpy(sq.max(1)).float()
+    return torch.from_numpy(near), torch.from_numpy(index), torch.from_numpy(sq.max(1))
 
 
 @pytest.mark.parametrize("block", [7, 64, 300])
 @pytest.mark.parametrize("search", SEARCHES)
 def test_ties_go_to_the_lower_index_whatever_the_block(search, block):
     feats = grid_feats(131)
-    expected = by_definition(feats, 30)
-    found = SEARCHES[search](feats, feats.square().sum(1), 30, block)
-    for value, wanted in zip(found, expected, strict=True):
-        assert torch.equal(value, wanted)
+    sq, index, _ = by_definition(feats, 30)
+    found = SEARCHES[search](feats, 30, block)
+    assert torch.equal(found[0], sq)
+    assert torch.equal(found[1], index)
 
 
 @pytest.mark.parametrize("search", SEARCHES)
-@pytest.mark.parametrize(("n", "d", "k"), [(157, 33, 30), (64, 16, 64), (5, 1, 1), (1, 4, 1)])
+@pytest.mark.parametrize(("n", "d", "k"), [(157, 33, 30), (64, 16, 64), (5, 1, 1), (2, 3, 2), (1, 4, 1), (700, 8, 30)])
 def test_equals_the_definition(search, n, d, k):
     feats = random_feats(n, d)
-    sq, index, farthest = by_definition(feats, k)
-    found = SEARCHES[search](feats, feats.square().sum(1), k, 50)
-    assert torch.equal(found[1], index) or d == 1
-    torch.testing.assert_close(found[0], sq, atol=2e-6, rtol=0)
-    torch.testing.assert_close(found[2], farthest, atol=2e-6, rtol=0)
+    sq, index, _ = by_definition(feats, k)
+    found = SEARCHES[search](feats, k, 50)
+    assert torch.equal(found[0], sq)
+    assert torch.equal(found[1], index)
+
+
+@pytest.mark.parametrize("search", ["float32", "by rows"])
+def test_the_farthest_image(search):
+    feats = random_feats(157, 33)
+    found = SEARCHES[search](feats, 5, 50)[2]
+    torch.testing.assert_close(found, by_definition(feats, 5)[2], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_the_image_itself_comes_first_before_its_doubles(search):
     feats = random_feats(1, 40).repeat(70, 1)
-    sq, index, _ = SEARCHES[search](feats, feats.square().sum(1), 4, 32)
+    sq, index, _ = SEARCHES[search](feats, 4, 32)
     assert index[:, 0].tolist() == list(range(70))
-    assert (sq[:, 0] == 0).all()
-    assert (sq < 1e-6).all()
-    assert (sq >= 0).all()
+    assert index[:4].tolist() == [[0, 1, 2, 3], [1, 0, 2, 3], [2, 0, 1, 3], [3, 0, 1, 2]]
+    assert (index[4:, 1:] == torch.arange(3)).all()
+    assert (sq == 0).all()
+
+
+@pytest.mark.parametrize("eight_bits", [True, False])
+@pytest.mark.parametrize(
+    "feats",
+    [
+        pytest.param(
+            torch.cat([random_feats(1, 6).repeat(400, 1), random_feats(300, 6)]), id="more doubles than listed"
+        ),
+        pytest.param(torch.cat([torch.zeros(320, 6), random_feats(80, 6)]), id="zero rows"),
+        pytest.param(alike_feats(500), id="collapsed"),
+        pytest.param(random_feats(500, 512), id="equally far apart"),
+        pytest.param(random_feats(500, 8) * torch.logspace(-3, 2, 500)[:, None], id="of all lengths"),
+        pytest.param(random_feats(400, 12).half().float(), id="half precision"),
+        pytest.param(torch.nn.functional.one_hot(torch.arange(300) % 150, 200).float(), id="one-hot"),
+    ],
+)
+def test_any_precision_of_the_products_gives_the_same_neighbours(feats, eight_bits):
+    sq, index, _ = by_definition(feats, 10)
+    found = search_by_candidates(feats, 10, 128, eight_bits=eight_bits)
+    assert torch.equal(found[0], sq)
+    assert torch.equal(found[1], index)
+
+
+@pytest.mark.parametrize("eight_bits", [True, False])
+@pytest.mark.parametrize("feats", [random_feats(300, 100), alike_feats(300), 50 * random_feats(300, 7)])
+def test_no_estimate_is_farther_off_than_the_bound(feats, eight_bits):
+    coarse = Coarse(feats, eight_bits=eight_bits)
+    part = coarse.part(slice(None))
+    products = coarse.product(part, part, coarse.memory(300 * 300)).astype(np.float64)
+    norms, scales = coarse.norms.astype(np.float64), coarse.scales.astype(np.float64)
+    estimate = norms[:, None] + norms - 2 * scales[:, None] * scales * products
+    x = feats.double().numpy()
+    off = np.abs(estimate - ((x[:, None] - x) ** 2).sum(2))
+    assert (off <= coarse.errors[:, None]).all()
+    assert (coarse.errors < 0.2 * np.square(x).sum(1).mean()).all()
+
+
+def test_a_row_with_more_candidates_than_fit_is_searched_again(monkeypatch):
+    """A peak in each row leaves the rest of it no bits: nearly all lists overflow, and the sample tells before."""
+    feats = torch.eye(600) + 0.05 * random_feats(600, 600)
+    assert Coarse(feats, eight_bits=True).capacity(10) > 400
+    assert Coarse(feats, eight_bits=False).capacity(10) == 256
+    asked = []
+    again = candidates._offer_all
+    monkeypatch.setattr(
+        candidates,
+        "_offer_all",
+        lambda coarse, images, *rest: asked.append(len(images)) or again(coarse, images, *rest),
+    )
+    search_by_candidates(feats, 10, 256, eight_bits=True)
+    assert asked[0] > 500
+
+
+def test_eight_bits_are_chosen_where_they_are_faster_and_suffice(monkeypatch):
+    monkeypatch.setattr(candidates, "_SMALL", 300)
+    monkeypatch.setattr(candidates, "_LONGEST_LIST", 300)
+    near = torch.cat([random_feats(40, 64)] * 8) + 0.1 * random_feats(320, 64)
+    for pays, feats, expected in (
+        (True, near, True),
+        (False, near, False),
+        (True, torch.eye(320) + 0.05 * random_feats(320, 320), False),
+    ):
+        monkeypatch.setattr(candidates, "eight_bits_pay", lambda d, threads, pays=pays: pays)
+        assert candidates._choose(feats, 5)[0].eight_bits is expected
+    assert not candidates._choose(near[:299], 5)[0].eight_bits
+
+
+@pytest.mark.parametrize(
+    ("product", "faster", "pays"),
+    [
+        pytest.param(lambda a, b: a.int() @ b.int(), 0, True, id="exact"),
+        pytest.param(lambda a, b: a.int() @ b.int(), 1e9, False, id="slow"),
+        pytest.param(lambda a, b: (a.int() @ b.int()).clamp(max=127**2 * 63), 0, False, id="overflows"),
+        pytest.param(None, 0, False, id="missing"),
+    ],
+)
+def test_products_of_8_bits_must_be_exact_and_fast(product, faster, pays, monkeypatch):
+    def multiply(a, b):
+        if product is None:
+            raise RuntimeError("no kernel")
+        return product(a, b)
+
+    monkeypatch.setattr(torch, "_int_mm", multiply)
+    monkeypatch.setattr(candidates, "_FASTER", faster)
+    assert candidates.eight_bits_pay.__wrapped__(64, 1, size=16) is pays
+
+
+def test_rows_too_long_for_32_bits_are_multiplied_in_float32():
+    assert not candidates.eight_bits_pay(133_145, 1)
+    assert 133_144 * 127**2 < 2**31 <= 133_145 * 127**2
 
 
 def test_public_search_takes_half_precision_and_zero_rows():
@@ -70,8 +178,8 @@ def test_public_search_takes_half_precision_and_zero_rows():
     wanted_sq, wanted_index, wanted_farthest = by_definition(feats.float(), 9)
     assert sq.dtype == torch.float32
     assert index.dtype == torch.int64
-    assert torch.equal(index[:3], wanted_index[:3])  # zero rows have one another, in order, then unit rows
-    torch.testing.assert_close(sq, wanted_sq, atol=2e-6, rtol=0)
+    assert torch.equal(sq, wanted_sq)
+    assert torch.equal(index, wanted_index)
     torch.testing.assert_close(neighbours_and_farthest(feats, 9)[2], wanted_farthest, atol=2e-6, rtol=0)
 
 
@@ -84,8 +192,9 @@ def test_distances_of_single_pairs_compiled_and_by_torch():
     compiled = np.empty(200, np.float32)
     kernels.pair_distances(0, 120, feats.numpy(), first, second, compiled)
     kernels.pair_distances(120, 200, feats.numpy(), first, second, compiled)
-    np.testing.assert_allclose(compiled, expected, atol=1e-6)
-    np.testing.assert_allclose(neighbours._pair_distances(feats, first, second, chunk=64), expected, atol=1e-6)
+    assert (compiled == expected.astype(np.float32)).all()
+    pairs = torch.from_numpy(first), torch.from_numpy(second)
+    assert torch.equal(neighbours._pair_distances(feats, *pairs), torch.from_numpy(compiled))
 
 
 def test_broken_rows_are_counted_and_the_first_is_named():
@@ -118,22 +227,32 @@ def test_reduced_precision_of_training_does_not_reach_the_search():
 
 
 def test_memory_stays_far_below_all_pairs():
-    """All pairs of the larger sets would take 324 MB and, with their keys, more than 400 MB."""
+    """All pairs of the larger set would take 324 MB; its lists take 18 MB."""
     pytest.importorskip("resource")
     program = """
         import resource, torch
-        from fastreid_uns.pseudo_labels import kernels, neighbours
+        from fastreid_uns.pseudo_labels import candidates, neighbours
         def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        def run(search, n, block):
-            feats = torch.nn.functional.normalize(torch.randn(n, 8))
-            search(feats, feats.square().sum(1), 10, block)
-        run(neighbours._search_each_pair_once, 1000, 1024)
-        run(neighbours._search_by_rows, 1000, 256)
+        def run(n):
+            feats = torch.nn.functional.normalize(torch.randn(n, 8, generator=torch.Generator().manual_seed(0)))
+            candidates.search_by_candidates(feats, 10, 1024, eight_bits=True)
+            candidates.search_by_candidates(feats, 10, 1024, farthest=True)
+            neighbours._search_by_rows(feats[: n // 3], 10, 256)
+        run(2048)
         before = peak()
-        run(neighbours._search_each_pair_once, 9000, 1024)
-        run(neighbours._search_by_rows, 4500, 256)
+        run(9000)
         print(peak() - before)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
     unit = 1024 if sys.platform == "darwin" else 1  # bytes there, kilobytes elsewhere
     assert float(done.stdout) / unit < 100
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("feats", [random_feats(5000, 256), grid_feats(3000, 5), alike_feats(2500)])
+def test_a_gpu_finds_what_the_cpu_finds(feats):
+    sq, index = nearest_neighbours(feats, 30)
+    found = nearest_neighbours(feats.cuda(), 30)
+    assert torch.equal(found[1].cpu(), index)
+    assert torch.equal(found[0].cpu(), sq)

@@ -1,0 +1,84 @@
+"""Approximate neighbours by faiss, for sets so large that the exact search takes too long."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastreid_uns.pseudo_labels.candidates import nearest_of_listed, nearest_of_some
+from fastreid_uns.pseudo_labels.neighbours import checked, full_precision
+
+logger = logging.getLogger(__name__)
+
+APPROXIMATE = ("ivf", "hnsw")
+_LINKS = 32  # of an image in the HNSW graph
+_SAMPLE = 256  # images whose neighbours are searched exactly as well, to estimate the recall
+
+
+@torch.no_grad()
+def approximate_neighbours(feats: Tensor, k: int, *, search: str, effort: int) -> tuple[Tensor, Tensor]:
+    """Nearly the k nearest images of each image, with true distances; warns with an estimate of the recall.
+
+    Args:
+        feats: (N, D) float, finite.
+        k: neighbours of each image, itself included, 1..N.
+        search: `ivf`, inverted lists around about 4 sqrt(N) centres, or `hnsw`, a graph of neighbours.
+        effort: lists that are looked through, or candidates that are followed; more finds more and takes longer.
+
+    Returns:
+        As `nearest_neighbours`, on the CPU. An image for which fewer than k are found is searched exactly.
+
+    Raises:
+        ImportError: faiss is not installed.
+        ValueError: as `nearest_neighbours`.
+
+    Source: Jegou et al. 2011 (inverted lists); Malkov and Yashunin 2020 (HNSW).
+    """
+    rows = checked(feats, k).cpu()
+    n = len(rows)
+    found = _found_by_faiss(rows.numpy(), k, search, effort)
+    found[found == np.arange(n)[:, None]] = -1  # the image itself needs no search
+    listed = np.take_along_axis(found, np.argsort(found < 0, axis=1, kind="stable"), 1).astype(np.int32)
+    counts = (listed >= 0).sum(1).astype(np.int32)
+    counts[counts < k - 1] = -1
+    sq, index = nearest_of_listed(rows, k, counts, listed)
+    some = np.unique(np.linspace(0, n - 1, min(n, _SAMPLE)).astype(np.int64))
+    with full_precision(rows.device):
+        exact = nearest_of_some(rows, k, some)[1]
+    kept = (index[some][:, 1:, None] == exact[:, None, 1:]).any(2).float().mean() if k > 1 else torch.ones(())
+    logger.warning(
+        "PSEUDO_LABELS: SEARCH %s at SEARCH_EFFORT %d finds %.1f%% of the neighbours of %d images; labels suffer more "
+        "than that tells. Raise SEARCH_EFFORT, or set SEARCH: exact.",
+        search,
+        effort,
+        100 * float(kept),
+        len(some),
+    )
+    return sq, index
+
+
+def _found_by_faiss(rows: np.ndarray, k: int, search: str, effort: int) -> np.ndarray:
+    """(N, k) images in no order that matters, -1 where there are fewer."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            f"PSEUDO_LABELS: SEARCH is {search!r}, which needs faiss, and faiss is not installed. Run `pip install "
+            f"faiss-cpu`, or set SEARCH: exact."
+        ) from error
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    n, d = rows.shape
+    index: Any
+    if search == "ivf":
+        index = faiss.IndexIVFFlat(faiss.IndexFlatL2(d), d, max(1, min(round(4 * n**0.5), n // 39)))
+        index.train(rows)
+        index.nprobe = effort
+    else:
+        index = faiss.IndexHNSWFlat(d, _LINKS)
+        index.hnsw.efSearch = max(effort, k)
+    index.add(rows)
+    return index.search(rows, k)[1]
