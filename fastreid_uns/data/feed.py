@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastreid_uns.data.augment import Augment
+from fastreid_uns.data.camera_style import CameraStyle
 from fastreid_uns.data.image_set import ImageSet, to_device
 from fastreid_uns.data.samplers import Sampler
 from fastreid_uns.structures import Batch
@@ -31,9 +32,10 @@ class Feed:
         cameras: (N+S,) int64, -1 unknown.
         source_labels: (S,) classes 0..C-1 of the source images, None without sources.
         source_domains: (S,) number of the source set, from 1; None without sources.
+        style: what shows images as other cameras would, before they are augmented; needed by views with `camera_style`.
 
     Raises:
-        ValueError: lengths that disagree, or no view.
+        ValueError: lengths that disagree, no view, or a view with `camera_style` but no style.
     """
 
     def __init__(
@@ -47,9 +49,14 @@ class Feed:
         cameras: Tensor,
         source_labels: Tensor | None = None,
         source_domains: Tensor | None = None,
+        style: CameraStyle | None = None,
     ) -> None:
         if not views:
             raise ValueError("INPUT.VIEWS is empty; a batch needs at least one view. Name a preset of INPUT.AUGMENTS.")
+        if style is None and any(view.camera_style for view in views):
+            raise ValueError(
+                "feed: a view has CAMERA_STYLE above 0 but no style is given. Pass style=ColourStyle(...)."
+            )
         none = torch.zeros(0, dtype=torch.int64)
         self._source_labels = none if source_labels is None else source_labels.cpu()
         domains = none if source_domains is None else source_domains.cpu()
@@ -61,6 +68,7 @@ class Feed:
         self.images = images
         self.sampler = sampler
         self.views = list(views)
+        self.style = style
         self.seed = seed
         self.device = torch.device(device)
         self._count = len(images) - len(domains)
@@ -95,6 +103,10 @@ class Feed:
         shifted = torch.where(self._labels < 0, self._labels, self._labels + classes)
         self._rows = torch.cat([shifted, self._source_labels]).to(self.device)
 
+    def most_of_one_label(self) -> int:
+        """How many images of one batch of all processes have the same label, at most, in the planned epoch."""
+        return self.sampler.most_of_one(self._rows)
+
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of this process, from the plan that the sampler has made for the epoch.
 
@@ -105,19 +117,39 @@ class Feed:
         if self._labels is None:
             raise RuntimeError(_NO_LABELS)
         plan = list(self.sampler)
-        for step, (batch, pixels) in enumerate(zip(plan, self.images.stream(plan, self.device), strict=True)):
+        for step, (batch, shown) in enumerate(zip(plan, self._shown(plan, epoch), strict=True)):
             index = to_device(torch.tensor(batch), self.device)
             yield Batch(
-                views=tuple(self._view(number, pixels, epoch, step) for number in range(len(self.views))),
+                views=tuple(self._view(number, pixels, epoch, step) for number, pixels in enumerate(shown)),
                 index=index,
                 labels=self._rows[index],
                 cameras=self._cameras[index],
                 domains=self._domains[index],
             )
 
+    def _shown(self, plan: list[list[int]], epoch: int) -> Iterator[list[Tensor]]:
+        """For each batch the pixels of its views before augmentation: the images, or other styles of them."""
+        pixels = self.images.stream(plan, self.device)
+        if self.style is None:
+            return ([given] * len(self.views) for given in pixels)
+        styles = [self._styles(self.style, batch, epoch, step) for step, batch in enumerate(plan)]
+        return self.style.stream(plan, styles, pixels, self.device)
+
+    def _styles(self, style: CameraStyle, batch: list[int], epoch: int, step: int) -> Tensor:
+        """(V,B) style of each image in each view, see `CameraStyle.choose`."""
+        index = torch.tensor(batch)
+        styles = []
+        for number, view in enumerate(self.views):
+            size = (2, self.sampler.batch_size)
+            draws = torch.rand(size, generator=self._generator(epoch, step, number, 1), dtype=torch.float64)
+            styles.append(style.choose(index, draws[:, self.sampler.rows], view.camera_style))
+        return torch.stack(styles)
+
     def _view(self, number: int, pixels: Tensor, epoch: int, step: int) -> Tensor:
-        """One view; numbers are drawn for the batch of all processes, so that their count changes nothing."""
-        seed = np.random.SeedSequence([self.seed, epoch, step, number]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(seed))
-        draws = self.views[number].draw(self.sampler.batch_size, self.images.size, generator)
+        draws = self.views[number].draw(self.sampler.batch_size, self.images.size, self._generator(epoch, step, number))
         return self.views[number](pixels, {name: value[self.sampler.rows] for name, value in draws.items()})
+
+    def _generator(self, *moment: int) -> torch.Generator:
+        """Random numbers of a moment: drawn for the batch of all processes, so that their count changes nothing."""
+        seed = np.random.SeedSequence([self.seed, *moment]).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(seed))

@@ -70,6 +70,14 @@ class Sampler(ABC):
             )
         self._plan = self.plan(np.random.default_rng([self.seed, epoch]), pseudo.to("cpu"), cameras.cpu())
 
+    def most_of_one(self, labels: Tensor) -> int:
+        """How many images of one batch of the plan have the same label, at most; labels (N,) of all images."""
+        rows = np.sort(labels.cpu().numpy()[self._planned()], axis=1)
+        most = 1
+        while (rows[:, most:] == rows[:, :-most]).any():
+            most += 1
+        return most
+
     def __len__(self) -> int:
         return self.length
 
@@ -79,10 +87,13 @@ class Sampler(ABC):
         Raises:
             RuntimeError: no plan has been made.
         """
+        for batch in self._planned():
+            yield batch[self.rows.numpy()].tolist()
+
+    def _planned(self) -> np.ndarray:
         if self._plan is None:
             raise RuntimeError(f"{type(self).__name__}: there is no plan yet; call set_epoch after clustering.")
-        for batch in self._plan:
-            yield batch[self.rows.numpy()].tolist()
+        return self._plan
 
 
 @SAMPLER_REGISTRY.register()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from scipy import ndimage, stats
 from torchvision.transforms import functional as reference
 
-from fastreid_uns.data.augment import Augment, _flip_and_shift_by_index, _flip_and_shift_by_slices
+from fastreid_uns.data.augment import Augment, _erase, _erase_by_masks, _flip_and_shift_by_index, _flip_shift_scale
 
 SIZE = (32, 16)
 NOTHING = {"flip": 0.0, "pad": 0, "erase": 0.0}
@@ -94,10 +94,24 @@ def test_pad_and_crop_equals_the_plain_form():
     assert torch.equal(view(images(), draws), expected / 255)
 
 
-def test_both_ways_to_shift_are_equal():
-    draws = Augment(pad=20).draw(64, SIZE, generator())
-    args = (images(64), draws["flip"], draws["shift"] - 20)
-    assert torch.equal(_flip_and_shift_by_index(*args), _flip_and_shift_by_slices(*args))
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_both_ways_to_shift_are_equal(dtype, threads, monkeypatch):
+    """Also by more than the image is large, and of images that are no block of memory."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    draws = Augment(pad=40).draw(96, SIZE, generator())
+    given = images(96)[:, :, :, : SIZE[1] - 1].to(dtype)
+    args = (given, draws["flip"], draws["shift"] - 40)
+    assert torch.equal(_flip_shift_scale(*args), _flip_and_shift_by_index(*args).float() / 255)
+
+
+def test_both_ways_to_erase_are_equal():
+    boxes = Augment(erase=0.7, erase_area=(0.1, 0.9)).draw(64, SIZE, generator())["erase"]
+    by_loops, by_masks = images(64) / 255, images(64) / 255
+    _erase(by_loops, boxes, [0.1, 0.2, 0.3])
+    _erase_by_masks(by_masks, boxes, [0.1, 0.2, 0.3])
+    assert (by_loops != images(64) / 255).any()
+    assert torch.equal(by_loops, by_masks)
 
 
 def test_erased_boxes_lie_inside_and_have_the_size_asked_for():

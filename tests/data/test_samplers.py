@@ -230,3 +230,17 @@ def test_joint_parts_must_agree():
         JointSampler(one, [one, RandomSampler(4, 0, 0, 1, batch_size=2)], *args)
     with pytest.raises(ValueError, match="6 labels, 6 domains and 5 cameras"):
         JointSampler(one, [one, one], SOURCE_LABELS, SOURCE_DOMAINS, SOURCE_CAMERAS[:5])
+
+
+def test_most_images_of_one_label_in_a_batch():
+    labels = pseudo(*range(8), *range(8), *range(8))
+    sampler = ClusterSampler(5, 0, 0, 1, batch_size=6, num_instances=3)
+    with pytest.raises(RuntimeError, match="no plan yet"):
+        sampler.most_of_one(labels.labels)
+    sampler.set_epoch(0, labels, unknown(labels))
+    assert sampler.most_of_one(labels.labels) == 3
+    assert sampler.most_of_one(torch.arange(24)) == 1
+    assert sampler.most_of_one(torch.zeros(24, dtype=torch.long)) == 6
+    repeated = ClusterSampler(5, 0, 0, 1, batch_size=6, num_instances=3)
+    repeated.set_epoch(0, pseudo(0, 0), torch.tensor([-1, -1]))
+    assert repeated.most_of_one(torch.tensor([0, 0])) == 6
