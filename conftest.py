@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,3 +61,43 @@ def tiny(tiny_set, tmp_path) -> list[str]:
         "OUTPUT_DIR": str(tmp_path / "run"),
     }
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+WORKER = """
+import sys, torch
+from pathlib import Path
+from fastreid_uns.config import load_config
+from fastreid_uns.engine.default import DefaultTrainer
+from fastreid_uns.engine.hooks import ReclusterHook
+from fastreid_uns.utils import dist
+
+torch.set_num_threads(1)
+trainer = DefaultTrainer(load_config(sys.argv[2], sys.argv[3:]))
+trainer.train()
+labels = trainer.hook(ReclusterHook).pseudo.labels
+state = {"model": trainer.model.state_dict(), "labels": labels, "results": trainer.results}
+torch.save(state, Path(sys.argv[1]) / f"rank{dist.rank()}.pth")
+"""
+
+
+@pytest.fixture
+def launch() -> Callable[..., list[dict]]:
+    """Trains in a number of gloo processes; gives weights, labels and results of each rank."""
+
+    def train(processes: int, folder: Path, overrides: list[str], config: str | Path = "") -> list[dict]:
+        folder.mkdir()
+        script = folder / "worker.py"
+        script.write_text(WORKER)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        done = subprocess.run(
+            [*command, str(script), str(folder), str(config), *overrides, f"OUTPUT_DIR={folder / 'run'}"],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [torch.load(folder / f"rank{rank}.pth", weights_only=True) for rank in range(processes)]
+
+    return train

@@ -15,6 +15,7 @@ for _module in (
     "data.datasets.veri776",
     "data.datasets.veriwild",
     "data.samplers",
+    "engine.profiling",
     "modeling.backbones.osnet",
     "modeling.backbones.resnet_ibn",
     "modeling.backbones.small_net",

@@ -21,6 +21,10 @@ DEFAULTS: dict[str, Any] = {
         "STD": [0.229, 0.224, 0.225],
         "VIEWS": ["train"],  # one augmented version of the batch for each name, a key of AUGMENTS
         "AUGMENTS": {"train": {}},  # presets; the keys of one are the parameters of data.augment.Augment
+        "CAMERA_STYLE": {  # what views show whose preset has CAMERA_STYLE
+            "KIND": "colours",  # colours of another camera, or images: generated pictures of a folder
+            "FOLDER": "",  # of KIND images: <stem>_fake_<camera>to<other>.jpg, cameras counted from 1
+        },
         "ON_BAD_IMAGE": "stop",  # stop before the first epoch, or skip with a count
     },
     "DATALOADER": {

@@ -92,8 +92,11 @@ def test_training_raises_map_over_the_untrained_network(tiny, tiny_set):
     lines = [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(6))
     assert {"clusters", "outliers", "ARI", "loss", "loss_contrast"} <= lines[0].keys()
-    stages = {"seconds_extract", "seconds_neighbours", "seconds_cluster", "seconds_train"}
+    stages = {"seconds_extract", "seconds_neighbours", "seconds_cluster", "seconds_train", "seconds_checkpoint"}
     assert stages <= lines[0].keys()
+    for line in lines[1:]:  # the first epoch imports libraries as well
+        spent = [value for key, value in line.items() if key.startswith("seconds_") and key != "seconds_epoch"]
+        assert 0.8 * line["seconds_epoch"] < sum(spent) < line["seconds_epoch"]
     assert "seconds_evaluate" in lines[-1]
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert (trainer.folder / "config.yaml").is_file()

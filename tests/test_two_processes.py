@@ -1,48 +1,11 @@
 """Two gloo processes: equal weights, memory and labels; the numbers of one process."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from fastreid_uns.utils import checkpoint
-
-ROOT = Path(__file__).parents[1]
-WORKER = """
-import sys, torch
-from pathlib import Path
-from fastreid_uns.config import load_config
-from fastreid_uns.engine.default import DefaultTrainer
-from fastreid_uns.engine.hooks import ReclusterHook
-from fastreid_uns.utils import dist
-
-torch.set_num_threads(1)
-trainer = DefaultTrainer(load_config(overrides=sys.argv[2:]))
-trainer.train()
-labels = trainer.hook(ReclusterHook).pseudo.labels
-state = {"model": trainer.model.state_dict(), "labels": labels, "results": trainer.results}
-torch.save(state, Path(sys.argv[1]) / f"rank{dist.rank()}.pth")
-"""
-
-
-def launch(processes: int, folder: Path, overrides: list[str]) -> list[dict]:
-    folder.mkdir()
-    script = folder / "worker.py"
-    script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*command, str(script), str(folder), *overrides, f"OUTPUT_DIR={folder / 'run'}"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=folder,
-        env={**__import__("os").environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"rank{rank}.pth", weights_only=True) for rank in range(processes)]
 
 
 @pytest.fixture
@@ -54,13 +17,14 @@ def recipe(tiny) -> list[str]:
         "PSEUDO_LABELS.MIN_SAMPLES=2",
         "MODEL.BACKBONE.WIDTH=8",
         "MODEL.NORM_GROUP=8",
+        "MODEL.LOSSES.triplet.NAME=SoftTripletLoss",
         "SOLVER.OPTIMIZER=SGD",
         "SOLVER.BASE_LR=0.001",
         "SOLVER.ITERS_PER_EPOCH=3",
     ]
 
 
-def test_two_processes_agree_with_each_other_and_with_one(recipe, tmp_path):
+def test_two_processes_agree_with_each_other_and_with_one(recipe, launch, tmp_path):
     one, two = launch(2, tmp_path / "two", recipe)
     assert one["model"].keys() == two["model"].keys()
     assert [k for k in one["model"] if not torch.equal(one["model"][k], two["model"][k])] == []

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastreid_uns.config import deviations
 from fastreid_uns.data.augment import Augment
+from fastreid_uns.data.camera_style import KINDS, CameraStyle, ColourStyle, GeneratedStyle, generated_images
 from fastreid_uns.data.feed import Feed
 from fastreid_uns.data.image_set import CachedImageSet, ImageSet, check_images
 from fastreid_uns.data.samplers import JointSampler
@@ -33,6 +34,7 @@ from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator
 from fastreid_uns.registry import DATASET_REGISTRY, HOOK_REGISTRY, PSEUDO_LABEL_REGISTRY, SAMPLER_REGISTRY
 from fastreid_uns.structures import Record
 from fastreid_uns.utils import dist
+from fastreid_uns.utils.allocator import keep_freed_memory
 from fastreid_uns.utils.environment import environment
 from fastreid_uns.utils.seed import seed_everything
 
@@ -59,9 +61,12 @@ class DefaultTrainer(Trainer):
     """
 
     feed: Feed
+    folder: Path
 
     def __init__(self, cfg: Any) -> None:
         device = dist.init_from_environment(cfg.MODEL.DEVICE)
+        if device.type == "cpu":
+            keep_freed_memory()
         self.cfg = cfg
         self.folder = Path(cfg.OUTPUT_DIR)
         if dist.rank() == 0:
@@ -171,7 +176,32 @@ class DefaultTrainer(Trainer):
             cameras=images.cameras,
             source_labels=data.source_labels if data.source else None,
             source_domains=data.source_domains if data.source else None,
+            style=cls.build_camera_style(cfg, data, images, device),
         )
+
+    @classmethod
+    def build_camera_style(
+        cls, cfg: Any, data: TrainData, images: ImageSet, device: torch.device
+    ) -> CameraStyle | None:
+        """What shows images as other cameras would; None if no view has `CAMERA_STYLE`.
+
+        Raises:
+            ValueError: unknown `INPUT.CAMERA_STYLE.KIND`, or fewer than two cameras.
+            FileNotFoundError: generated pictures are missing.
+        """
+        if not any(cfg.INPUT.AUGMENTS[view].get("CAMERA_STYLE") for view in cfg.INPUT.VIEWS):
+            return None
+        kind, count = cfg.INPUT.CAMERA_STYLE.KIND, len(data.target)
+        if kind == "colours":
+            return ColourStyle(images, count, device=device)
+        if kind != "images":
+            raise ValueError(f"INPUT.CAMERA_STYLE.KIND: {kind!r} is unknown; accepted: {', '.join(KINDS)}.")
+        found, origins = generated_images(data.target, cfg.INPUT.CAMERA_STYLE.FOLDER)
+        good = check_images(found, on_bad=cfg.INPUT.ON_BAD_IMAGE, what="INPUT.CAMERA_STYLE.FOLDER")
+        if len(good) < len(found):
+            paths = {record.path for record in good}
+            origins = origins[[record.path in paths for record in found]]
+        return GeneratedStyle(images.cameras, count, cls.build_images(cfg, good, device, cfg.DATALOADER.FEED), origins)
 
     @classmethod
     def build_images(cls, cfg: Any, records: list[Record], device: torch.device, feed: str) -> ImageSet:

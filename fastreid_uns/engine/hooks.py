@@ -18,6 +18,7 @@ from fastreid_uns.evaluation.clusters import cluster_quality
 from fastreid_uns.evaluation.evaluator import Evaluator
 from fastreid_uns.evaluation.extract import extract_features
 from fastreid_uns.hook import HookBase
+from fastreid_uns.modeling.memory import Memory
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
 from fastreid_uns.structures import FeatureBank, NoClusters, PseudoLabels
 from fastreid_uns.utils import checkpoint, dist
@@ -67,6 +68,8 @@ class ReclusterHook(HookBase):
         trainer.model.refit(pseudo.to(trainer.device), bank)
         self.feed.labels = pseudo.labels
         self.feed.sampler.set_epoch(trainer.epoch, pseudo, bank.cameras)
+        if isinstance(trainer.model.memory, Memory):
+            trainer.model.memory.expect(self.feed.most_of_one_label(), self.feed.sampler.batch_size)
         sizes = pseudo.sizes
         trainer.metrics.update(
             clusters=pseudo.num_clusters,
@@ -255,6 +258,11 @@ class CheckpointHook(HookBase):
         trainer = self.trainer
         if not self.period or not (trainer.last_epoch or self.improved() or _is_due(trainer.epoch, self.period)):
             return
+        with trainer.timed("checkpoint"):
+            self._save()
+
+    def _save(self) -> None:
+        trainer = self.trainer
         content = {
             **trainer.state_dict(),
             "random": dist.gather_objects(random_state()),
@@ -348,6 +356,7 @@ class LogHook(HookBase):
         names = sorted(self._sums)
         means = dist.mean_over_ranks([float(self._sums[name]) / max(1, self._count) for name in names])
         trainer.metrics = {**dict(zip(names, means, strict=True)), **trainer.metrics}
+        trainer.metrics["seconds_epoch"] = time.perf_counter() - trainer.epoch_began
         for writer in self.writers:
             writer.epoch(trainer.epoch, trainer.iter, trainer.metrics)
 

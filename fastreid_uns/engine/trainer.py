@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -49,9 +50,13 @@ class Trainer:
         epoch: the current epoch, from 0.
         iter: optimiser steps done in the whole run.
         batch_size: images of this process in the latest step.
+        epoch_began: moment at which this epoch began, by `time.perf_counter`.
         last: outputs of the latest step, detached, still on the device.
         metrics: numbers of this epoch, which hooks write and the log hook reads; cleared when an epoch begins.
+        folder: where the files of the run go, None for nowhere.
     """
+
+    folder: Path | None = None
 
     def __init__(
         self,
@@ -83,6 +88,7 @@ class Trainer:
         self.iter = 0
         self.batch_size = 0
         self.epochs_done = 0
+        self.epoch_began = 0.0
         self.last: dict[str, Tensor] = {}
         self.metrics: dict[str, float] = {}
         self.stop_reason: str | None = None
@@ -116,6 +122,7 @@ class Trainer:
             while self.epochs_done < self.epochs and self.stop_reason is None:
                 self.epoch = self.epochs_done
                 self.metrics = {}
+                self.epoch_began = time.perf_counter()
                 self._call("before_epoch")
                 with self.timed("train"):
                     self._train_epoch()

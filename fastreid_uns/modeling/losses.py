@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastreid_uns.registry import LOSS_REGISTRY
+from fastreid_uns.utils.dist import all_gather, all_gather_with_gradient
 
 
 def at_least_float32(value: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ class SoftCrossEntropyLoss(nn.Module):
 
 @LOSS_REGISTRY.register()
 class SoftTripletLoss(nn.Module):
-    """Soft-margin triplet loss on the hardest positive and negative in the batch.
+    """Soft-margin triplet loss on the hardest positive and negative in the batch of all processes.
 
     An image without a positive or a negative in the batch contributes nothing.
 
@@ -54,9 +55,11 @@ class SoftTripletLoss(nn.Module):
 
     def forward(self, feats: Tensor, labels: Tensor) -> Tensor:
         """Scalar; feats (B,D), labels (B,)."""
-        feats = at_least_float32(feats)
+        feats = all_gather_with_gradient(at_least_float32(feats))
+        labels = all_gather(labels, equal=True)
         norm = feats.pow(2).sum(1)
-        distance = (norm[:, None] + norm[None] - 2.0 * feats @ feats.T).clamp_min(1e-12).sqrt()
+        with torch.autocast(feats.device.type, enabled=False):  # the difference of large numbers is small
+            distance = (norm[:, None] + norm[None] - 2.0 * feats @ feats.T).clamp_min(1e-12).sqrt()
         same = labels[:, None] == labels[None]
         self_pair = torch.eye(len(feats), dtype=torch.bool, device=feats.device)
         positive = same & ~self_pair

@@ -30,6 +30,9 @@ class Memory(nn.Module):
     """
 
     features: Tensor
+    moves = True  # whether training moves the rows; else a clustering alone does
+    splits_labels = False  # whether images of one row always have one label, so that `expect` bounds its images
+    _expected: tuple[int, int] | None = None
 
     def __init__(self, dim: int, *, momentum: float = 0.1, temperature: float = 0.05) -> None:
         super().__init__()
@@ -50,7 +53,7 @@ class Memory(nn.Module):
         raise NotImplementedError
 
     def forward(self, feats: Tensor, labels: Tensor) -> Tensor:
-        """Similarity to every row, divided by the temperature; in training the rows are updated afterwards.
+        """Similarity to every row, divided by the temperature; in training rows that move are updated afterwards.
 
         Args:
             feats: (B, D) unit length.
@@ -61,18 +64,23 @@ class Memory(nn.Module):
         """
         with torch.autocast(feats.device.type, enabled=False):
             logits = feats.float() @ self.features.T / self.temperature
-        if self.training:
+        if self.training and self.moves:
             self.update(feats.detach(), labels)
         return logits
 
     @torch.no_grad()
     def update(self, feats: Tensor, labels: Tensor) -> None:
-        """Gather the images of all ranks and replace `features` by the moved rows."""
+        """Gather the images of all ranks, equally many each, and replace `features` by the moved rows."""
         with torch.autocast(feats.device.type, enabled=False):
-            self.features = self._moved(dist.all_gather(feats.float()), dist.all_gather(labels))
+            self.features = self._moved(dist.all_gather(feats.float(), equal=True), dist.all_gather(labels, equal=True))
+
+    def expect(self, most: int, images: int) -> None:
+        """Before an epoch: of the `images` in a batch of all processes at most `most` have the same label."""
+        self._expected = (most, images) if self.splits_labels else None
 
     def _moved(self, feats: Tensor, labels: Tensor) -> Tensor:
-        return move_in_order(self.features, feats, labels, self.momentum)
+        most, images = self._expected or (0, 0)
+        return move_in_order(self.features, feats, labels, self.momentum, most if len(labels) <= images else None)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(f"{prefix}features")
@@ -92,6 +100,8 @@ class ClusterMemory(Memory):
     Source: Dai et al. 2022 (Cluster Contrast), eq. 5 (plain) and the hard variant of its first version.
     """
 
+    splits_labels = True
+
     def __init__(self, dim: int, *, momentum: float = 0.1, temperature: float = 0.05, hard: bool = False) -> None:
         super().__init__(dim, momentum=momentum, temperature=temperature)
         self.hard = hard
@@ -108,10 +118,10 @@ class ClusterMemory(Memory):
         if not self.hard:
             return super()._moved(feats, labels)
         similarity = (feats * self.features[labels]).sum(1)
-        order = similarity.argsort(stable=True)
-        order = order[labels[order].argsort(stable=True)]
-        first = _place_in_group(labels[order]) == 0
-        return _write_where(self.features, feats[order], labels[order], first, self.momentum)
+        hardest = similarity.argsort(stable=True)
+        order, rows, first = _by_row(labels[hardest])
+        moved = _towards(self.features[rows], feats[hardest[order]][first], self.momentum)
+        return self.features.index_copy(0, rows, moved)  # images of one row write the same
 
 
 @MEMORY_REGISTRY.register()
@@ -123,6 +133,7 @@ class InstanceMemory(Memory):
     """
 
     num_source: Tensor
+    splits_labels = True
 
     def __init__(self, dim: int, *, momentum: float = 0.2, temperature: float = 0.05) -> None:
         super().__init__(dim, momentum=momentum, temperature=temperature)
@@ -148,36 +159,45 @@ def source_rows(bank: FeatureBank) -> list[Tensor]:
     return [F.normalize(total.index_add_(0, labels, bank.source_feats))]
 
 
-def move_in_order(features: Tensor, feats: Tensor, labels: Tensor, momentum: float) -> Tensor:
+def move_in_order(features: Tensor, feats: Tensor, labels: Tensor, momentum: float, most: int | None = None) -> Tensor:
     """Rows after `row = unit(momentum * row + (1 - momentum) * image)` for each image in batch order.
 
-    Images of one row act one after the other, those of different rows at once, so the loop is as long as the most
-    frequent label; equal to the loop over images bit for bit.
+    Images of one row act one after the other, those of different rows at once: turn t moves the rows that have more
+    than t images, of which there are at most B / (t + 1). All sizes follow from B and `most`, so the host never waits
+    for the device; equal to the loop over images bit for bit.
 
     Args:
         features: (rows, D).
         feats: (B, D) unit length.
         labels: (B,) row of each image.
+        most: no row has more images than this, which sets the number of turns; None = not known, B turns.
 
     Returns:
         (rows, D), a new tensor.
     """
+    batch = len(labels)
+    order, labels, first = _by_row(labels)
+    feats = feats[order]
+    place = torch.arange(batch, device=labels.device)
+    images = torch.where(first == place, torch.searchsorted(labels, labels, right=True) - place, 0)
+    if most is not None:
+        torch._assert_async((images <= most).all(), f"memory: a batch holds more than {most} images of one row.")
+    starts = images.argsort(descending=True, stable=True)  # the first images of the rows, those of most images first
+    images = images[starts, None]
+    moved = features[labels[starts]]
+    for turn in range(min(batch, most or batch)):
+        count = batch // (turn + 1)
+        step = _towards(moved[:count], feats[(starts[:count] + turn).clamp_max(batch - 1)], momentum)
+        moved[:count] = torch.where(images[:count] > turn, step, moved[:count])
+    return features.index_copy(0, labels, moved[starts.argsort()[first]])
+
+
+def _by_row(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,) each: a stable order of the images by row, their rows in it, and for each the place of its row's first."""
     order = labels.argsort(stable=True)
-    feats, labels = feats[order], labels[order]
-    place = _place_in_group(labels)
-    for turn in range(int(place.max()) + 1 if len(place) else 0):
-        features = _write_where(features, feats, labels, place == turn, momentum)
-    return features
+    labels = labels[order]
+    return order, labels, torch.searchsorted(labels, labels)
 
 
-def _place_in_group(labels: Tensor) -> Tensor:
-    """(B,) how many equal labels stand before each one; labels are sorted."""
-    position = torch.arange(len(labels), device=labels.device)
-    return position - torch.searchsorted(labels, labels)
-
-
-def _write_where(features: Tensor, feats: Tensor, labels: Tensor, chosen: Tensor, momentum: float) -> Tensor:
-    """`features` with the rows of the chosen images moved; chosen labels must be unique."""
-    feats, labels = feats[chosen], labels[chosen]
-    moved = F.normalize(momentum * features[labels] + (1.0 - momentum) * feats)
-    return features.index_copy(0, labels, moved)
+def _towards(rows: Tensor, feats: Tensor, momentum: float) -> Tensor:
+    return F.normalize(momentum * rows + (1.0 - momentum) * feats)

@@ -69,10 +69,18 @@ def gather_objects(value: T) -> list[T]:
     return box
 
 
-def all_gather(value: Tensor) -> Tensor:
-    """Rows of all ranks, in order of rank, without gradient; ranks may hold different row counts."""
+def all_gather(value: Tensor, equal: bool = False) -> Tensor:
+    """Rows of all ranks, in order of rank, without gradient.
+
+    Args:
+        equal: all ranks hold as many rows, as they do in a training step; then the host does not wait for the device.
+    """
     if world() == 1:
         return value
+    if equal:
+        every = value.new_empty((world(), *value.shape))
+        dist.all_gather(list(every.unbind()), value.contiguous())
+        return every.flatten(0, 1)
     count = torch.tensor([len(value)], device=value.device)
     counts = [torch.empty_like(count) for _ in range(world())]
     dist.all_gather(counts, count)
@@ -82,6 +90,30 @@ def all_gather(value: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in rows]
     dist.all_gather(parts, padded)
     return torch.cat([part[:n] for part, n in zip(parts, rows, strict=True)])
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.rows = len(value)
+        parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(world())]
+        dist.all_gather(parts, value.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def all_gather_with_gradient(value: Tensor) -> Tensor:
+    """Rows of all ranks, in order of rank; every rank must hold as many.
+
+    The gradient of a row is the sum of what all ranks made of it. So where each computes the same scalar from all rows,
+    DistributedDataParallel, which averages over the ranks, gives the gradient of that scalar, as one process would.
+    """
+    return value if world() == 1 else _GatherRows.apply(value)
 
 
 def mean_over_ranks(values: Sequence[float]) -> list[float]:

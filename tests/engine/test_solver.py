@@ -80,3 +80,20 @@ def test_precision_names():
     assert precision("auto", cpu) in (None, torch.bfloat16)
     with pytest.raises(ValueError, match=r"SOLVER\.AMP: 'half' is unknown; accepted: auto, bfloat16"):
         precision("half", cpu)
+
+
+def test_layer_wise_rates_leave_out_what_does_not_decay():
+    """Weights step by trust x |w| / (|g| + decay |w|) x (g + decay w) x rate, biases without decay by g x rate."""
+    model = nn.Linear(2, 1)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[3.0, 4.0]]))
+        model.bias.fill_(2.0)
+    keys = ["SOLVER.OPTIMIZER=lars", "SOLVER.OPTIMIZER_ARGS={momentum: 0.9, trust_coeff: 0.001}", "SOLVER.BASE_LR=0.5"]
+    optimizer = build_optimizer(config(*keys, "SOLVER.WEIGHT_DECAY=0.1", "SOLVER.WEIGHT_DECAY_NORM=0.0"), model)
+    model.weight.grad = torch.tensor([[0.0, 2.0]])
+    model.bias.grad = torch.tensor([1.0])
+    optimizer.step()
+    trust = 0.001 * 5 / (2 + 0.1 * 5)
+    expected = torch.tensor([[3.0 - 0.5 * trust * 0.3, 4.0 - 0.5 * trust * 2.4]])
+    torch.testing.assert_close(model.weight.detach(), expected, rtol=0, atol=1e-6)
+    assert model.bias.item() == pytest.approx(1.5)

@@ -273,3 +273,11 @@ def test_output_that_is_no_map_is_refused() -> None:
 def test_images_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match=r"images have 32x32 pixels, the model was built for 32x16.*INPUT.SIZE"):
         ViT(SIZE, width=48, depth=1, heads=3)(torch.zeros(1, 3, 32, 32))
+
+
+def test_images_that_the_stem_halves_to_more_patches_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"63x32 pixels with CONV_STEM.*multiples of PATCH.*INPUT.SIZE to such as 64 x 32"
+    ):
+        ViT((63, 32), width=48, depth=1, heads=3, conv_stem=True)
+    assert ViT((62, 32), width=48, depth=1, heads=3, conv_stem=True).grid == (3, 2)

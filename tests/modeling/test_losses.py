@@ -43,6 +43,15 @@ def test_soft_triplet_equals_the_plain_loop(labels):
     torch.testing.assert_close(SoftTripletLoss()(feats, labels), slow_triplet(feats, labels))
 
 
+def test_soft_triplet_of_long_features_is_computed_in_full_precision_under_autocast():
+    """Features before unit length that point one way: squares near 1600, of which bfloat16 loses the differences."""
+    feats = 10 + torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = SoftTripletLoss()(feats, labels)
+    torch.testing.assert_close(found, slow_triplet(feats, labels), rtol=1e-4, atol=1e-4)
+
+
 def test_soft_triplet_of_one_cluster_is_zero_with_a_finite_gradient():
     feats = F.normalize(torch.randn(4, 5)).requires_grad_()
     loss = SoftTripletLoss()(feats, torch.zeros(4, dtype=torch.long))

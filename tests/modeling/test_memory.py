@@ -40,15 +40,48 @@ def test_cluster_memory_equals_the_reference(case):
     torch.testing.assert_close(memory.features, torch.from_numpy(golden["memory_after"]), rtol=0, atol=1e-6)
 
 
-def test_update_in_order_equals_the_loop_over_images_bit_for_bit():
-    rows, feats = unit(5, 16), unit(23, 16, seed=1)
-    labels = torch.randint(0, 5, (23,), generator=torch.Generator().manual_seed(2))
-    moved = move_in_order(rows, feats, labels, 0.3)
+@pytest.mark.parametrize("most", [None, 11, 23])
+@pytest.mark.parametrize("labels", [[0] * 11 + [3, 1, 3, 2] * 3, list(range(23)), [4], [1] * 11, []])
+def test_update_in_order_equals_the_loop_over_images_bit_for_bit(labels, most):
+    """One row with many images, others with few or none, none twice, a single image, a single row, no image."""
+    labels = torch.tensor(labels, dtype=torch.long)[torch.randperm(len(labels))]
+    rows, feats = unit(25, 16), unit(len(labels), 16, seed=1)
+    moved = move_in_order(rows, feats, labels, 0.3, most)
     loop = rows.clone()
     for feat, label in zip(feats, labels, strict=True):
         loop[label] = F.normalize((0.3 * loop[label] + (1.0 - 0.3) * feat)[None])[0]
     assert torch.equal(moved, loop)
-    assert torch.equal(rows, unit(5, 16))
+    assert torch.equal(rows, unit(25, 16))
+
+
+def test_hard_update_equals_the_loop_over_rows_bit_for_bit():
+    rows, feats, labels = unit(7, 16), unit(23, 16, seed=1), torch.arange(23) % 5
+    memory = ClusterMemory(16, momentum=0.3, hard=True)
+    memory.features = rows
+    memory.update(feats, labels)
+    loop = rows.clone()
+    for row in range(5):
+        own = feats[labels == row]
+        hardest = own[(own @ rows[row]).argmin()]
+        loop[row] = F.normalize((0.3 * rows[row] + (1.0 - 0.3) * hardest)[None])[0]
+    assert torch.equal(memory.features, loop)
+
+
+def test_a_bound_on_the_images_of_a_row_shortens_the_update_and_a_wrong_one_is_noticed(monkeypatch):
+    feats, six, turns = unit(8, 4), torch.tensor([0, 1, 2, 0, 1, 2]), []
+    memory = ClusterMemory(4)
+    memory.features = unit(3, 4)
+    plain = F.normalize
+    monkeypatch.setattr(F, "normalize", lambda x: turns.append(len(x)) or plain(x))
+    memory.update(feats[:6], six)
+    assert turns == [6, 3, 2, 1, 1, 1]
+    memory.expect(2, 6)
+    memory.update(feats[:6], six)
+    assert turns[6:] == [6, 3]
+    memory.update(feats, torch.tensor([0] * 8))  # more images than the bound speaks of
+    assert turns[8:] == [8, 4, 2, 2, 1, 1, 1, 1]
+    with pytest.raises(RuntimeError, match="more than 2 images of one row"):
+        memory.update(feats[:6], torch.tensor([0, 1, 0, 0, 1, 2]))
 
 
 def test_an_update_that_cancels_out_stays_finite():
@@ -80,3 +113,13 @@ def test_instance_memory_rows_of_source_and_target_images():
 def test_parameters_out_of_range_name_their_key(key, value):
     with pytest.raises(ValueError, match=f"MODEL.MEMORY.{key.upper()} is {value}"):
         ClusterMemory(4, **{key: value})
+
+
+def test_rows_that_do_not_move_stay_in_training():
+    class Still(ClusterMemory):
+        moves = False
+
+    memory = Still(4, momentum=0.5)
+    memory.features = unit(3, 4)
+    memory(unit(2, 4, seed=1), torch.tensor([0, 2]))
+    assert torch.equal(memory.features, unit(3, 4))
