@@ -1,0 +1,101 @@
+"""The model of ICE: three views, two of them through the momentum encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreid_uns.data.image_set import to_device
+from fastreid_uns.modeling.encoder import Encoder
+from fastreid_uns.modeling.memory import Memory
+from fastreid_uns.modeling.meta_arch import Baseline
+from fastreid_uns.projects.ICE.proxies import CameraProxies
+from fastreid_uns.registry import META_ARCH_REGISTRY
+from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
+from fastreid_uns.utils import dist
+
+
+@META_ARCH_REGISTRY.register()
+class ICEModel(Baseline):
+    """Queries of the online encoder against centroids, against keys of the momentum encoder and against camera proxies.
+
+    The views of a batch are the query, the key (where there is no second view: the first again) and the weak view. The
+    momentum encoder clusters, is evaluated and deployed, and gathers norm statistics of its own from the keys.
+
+    Losses are offered what `Baseline` offers, and: `teacher_feats` (B,D) of the key; `weak_feats` (B,D) if a loss wants
+    them; `proxies` if a loss wants them, which needs camera labels.
+
+    Args:
+        raw_queries: contrast with the memory by features before unit length, as ICE does; keys and proxies meet unit
+            features in any case.
+
+    Raises:
+        ValueError: no momentum encoder or no memory; in `refit`, proxies on data without cameras, or labelled source
+            sets; in `forward`, fewer views than the losses need.
+
+    Source: Chen et al. 2021 (ICE), official trainer; differs: its forward pass of the key through the online encoder,
+    whose features it does not use, is left out.
+    """
+
+    memory: Memory  # not without one
+    teacher: Encoder
+
+    def __init__(self, *parts: Any, momentum_encoder: bool = True, raw_queries: bool = True, **keys: Any) -> None:
+        if not momentum_encoder:
+            raise ValueError(
+                "MODEL.MOMENTUM_ENCODER is false; ICEModel takes its keys from the momentum encoder. Set it to true."
+            )
+        super().__init__(*parts, momentum_encoder=True, **keys)
+        if self.memory is None:
+            raise ValueError("MODEL.MEMORY has no NAME; ICEModel contrasts with centroids. Name CentroidMemory.")
+        self.raw_queries = raw_queries
+        wanted = {want for wants in self.losses.wanted.values() for want in wants}
+        self.wants_weak = "weak_feats" in wanted
+        self.proxies = CameraProxies(self.encoder.dim) if "proxies" in wanted else None
+
+    def refit(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:
+        """Make centroids and proxies anew from the features of the momentum encoder."""
+        if bank.source_labels is not None:
+            raise ValueError(
+                "ICEModel: DATASETS.SOURCES names labelled sets; ICE is for unlabelled images only. Drop the section."
+            )
+        super().refit(pseudo, bank)
+        if self.proxies is not None:
+            self.proxies.reset(bank.feats, pseudo.labels, bank.cameras)
+
+    def offer(self, batch: Batch) -> dict[str, Any]:
+        """Every tensor that a loss can ask for, by name, and the proxies."""
+        needed = 3 if self.wants_weak else 1
+        if len(batch.views) < needed:
+            raise ValueError(
+                f"INPUT.VIEWS names {len(batch.views)} view(s); the losses of this model need {needed}: query, key and "
+                f"weak view. Name that many presets of INPUT.AUGMENTS."
+            )
+        out = self.encoder(batch.views[0])
+        offer: dict[str, Any] = {**out._asdict(), **batch._asdict()}
+        offer = {name: value for name, value in offer.items() if name != "views" and value is not None}
+        offer["teacher_feats"] = self.keys(batch.views[min(1, len(batch.views) - 1)])
+        if self.wants_weak:
+            offer["weak_feats"] = self.keys(batch.views[2])
+        if self.proxies is not None:
+            offer["proxies"] = self.proxies
+        offer["labels"] = self.memory.rows(batch)
+        offer["logits"] = self.memory(offer["raw"] if self.raw_queries else out.feats, offer["labels"])
+        return offer
+
+    @torch.no_grad()
+    def keys(self, images: Tensor) -> Tensor:
+        """(B,D) unit features of the momentum encoder; images (B,3,H,W).
+
+        The images of all processes change places before its norm layers, so that a key does not share statistics with
+        those that its query shared them with (shuffled batch norm).
+        """
+        count = len(images)
+        every = dist.all_gather(images, equal=True)
+        order = to_device(torch.randperm(len(every)), images.device)
+        order = dist.all_gather(order, equal=True)[: len(every)]  # that of rank 0 everywhere
+        own = slice(dist.rank() * count, (dist.rank() + 1) * count)
+        feats = dist.all_gather(self.teacher(every[order[own]]).feats, equal=True)
+        return feats[order.argsort()[own]]

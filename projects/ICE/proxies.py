@@ -1,0 +1,167 @@
+"""Camera proxies: one unit-length mean for each cluster in each camera, and the contrast of images with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastreid_uns.modeling.losses import at_least_float32
+from fastreid_uns.utils import dist
+
+POSITIVES = ("all", "other")
+AXES = ("cosine", "coordinates")
+
+
+class CameraProxies(nn.Module):
+    """The R proxies of a clustering; constant until the next `reset`.
+
+    Args:
+        dim: D, length of a proxy.
+
+    Attributes:
+        features: (R,D) unit length, float32.
+        labels: (R,) int64, cluster of each proxy.
+        cameras: (R,) int64, from 0.
+
+    Source: Chen et al. 2021 (ICE), official trainer.
+    """
+
+    features: Tensor
+    labels: Tensor
+    cameras: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("features", torch.zeros(0, dim))
+        self.register_buffer("labels", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("cameras", torch.zeros(0, dtype=torch.int64))
+
+    @torch.no_grad()
+    def reset(self, feats: Tensor, labels: Tensor, cameras: Tensor) -> None:
+        """Make the proxies anew, sorted by cluster and camera, on the device of the old ones.
+
+        Args:
+            feats: (N,D) unit length, any device.
+            labels: (N,) clusters from 0; images with -1 count nowhere.
+            cameras: (N,) cameras from 0; images of an unknown one, -1, count nowhere.
+
+        Raises:
+            ValueError: no image is left.
+        """
+        device = self.features.device
+        labels, cameras = labels.to(device), cameras.to(device)
+        kept = (labels >= 0) & (cameras >= 0)
+        if not bool(kept.any()):
+            raise ValueError(
+                f"camera proxies: none of the {int((labels >= 0).sum()):,} clustered images has a camera label; at "
+                f"least one camera from 0 is needed. Train on a data set with cameras, or drop the camera loss."
+            )
+        labels, cameras = labels[kept], cameras[kept]
+        count = int(cameras.max()) + 1
+        pairs, rows = torch.unique(labels * count + cameras, return_inverse=True)
+        total = self.features.new_zeros(len(pairs), self.features.shape[1])
+        total.index_add_(0, rows, feats.to(total)[kept])
+        self.features = F.normalize(total)
+        self.labels, self.cameras = pairs // count, pairs % count
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, buffer in list(self.named_buffers()):
+            saved = state_dict.get(prefix + name)
+            if saved is not None:
+                setattr(self, name, buffer.new_zeros(saved.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def camera_proxy_loss(
+    feats: Tensor,
+    labels: Tensor,
+    cameras: Tensor,
+    proxies: CameraProxies,
+    *,
+    temperature: float = 0.07,
+    negatives: int = 50,
+    positives: str = "all",
+    axis: str = "cosine",
+) -> Tensor:
+    """Contrast of each image with the proxies of its cluster and the most similar ones of other clusters.
+
+    With s = similarity / temperature, P the positives and A their union with the `negatives` most similar proxies of
+    other clusters, the loss of an image is the mean over p in P of logsumexp_A(s) - s_p.
+
+    Args:
+        feats: (B,D) unit length; half precision is computed in float32.
+        labels: (B,) cluster of each image.
+        cameras: (B,) camera of each image; an unknown one, -1, costs nothing.
+        proxies: what to contrast with.
+        temperature: divides the similarities, > 0.
+        negatives: proxies of other clusters, at least 1; fewer where there are fewer.
+        positives: `all` proxies of the cluster, the image's own camera included, or those of `other` cameras; an image
+            without any costs nothing.
+        axis: `cosine`, or `coordinates`: each coordinate of the proxies has unit length over all proxies, and where
+            there are too few negatives the positives take the free places, as in the released code of ICE.
+
+    Returns:
+        (B,) losses, with gradient to `feats`.
+
+    Raises:
+        ValueError: unknown `positives` or `axis`, or a number out of range.
+
+    Source: Chen et al. 2021 (ICE), official trainer; `other` as in Cho et al. 2022 (PPLR), official code.
+    """
+    check_proxy_keys(temperature, negatives, positives, axis)
+    with torch.autocast(feats.device.type, enabled=False):
+        feats = at_least_float32(feats)
+        rows = F.normalize(proxies.features, dim=0) if axis == "coordinates" else proxies.features
+        logits = feats @ rows.to(feats).T / temperature
+        own = labels[:, None] == proxies.labels
+        positive = own & (cameras[:, None] >= 0)
+        if positives == "other":
+            positive &= cameras[:, None] != proxies.cameras
+        apart = logits.masked_fill(own, -torch.inf)
+        hardest = apart.detach().topk(min(negatives, logits.shape[1]), dim=1).indices
+        negative = (logits if axis == "coordinates" else apart).gather(1, hardest)
+        count = positive.sum(1)
+        # an image without positives takes every proxy, so that its gradient is zero instead of not a number
+        kept = positive | (count == 0)[:, None]
+        total = torch.cat([logits.masked_fill(~kept, -torch.inf), negative], dim=1).logsumexp(1)
+        mean = logits.masked_fill(~positive, 0.0).sum(1) / count.clamp_min(1)
+        return (total - mean).masked_fill(count == 0, 0.0)
+
+
+def check_proxy_keys(temperature: float, negatives: int, positives: str, axis: str) -> None:
+    """Refuse what `camera_proxy_loss` cannot compute.
+
+    Raises:
+        ValueError: with the key and what it accepts.
+    """
+    if temperature <= 0:
+        raise ValueError(f"camera proxy loss: TEMPERATURE is {temperature}; a number above 0 is accepted. Change it.")
+    if negatives < 1:
+        raise ValueError(f"camera proxy loss: NEGATIVES is {negatives}; 1 or more is accepted. Raise it.")
+    for key, value, accepted in (("POSITIVES", positives, POSITIVES), ("AXIS", axis, AXES)):
+        if value not in accepted:
+            raise ValueError(
+                f"camera proxy loss: {key} is {value!r}; accepted: {', '.join(accepted)}. Change MODEL.LOSSES."
+            )
+
+
+def sum_over_cameras(losses: Tensor, cameras: Tensor) -> Tensor:
+    """The mean over the images of each camera, summed over the cameras of the batch.
+
+    A batch of several processes counts as one: their mean of this value is that of the whole batch.
+
+    Args:
+        losses: (B,) of each image.
+        cameras: (B,) int64; -1 is a camera like the others.
+
+    Returns:
+        Scalar, without the factor 0.5 that ICE puts before it: that is a weight.
+
+    Source: Chen et al. 2021 (ICE), official trainer.
+    """
+    every = dist.all_gather(cameras, equal=True)
+    images = (cameras[:, None] == every).sum(1)
+    return (losses / images).sum() * dist.world()
