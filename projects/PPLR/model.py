@@ -1,0 +1,165 @@
+"""Global and part branches with classifiers that are re-aimed at the clusters of each epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastreid_uns.modeling.encoder import Encoder
+from fastreid_uns.modeling.losses import LossSet
+from fastreid_uns.modeling.memory import Memory
+from fastreid_uns.modeling.meta_arch import Baseline
+from fastreid_uns.projects.ICE.proxies import CameraProxies, camera_proxy_loss
+from fastreid_uns.pseudo_labels.base import centroids
+from fastreid_uns.registry import META_ARCH_REGISTRY
+from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
+from fastreid_uns.utils import dist
+
+
+@META_ARCH_REGISTRY.register()
+class PPLR(Baseline):
+    """A classifier for the whole image and one for each part; what they are taught is for the losses to say.
+
+    Beside what `Baseline` offers, losses are offered `logits` (B,K) and `part_logits` (B,P,K), products of the features
+    before unit length with the rows of the classifiers, `agreement` (B,P) of the latest clustering, and `epoch` (), an
+    int64 on the CPU, which counts clusterings from 0.
+
+    The classifiers have a fixed number of rows, of which the first K are in use: they are set to the unit means of the
+    clusters after each clustering and then trained. Moments of the optimiser stay with their rows.
+
+    Args:
+        capacity: rows of each classifier, the most clusters that there may be; never more than training images.
+        camera_weight: of the contrast with the camera proxies, whole image plus mean of the parts; 0 = camera labels
+            are not read.
+        camera_temperature: divides the similarities to the proxies, > 0.
+        camera_negatives: most similar proxies of other clusters that are contrasted with.
+        keys: those of `Baseline`.
+
+    Raises:
+        ValueError: a parameter out of range, a head without parts, or a memory; in `refit`, more clusters than rows,
+            labels without agreement, labelled sources, or camera proxies without camera labels.
+
+    Source: Cho et al. 2022 (PPLR), section 3.
+    """
+
+    agreement: Tensor
+    clusterings: Tensor
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        memory: Memory | None,
+        losses: LossSet,
+        num_images: int,
+        *,
+        capacity: int = 3000,
+        camera_weight: float = 0.0,
+        camera_temperature: float = 0.07,
+        camera_negatives: int = 50,
+        **keys: Any,
+    ) -> None:
+        super().__init__(encoder, memory, losses, num_images, **keys)
+        self.parts = len(getattr(encoder.head, "part_embed", ()))
+        _check_options(self, capacity, camera_weight, camera_temperature, camera_negatives)
+        self.camera_weight = camera_weight
+        self.camera_temperature = camera_temperature
+        self.camera_negatives = camera_negatives
+        self.capacity = min(capacity, num_images)
+        self.clusters = 0
+        self.epoch = torch.zeros((), dtype=torch.int64)
+        self.classifiers = nn.Parameter(torch.zeros(1 + self.parts, self.capacity, encoder.dim))
+        self.register_buffer("agreement", torch.zeros(num_images, self.parts))
+        self.register_buffer("clusterings", torch.zeros((), dtype=torch.int64))
+        branches = 1 + self.parts if camera_weight else 0
+        self.proxies = nn.ModuleList(CameraProxies(encoder.dim) for _ in range(branches))
+
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        """`feats` (B,D), and for the clustering `parts` (B,P,D)."""
+        out = self.deploy(images)
+        return {"feats": out.feats, "parts": out.parts}
+
+    @torch.no_grad()
+    def refit(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:
+        """Aim the classifiers at the clusters, make the camera proxies anew, keep the agreement."""
+        if bank.source_feats is not None:
+            raise ValueError("PPLR: labelled sources were found, but its classifiers know clusters only. Drop them.")
+        if "agreement" not in pseudo.extras:
+            raise ValueError(
+                f"PPLR: the labels hold {', '.join(pseudo.extras) or 'nothing'} beside the clusters; the agreement of "
+                f"each part is needed. Set PSEUDO_LABELS.NAME to AgreementLabels."
+            )
+        if pseudo.num_clusters > self.capacity:
+            raise ValueError(
+                f"PPLR: {pseudo.num_clusters:,} clusters for classifiers of {self.capacity:,} rows; each cluster needs "
+                f"a row. Raise MODEL.CAPACITY, or raise PSEUDO_LABELS.EPS for fewer clusters."
+            )
+        branches = [bank.feats, *bank.extras["parts"].unbind(1)]
+        rows = torch.stack([centroids(feats, pseudo.labels) for feats in branches])
+        # sums on CUDA differ in the last bit from process to process, parameters must not
+        rows = dist.broadcast_object(rows.cpu()).to(self.classifiers.device)
+        self.clusters = pseudo.num_clusters
+        self.classifiers[:, : self.clusters] = rows
+        self.agreement = pseudo.extras["agreement"].to(self.agreement.device)
+        self.epoch = self.clusterings.cpu()
+        self.clusterings = self.clusterings + 1
+        for proxies, feats in zip(self.proxies, branches, strict=False):
+            proxies.reset(feats, pseudo.labels, bank.cameras)  # type: ignore[operator]
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`loss_<name>` for each configured loss, `loss_camera` if it has a weight, and `accuracy`."""
+        offer = self.offer(batch)
+        outputs = self.losses(offer)
+        if self.camera_weight:
+            outputs["loss_camera"] = self.camera_weight * self._camera_loss(offer)
+        outputs["accuracy"] = (offer["logits"].detach().argmax(1) == batch.labels).float().mean()
+        outputs["agreement"] = offer["agreement"].mean()
+        return outputs
+
+    def offer(self, batch: Batch) -> dict[str, Tensor]:
+        """See the class."""
+        offer = super().offer(batch)
+        raw = torch.cat([offer["raw"][:, None], offer["raw_parts"]], dim=1)
+        with torch.autocast(raw.device.type, enabled=False):
+            logits = torch.einsum("bpd,pkd->bpk", raw, self.classifiers[:, : self.clusters])
+        offer |= {"logits": logits[:, 0], "part_logits": logits[:, 1:]}
+        offer |= {"agreement": self.agreement[batch.index], "epoch": self.epoch}
+        return offer
+
+    def _camera_loss(self, offer: dict[str, Tensor]) -> Tensor:
+        """Contrast with the camera proxies: that of the whole image and the mean of those of the parts.
+
+        Source: Cho et al. 2022 (PPLR), camera-aware variant, with the inter-camera loss of Wang et al. 2021 (CAP).
+        """
+        losses = [
+            camera_proxy_loss(
+                feats,
+                offer["labels"],
+                offer["cameras"],
+                proxies,
+                temperature=self.camera_temperature,
+                negatives=self.camera_negatives,
+                positives="other",
+            ).mean()
+            for feats, proxies in zip([offer["feats"], *offer["parts"].unbind(1)], self.proxies, strict=True)
+        ]
+        return losses[0] + torch.stack(losses[1:]).mean()
+
+
+def _check_options(model: PPLR, capacity: int, weight: float, temperature: float, negatives: int) -> None:
+    if not model.parts:
+        raise ValueError(
+            f"PPLR: MODEL.HEAD.NAME {type(model.encoder.head).__name__} gives no parts, which refine the labels. Set "
+            f"MODEL.HEAD.NAME to PartHead."
+        )
+    if model.memory is not None:
+        raise ValueError("PPLR: it trains classifiers and reads no memory. Set MODEL.MEMORY to null.")
+    for key, value, good, accepted in (
+        ("CAPACITY", capacity, capacity >= 1, "1 or more rows are"),
+        ("CAMERA_WEIGHT", weight, weight >= 0, "0 (off) or more is"),
+        ("CAMERA_TEMPERATURE", temperature, temperature > 0, "a number above 0 is"),
+        ("CAMERA_NEGATIVES", negatives, negatives >= 1, "1 or more are"),
+    ):
+        if not good:
+            raise ValueError(f"PPLR: MODEL.{key} is {value}; {accepted} accepted. Change it.")
