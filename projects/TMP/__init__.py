@@ -1,0 +1,3 @@
+from . import labels as labels
+from . import losses as losses
+from . import model as model

@@ -1,0 +1,41 @@
+"""Several views of each image, side by side in one batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastreid_uns.modeling.meta_arch import MetaArch
+from fastreid_uns.registry import META_ARCH_REGISTRY
+from fastreid_uns.structures import Batch, HeadOutput
+from fastreid_uns.utils.dist import all_gather
+
+
+@META_ARCH_REGISTRY.register()
+class InBatchModel(MetaArch):
+    """All V views of an image go through the encoder, and each is a row of the batch that the losses see.
+
+    The rows of an image stand side by side, so that images that share norm statistics share those of all their views:
+    `MODEL.NORM_GROUP` counts rows, V for each image. Losses are offered `feats, pooled, labels, index, cameras,
+    domains` of the rows, and what else the head gives (`raw`, `parts`, `raw_parts`); `index` tells which rows show the
+    same image.
+
+    Source: TMP, section 3 and algorithm 1: no memory, no momentum encoder.
+    """
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`loss_<name>` for each configured loss, and `positives`, the mean number of positives of a row."""
+        offer = self.offer(batch)
+        outputs = self.losses(offer)
+        labels = all_gather(offer["labels"], equal=True)
+        outputs["positives"] = (labels[:, None] == labels[None]).sum(1).float().mean() - 1
+        return outputs
+
+    def offer(self, batch: Batch) -> dict[str, Tensor]:
+        """Every tensor that a loss can ask for, by name, with V x B rows."""
+        views = len(batch.views)
+        images = torch.stack(batch.views, dim=1).flatten(0, 1)
+        once = {name: value for name, value in batch._asdict().items() if name != "views"}
+        rows = {name: torch.stack([value] * views, dim=1).flatten() for name, value in once.items()}
+        out: HeadOutput = self.encoder(images, rows["domains"])
+        return {name: value for name, value in out._asdict().items() if value is not None} | rows
