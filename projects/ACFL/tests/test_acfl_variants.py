@@ -1,0 +1,253 @@
+"""ACFL-C, ACFL-ST and ACFL-ViT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastreid_uns.config import deviations, load_config
+from fastreid_uns.engine.default import DefaultTrainer
+from fastreid_uns.hook import HookBase
+from fastreid_uns.modeling.meta_arch import build_model
+from fastreid_uns.projects.ACFL import camera, student
+from fastreid_uns.projects.ACFL.tests.acfl_toy import CAMERAS, INDEX, LABELS, batch, build, features
+from fastreid_uns.structures import FeatureBank, PseudoLabels
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def test_camera_contrast_in_a_plain_loop():
+    model = build(camera.ACFLCamera, camera_weight=0.7, camera_negatives=2)
+    feats = features(model, batch().views[0])
+    rows, cameras = model.memory.features.clone(), CAMERAS[INDEX]
+    pairs = sorted({(int(a), int(c)) for a, c in zip(LABELS, CAMERAS, strict=True) if a >= 0})
+    proxies = [F.normalize(rows[(a == LABELS) & (c == CAMERAS)].mean(0), dim=0) for a, c in pairs]
+    costs = []
+    for feat, label in zip(feats, LABELS[INDEX].tolist(), strict=True):
+        similar = [float(feat @ proxy) / 0.07 for proxy in proxies]
+        own = [s for s, (a, _) in zip(similar, pairs, strict=True) if a == label]
+        others = sorted((s for s, (a, _) in zip(similar, pairs, strict=True) if a != label), reverse=True)[:2]
+        total = torch.tensor(own + others, dtype=torch.float64).logsumexp(0)
+        costs.append(sum(float(total) - s for s in own) / len(own))
+    of_camera = [[cost for cost, own in zip(costs, cameras, strict=True) if own == name] for name in cameras.unique()]
+    means = [sum(values) / len(values) for values in of_camera]
+    found = model(batch())
+    assert set(found) == {"loss_class", "loss_instance", "loss_camera", "accuracy", "partners"}
+    assert found["loss_camera"].item() == pytest.approx(0.7 * sum(means), rel=1e-5)
+
+
+def test_camera_contrast_needs_cameras():
+    model = build(camera.ACFLCamera)
+    pseudo = PseudoLabels(LABELS, torch.zeros(3, 8))
+    with pytest.raises(ValueError, match=r"has a camera label.*Train on a data set with cameras, or drop the camera"):
+        model.refit(pseudo, FeatureBank(model.memory.features, torch.full((len(LABELS),), -1)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"camera_weight": -0.5}, r"MODEL\.CAMERA_WEIGHT is -0\.5; 0 or more is accepted"),
+        ({"camera_temperature": 0.0}, "TEMPERATURE is 0.0"),
+        ({"camera_negatives": 0}, "NEGATIVES is 0"),
+        ({"camera_axis": "rows"}, "AXIS is 'rows'; accepted: cosine, coordinates"),
+    ],
+)
+def test_wrong_values_of_the_camera_contrast(keys, message):
+    with pytest.raises(ValueError, match=message):
+        build(camera.ACFLCamera, **keys)
+
+
+def with_other_guide(**keys) -> student.ACFLStudent:
+    model = build(student.ACFLStudent, **keys)
+    with torch.no_grad():
+        for parameter in model.guide.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    return model
+
+
+def test_distance_to_the_guide():
+    model = with_other_guide(guide_weight=0.3)
+    images = batch().views[0]
+    before = {name: value.clone() for name, value in model.guide.state_dict().items()}
+    wanted = features(model, images, model.guide)
+    expected = 0.3 * (features(model, images) - wanted).pow(2).sum(1).mean()
+    outputs = model(batch())
+    torch.testing.assert_close(outputs["loss_guide"], expected)
+    sum(value for name, value in outputs.items() if name.startswith("loss")).backward()
+    assert all(parameter.grad is None for parameter in model.guide.parameters())
+    for name, value in model.guide.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_guided_epoch_has_the_labels_and_the_memory_of_the_guide():
+    model = with_other_guide()
+    images = (255 * batch().views[0]).byte()
+    model.eval()
+    with torch.no_grad():
+        own, guides = model.encoder(images).feats, model.guide(images).feats
+        assert torch.equal(model.extract(images)["feats"], own)
+        model.begin_epoch(guided=True)
+        assert torch.equal(model.extract(images)["feats"], guides)
+        bank = FeatureBank(guides, torch.zeros(8))
+        model.refit(PseudoLabels(LABELS[INDEX], torch.zeros(3, 8)), bank)
+        assert torch.equal(model.extract(images)["feats"], own)  # what evaluation sees
+    data = batch()._replace(index=torch.arange(8))
+    model.train()(data)
+    assert torch.equal(model.memory.features, guides)
+    model.begin_epoch(guided=False)
+    with torch.no_grad():
+        assert torch.equal(model.eval().extract(images)["feats"], model.encoder(images).feats)
+    model.train()(data)
+    assert not torch.equal(model.memory.features, guides)
+
+
+@pytest.fixture
+def recipe(tiny) -> list[str]:
+    values = {
+        "PLUGINS": ["fastreid_uns.projects.ACFL"],
+        "MODEL.NAME": "ACFL",
+        "MODEL.MEMORY": {"NAME": "ReplacedMemory"},
+        "MODEL.LOSSES.contrast": None,
+        "MODEL.BACKBONE.WIDTH": 8,
+        "MODEL.IMAGE_STEPS": 1,
+        "PSEUDO_LABELS.K1": 8,
+        "PSEUDO_LABELS.K2": 3,
+        "PSEUDO_LABELS.MIN_SAMPLES": 2,
+    }
+    return [*tiny, *(f"{key}={json.dumps(value)}" for key, value in values.items())]
+
+
+def run(*overrides: str, resume: bool = False, hooks: tuple[HookBase, ...] = ()) -> DefaultTrainer:
+    trainer = DefaultTrainer(load_config(overrides=overrides))
+    for hook in hooks:
+        trainer.add_hook(hook)
+    if resume:
+        trainer.resume()
+    trainer.train()
+    return trainer
+
+
+class Memories(HookBase):
+    """Notes the rows of the memory before and after the steps of each epoch."""
+
+    order = 80
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def before_epoch(self) -> None:
+        self.before = self.trainer.model.memory.features.clone()
+
+    def after_epoch(self) -> None:
+        self.seen.append((self.before, self.trainer.model.memory.features.clone()))
+
+
+def test_two_stages(recipe, tmp_path):
+    teacher = run(*recipe, f"OUTPUT_DIR={tmp_path / 'teacher'}")
+    stage = [*recipe, "MODEL.NAME=ACFLStudent", "SOLVER.EPOCHS=4", "HOOKS.guide.NAME=GuideHook", "HOOKS.guide.EPOCHS=2"]
+    stage += [f"HOOKS.guide.WEIGHTS={tmp_path / 'teacher'}"]
+    notes = Memories()
+    learner = run(*stage, f"OUTPUT_DIR={tmp_path / 'student'}", hooks=(notes,))
+    for name, value in learner.model.guide.state_dict().items():
+        assert torch.equal(value, teacher.model.encoder.state_dict()[name]), name
+    rows = [(before, torch.equal(before, after)) for before, after in notes.seen]
+    assert [still for _, still in rows] == [True, True, False, False]
+    assert torch.equal(rows[0][0], rows[1][0])
+    assert not torch.equal(rows[1][0], rows[2][0])
+    torch.testing.assert_close(rows[0][0].norm(dim=1), torch.ones(96))
+
+    killed = [*stage, f"OUTPUT_DIR={tmp_path / 'parts'}"]
+    for count in (1, 3):  # in a guided epoch and after one
+        run(*killed, f"SOLVER.EPOCHS={count}", resume=count > 1)
+    (tmp_path / "teacher").rename(tmp_path / "gone")  # a resumed run needs no teacher
+    resumed = run(*killed, resume=True)
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, learner.model.state_dict()[name]), name
+
+
+def test_a_guide_that_is_not_there(recipe, tmp_path):
+    stage = [*recipe, "MODEL.NAME=ACFLStudent", "HOOKS.guide.NAME=GuideHook"]
+    with pytest.raises(
+        FileNotFoundError, match=r"HOOKS\.guide\.WEIGHTS: .*teacher is neither a run nor.*Train the first"
+    ):
+        run(*stage, f"HOOKS.guide.WEIGHTS={tmp_path / 'teacher'}")
+
+
+def test_a_guide_that_nobody_named_is_told(recipe, caplog, monkeypatch):
+    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
+    run(*recipe, "MODEL.NAME=ACFLStudent", "HOOKS.guide.NAME=GuideHook", "SOLVER.EPOCHS=1")
+    assert "HOOKS.guide.WEIGHTS is empty, so the guide is no trained network" in caplog.text
+
+
+def test_a_guide_of_another_head(recipe, tmp_path):
+    run(*recipe, "SOLVER.EPOCHS=1", "SOLVER.ITERS_PER_EPOCH=1", f"OUTPUT_DIR={tmp_path / 'teacher'}")
+    stage = [*recipe, "MODEL.NAME=ACFLStudent", "HOOKS.guide.NAME=GuideHook", "MODEL.HEAD.POOLING=gem"]
+    with pytest.raises(ValueError, match=r"1 tensors of the guide are not in it, the first is head\.pool\.p"):
+        run(*stage, f"HOOKS.guide.WEIGHTS={tmp_path / 'teacher'}")
+
+
+def test_a_guide_without_a_student(recipe):
+    with pytest.raises(ValueError, match=r"MODEL\.NAME is ACFL; a model with a guide is needed. Set it to ACFLStudent"):
+        run(*recipe, "HOOKS.guide.NAME=GuideHook")
+
+
+def test_negative_epochs_of_the_guide():
+    with pytest.raises(ValueError, match="GuideHook: EPOCHS is -1"):
+        student.GuideHook(epochs=-1)
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    small = [
+        "MODEL.WEIGHTS=''",
+        "MODEL.BACKBONE.DEPTH=1",
+        "MODEL.BACKBONE.WIDTH=48",
+        "INPUT.SIZE=[64, 32]",
+        "MODEL.NORM_GROUP=0",
+    ]
+    cfg = load_config(CONFIGS / "market_vit.yaml", small)
+    model = build_model(cfg, len(LABELS))
+    feats = F.normalize(torch.randn(len(LABELS), 96, generator=torch.Generator().manual_seed(1)))
+    model.refit(PseudoLabels(LABELS, torch.zeros(3, 96)), FeatureBank(feats, torch.zeros(len(LABELS))))
+    return model.train()
+
+
+def test_hard_images_for_a_transformer(transformer):
+    outputs = transformer(batch(size=(64, 32)))
+    sum(value for name, value in outputs.items() if name.startswith("loss")).backward()
+    assert all(torch.isfinite(p.grad).all() for p in transformer.parameters() if p.requires_grad)
+    assert transformer.encoder.dim == 96  # class token and mean of the part tokens, side by side
+
+
+def test_images_of_another_size_than_the_transformer_was_built_for(transformer):
+    message = r"the images have 64x64 pixels, the model was built for 64x32\. Resize the images, or set INPUT\.SIZE"
+    with pytest.raises(ValueError, match=message):
+        transformer(batch(size=(64, 64)))
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("[8, 8]", r"images of 8x8 pixels are smaller than PATCH 16\. Raise INPUT\.SIZE"),
+        ("[255, 128]", r"images of 255x128 pixels.*Set INPUT\.SIZE to such as 256 x 128"),
+    ],
+)
+def test_sizes_that_a_transformer_cannot_take(size, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(load_config(CONFIGS / "market_vit.yaml", ["MODEL.WEIGHTS=''", f"INPUT.SIZE={size}"]), 10)
+
+
+VARIANTS = [*sorted(CONFIGS.glob("*_*.yaml")), *sorted(CONFIGS.glob("ablations/*.yaml"))]
+
+
+@pytest.mark.parametrize("path", VARIANTS, ids=lambda path: path.stem)
+def test_config_keeps_to_its_paper(path):
+    cfg = load_config(path)
+    assert deviations(cfg) == []
+    assert cfg.MODEL.MEMORY.NAME == "ReplacedMemory"
+    assert not cfg.MODEL.LOSSES
+    assert cfg.OUTPUT_DIR.split("/")[-1] == path.stem
