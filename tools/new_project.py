@@ -23,6 +23,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastreid_uns.registry import LOSS_REGISTRY
+from fastreid_uns.utils.dist import all_gather, all_gather_with_gradient
 
 
 @LOSS_REGISTRY.register()
@@ -47,7 +48,8 @@ class @NAME@Loss(nn.Module):
 
     def forward(self, feats: Tensor, labels: Tensor) -> Tensor:
         """Scalar in [0, 1]; feats (B,D) unit length, labels (B,)."""
-        feats = feats.float()
+        feats = all_gather_with_gradient(feats.float())  # the batch of all processes
+        labels = all_gather(labels, equal=True)
         apart = labels[:, None] != labels[None]
         squared_distance = 2.0 - 2.0 * feats @ feats.T
         push = (-self.sharpness * squared_distance).exp() * apart
