@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench compare clean
 
 demo: $(VENV)/ready
 	$(BIN)/python tools/demo.py --output output/demo
@@ -17,6 +17,11 @@ check: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python tools/benchmark/epoch.py
+
+# every project and its ablation on the real sets, three seeds; about an hour and a half on two cores
+BUDGET := INPUT.SIZE=[48,48] MODEL.BACKBONE.WIDTH=16 SOLVER.EPOCHS=12
+compare: $(VENV)/ready
+	$(BIN)/python tools/compare.py --jobs 2 --results projects/results.jsonl --into projects/README.md --set $(BUDGET)
 
 $(VENV)/ready: setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -1,34 +1,103 @@
-"""Run configs over seeds, each also with its untrained network and with true labels, and print the table.
+"""Train configs over seeds and print the table: methods, their ablations, the untrained network and true labels.
 
-One JSON line is appended for each finished run; runs that stand in the file already are not done again.
+One JSON line is appended for each finished run; runs that stand in the file already are not done again. Without names
+of configs: the two real sets, with the method of the core and with every project and its ablation.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 KINDS = ("untrained", "pseudo", "oracle")
+SETS = ("omniglot", "grocery")
+BEGIN, END = "<!-- written by tools/compare.py -->\n", "<!-- end -->\n"
+HELD_OUT_QUERIES = 2  # images of each held-out identity
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("configs", nargs="+", help="YAML files")
+    parser.add_argument("configs", nargs="*", help="YAML files, relative to the checkout")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--output", type=Path, default=Path("output/compare"), help="folder of runs and runs.jsonl")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="all for the core's configs, pseudo for a project's")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys changed in every run")
-    parser.add_argument("--table-only", action="store_true", help="print what runs.jsonl holds")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out among them")
+    parser.add_argument("--hold-out", type=float, default=0.0, help="fraction of the training identities to score on")
+    parser.add_argument("--output", type=Path, default=Path("output/compare"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, help="file of the finished runs (OUTPUT/runs.jsonl)")
+    parser.add_argument("--into", type=Path, help="Markdown file whose marked part becomes the table")
+    parser.add_argument("--table-only", action="store_true", help="train nothing")
     return parser.parse_args()
 
 
-def run(config: str, kind: str, seed: int, folder: Path, overrides: list[str]) -> dict:
+def default_configs() -> list[str]:
+    """The real sets: with the core's method, then with each project and without its idea."""
+    files = [ROOT / f"configs/{name}.yaml" for name in SETS]
+    for project in sorted(path.parent for path in ROOT.glob("projects/*/configs")):
+        files += [project / f"configs/{name}{ending}.yaml" for name in SETS for ending in ("", "_without")]
+    return [str(file.relative_to(ROOT)) for file in files if file.is_file()]
+
+
+def planned(configs: Sequence[str], seeds: Sequence[int], kinds: Sequence[str] | None) -> Iterator[tuple]:
+    """(config, kind, seed) of every run, one whole seed after the other."""
+    for seed in seeds:
+        for config in configs:
+            for kind in kinds or (["pseudo"] if of_project(config) else KINDS):
+                yield config, kind, seed
+
+
+def of_project(config: str) -> bool:
+    return config.startswith("projects")
+
+
+def held_out_manifest(manifest: Path, fraction: float, output: Path) -> Path:
+    """A manifest of the training images alone, with every n-th identity as query and gallery instead.
+
+    Args:
+        manifest: of a `csv_file` set with identities.
+        fraction: of the identities to hold out; n is its inverse, rounded.
+        output: file to write in an existing folder; its paths start at the folder of `manifest`.
+    """
+    with manifest.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
+    held_out = set(sorted({row["identity"] for row in rows}, key=int)[:: round(1 / fraction)])
+    seen: dict[str, int] = defaultdict(int)
+    for row in rows:
+        if row["identity"] in held_out:
+            row["split"] = "query" if seen[row["identity"]] < HELD_OUT_QUERIES else "gallery"
+            seen[row["identity"]] += 1
+    with output.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return output
+
+
+def held_out(config: str, overrides: Sequence[str], fraction: float, folder: Path) -> list[str]:
+    """Overrides that put held-out training identities in the place of the test part."""
+    from fastreid_uns.config import load_config
+
+    cfg = load_config(ROOT / config, overrides)
+    manifest = Path(cfg.DATASETS.TRAIN.PATH)
+    file = held_out_manifest(manifest, fraction, folder / "held_out.csv")
+    sections = ["DATASETS.TRAIN", *(f"DATASETS.TESTS.{name}" for name in cfg.DATASETS.TESTS)]
+    return [f"{s}.{key}={value}" for s in sections for key, value in (("PATH", file), ("ROOT", manifest.parent))]
+
+
+def run(config: str, kind: str, seed: int, overrides: list[str], fraction: float, folder: Path) -> dict:
     """Train one config once and give its record."""
     import torch
 
@@ -51,11 +120,14 @@ def run(config: str, kind: str, seed: int, folder: Path, overrides: list[str]) -
             labels = self.labels.to(bank.feats.device)
             return PseudoLabels(labels, centroids(bank.feats, labels))
 
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     start = time.perf_counter()
-    output = folder / f"{Path(config).stem}-{kind}-{seed}"
+    output = folder / f"{'-'.join(Path(config).with_suffix('').parts)}-{kind}-{seed}"
     output.mkdir(parents=True, exist_ok=True)
     setup_logging(output)
-    cfg = load_config(config, [*overrides, f"SEED={seed}", f"OUTPUT_DIR={output}"])
+    test = held_out(config, overrides, fraction, output) if fraction else []
+    cfg = load_config(ROOT / config, [*overrides, *test, f"SEED={seed}", f"OUTPUT_DIR={output}"])
     trainer = DefaultTrainer(cfg)
     if kind == "untrained":
         results = DefaultTrainer.test(cfg, trainer.model)
@@ -66,51 +138,100 @@ def run(config: str, kind: str, seed: int, folder: Path, overrides: list[str]) -
         trainer.train()
         results = trainer.results
     return {
-        "config": Path(config).stem,
+        "config": config,
         "kind": kind,
         "seed": seed,
         "overrides": overrides,
+        "hold_out": fraction,
         "results": results,
         "seconds": round(time.perf_counter() - start, 1),
         "environment": environment(trainer.device),
     }
 
 
-def table(records: list[dict]) -> str:
-    """Mean and spread over seeds, one row for each config and kind."""
+def attempt(arguments: tuple) -> dict | str:
+    """The record of a run in a process of its own, or why there is none: one failure must not end the others."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        future = process.submit(run, *arguments)
+    error = future.exception()
+    return f"failed: {arguments[:3]}: {type(error).__name__}: {error}" if error else future.result()
+
+
+def table(records: Sequence[dict]) -> str:
+    """Mean and standard deviation over seeds: for each test set, a row for each config and kind of labels."""
     from tabulate import tabulate
 
-    rows = []
-    for config, kind in dict.fromkeys((r["config"], r["kind"]) for r in records):
-        group = [r for r in records if (r["config"], r["kind"]) == (config, kind)]
-        for test in group[0]["results"]:
-            cells = []
-            for metric in ("mAP", "rank1"):
-                values = [r["results"][test][metric] for r in group]
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                cells.append(f"{statistics.mean(values):.2f} ± {spread:.2f}")
-            seconds = statistics.mean(r["seconds"] for r in group)
-            rows.append([config, test, kind, len(group), *cells, f"{seconds:.0f}"])
-    return tabulate(rows, ["config", "test", "labels", "seeds", "mAP", "rank1", "seconds"], tablefmt="github")
+    groups = defaultdict(list)
+    for record in sorted(records, key=lambda r: (of_project(r["config"]), r["config"], r["seed"])):
+        for test, metrics in record["results"].items():
+            groups[test, record["config"], record["kind"]].append((metrics, record["seconds"]))
+    tables = []
+    for test in dict.fromkeys(test for test, _, _ in groups):
+        rows = []
+        for kind, config in sorted(((k, c) for t, c, k in groups if t == test), key=place):
+            group = groups[test, config, kind]
+            cells = [spread([metrics[metric] for metrics, _ in group]) for metric in ("mAP", "rank1")]
+            seconds = statistics.mean(seconds for _, seconds in group)
+            rows.append([config, kind, len(group), *cells, f"{seconds:.0f}"])
+        headers = [f"config, tested on {test}", "labels", "seeds", "mAP", "rank1", "seconds"]
+        tables.append(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
+    return "\n\n".join(tables)
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    file = arguments.output / "runs.jsonl"
+def place(row: tuple[str, str]) -> tuple:
+    """Untrained first and true labels last; in between the core, then the projects by name."""
+    kind, config = row
+    return KINDS.index(kind), of_project(config), config
+
+
+def spread(values: Sequence[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
+
+
+def write_between_marks(file: Path, text: str) -> None:
+    """Replace what stands between the two marks of a Markdown file.
+
+    Raises:
+        ValueError: the file lacks a mark.
+    """
+    old = file.read_text(encoding="utf-8")
+    if BEGIN not in old or END not in old.partition(BEGIN)[2]:
+        raise ValueError(
+            f"{file} lacks the lines {BEGIN.strip()!r} and {END.strip()!r}. Write them where the table goes."
+        )
+    before, _, rest = old.partition(BEGIN)
+    file.write_text(f"{before}{BEGIN}{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+def main() -> int:
+    options = parse_arguments()
+    options.output.mkdir(parents=True, exist_ok=True)
+    file = options.results or options.output / "runs.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    done = {(r["config"], r["kind"], r["seed"], tuple(r["overrides"])) for r in records}
-    for config in arguments.configs if not arguments.table_only else []:
-        for seed in arguments.seeds:
-            for kind in arguments.kinds:
-                if (Path(config).stem, kind, seed, tuple(arguments.set)) in done:
+    done = {(r["config"], r["kind"], r["seed"], tuple(r["overrides"]), r["hold_out"]) for r in records}
+    plan = planned(options.configs or default_configs(), options.seeds, options.kinds)
+    runs = [run for run in plan if (*run, tuple(options.set), options.hold_out) not in done]
+    failed = 0
+    if runs and not options.table_only:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
+        os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+        jobs = [(*run, options.set, options.hold_out, options.output) for run in runs]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for record in (future.result() for future in as_completed([pool.submit(attempt, job) for job in jobs])):
+                if isinstance(record, str):
+                    failed += 1
+                    print(record, file=sys.stderr)
                     continue
-                record = run(config, kind, seed, arguments.output, arguments.set)
                 records.append(record)
                 with file.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps(record) + "\n")
-    print(table(records))
+    text = table(records)
+    print(text)
+    if options.into:
+        write_between_marks(options.into, text)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

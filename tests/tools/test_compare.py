@@ -1,0 +1,99 @@
+"""The command that compares methods: what it runs, holds out and prints."""
+
+import csv
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import compare
+
+ROOT = compare.ROOT
+
+
+def record(config: str, kind: str, seed: int, score: float) -> dict:
+    results = {"zoo": {"mAP": score, "rank1": 2 * score}}
+    return {"config": config, "kind": kind, "seed": seed, "results": results, "seconds": 10.0 * seed}
+
+
+def test_every_real_set_of_every_project_is_compared():
+    configs = compare.default_configs()
+    assert configs[:2] == ["configs/omniglot.yaml", "configs/grocery.yaml"]
+    projects = {path.parents[1].name for path in ROOT.glob("projects/*/configs/omniglot.yaml")}
+    assert {Path(config).parts[1] for config in configs[2:]} == projects
+
+
+def test_seeds_are_run_one_after_the_other_and_only_the_core_with_true_labels():
+    plan = list(compare.planned(["configs/a.yaml", "projects/P/configs/a.yaml"], [1, 2], None))
+    assert [(config, kind) for config, kind, seed in plan if seed == 1] == [
+        ("configs/a.yaml", "untrained"),
+        ("configs/a.yaml", "pseudo"),
+        ("configs/a.yaml", "oracle"),
+        ("projects/P/configs/a.yaml", "pseudo"),
+    ]
+    assert [seed for _, _, seed in plan] == [1] * 4 + [2] * 4
+
+
+def test_held_out_identities_leave_training_and_the_test_part_is_not_read(tmp_path):
+    manifest = tmp_path / "manifest.csv"
+    rows = [(f"{i}_{n}.png", i, n, "train") for i in range(10) for n in range(5)] + [("t.png", 99, 0, "gallery")]
+    with manifest.open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "identity", "camera", "split"), *rows])
+    with compare.held_out_manifest(manifest, 0.2, tmp_path / "held_out.csv").open(newline="") as file:
+        new = list(csv.DictReader(file))
+    assert Counter(row["split"] for row in new) == {"train": 40, "query": 4, "gallery": 6}
+    trained = {row["identity"] for row in new if row["split"] == "train"}
+    tested = {row["identity"] for row in new if row["split"] != "train"}
+    assert (len(trained), len(tested), trained & tested) == (8, 2, set())
+    assert "99" not in tested
+
+
+def test_table_shows_mean_and_spread_between_the_untrained_and_the_true_labels():
+    records = [
+        record("projects/P/configs/zoo.yaml", "pseudo", 1, 30.0),
+        record("configs/zoo.yaml", "oracle", 1, 50.0),
+        record("configs/zoo.yaml", "pseudo", 1, 20.0),
+        record("configs/zoo.yaml", "pseudo", 2, 23.0),
+        record("configs/zoo.yaml", "untrained", 1, 5.0),
+    ]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in compare.table(records).splitlines()]
+    assert lines[0][0] == "config, tested on zoo"
+    assert lines[2:] == [
+        ["configs/zoo.yaml", "untrained", "1", "5.00", "10.00", "10"],
+        ["configs/zoo.yaml", "pseudo", "2", "21.50 ± 2.12", "43.00 ± 4.24", "15"],  # 3/sqrt(2) and 6/sqrt(2)
+        ["projects/P/configs/zoo.yaml", "pseudo", "1", "30.00", "60.00", "10"],
+        ["configs/zoo.yaml", "oracle", "1", "50.00", "100.00", "10"],
+    ]
+
+
+def test_table_is_written_between_the_marks(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text(f"before\n{compare.BEGIN}old\n{compare.END}after\n")
+    compare.write_between_marks(file, "new")
+    assert file.read_text() == f"before\n{compare.BEGIN}new\n{compare.END}after\n"
+    file.write_text("no marks\n")
+    with pytest.raises(ValueError, match="Write them where the table goes"):
+        compare.write_between_marks(file, "new")
+
+
+def test_the_guide_shows_the_committed_results():
+    records = [json.loads(line) for line in (ROOT / "projects/results.jsonl").read_text().splitlines()]
+    shown = (ROOT / "projects/README.md").read_text().partition(compare.BEGIN)[2].partition(compare.END)[0]
+    assert shown.strip() == compare.table(records)
+
+
+def test_runs_once_and_outlives_a_run_that_fails(tiny, tmp_path):
+    overrides = [value for value in tiny if not value.startswith("OUTPUT_DIR")]
+    command = [sys.executable, "tools/compare.py", "configs/quickstart.yaml", "configs/absent.yaml", "--seeds", "1"]
+    command += ["--kinds", "untrained", "--jobs", "2", "--output", str(tmp_path), "--set", *overrides]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1
+        assert "failed: ('configs/absent.yaml', 'untrained', 1)" in done.stderr
+        (line,) = (tmp_path / "runs.jsonl").read_text().splitlines()
+        assert json.loads(line)["config"] == "configs/quickstart.yaml"
+    assert "configs/quickstart.yaml" in done.stdout
