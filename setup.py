@@ -42,6 +42,7 @@ setup(
         "viz": ["matplotlib"],
         "export": ["onnx", "onnxruntime", "onnxscript"],
         "hub": ["huggingface_hub"],
-        "dev": ["mypy", "pytest", "ruff", "types-PyYAML", "types-tabulate", "types-tqdm"],
+        "ann": ["faiss-cpu"],
+        "dev": ["faiss-cpu", "mypy", "pytest", "ruff", "types-PyYAML", "types-tabulate", "types-tqdm"],
     },
 )

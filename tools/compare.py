@@ -1,7 +1,8 @@
 """Train configs over seeds and print the table: methods, their ablations, the untrained network and true labels.
 
 One JSON line is appended for each finished run; runs that stand in the file already are not done again. Without names
-of configs: the two real sets, with the method of the core and with every project and its ablation.
+of configs: the two real sets, with the method of the core and with every project and its ablation. `--into` also puts
+the rows of a project, next to those of the core, into the README of the project.
 """
 
 from __future__ import annotations
@@ -189,19 +190,49 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f}{deviation}"
 
 
-def write_between_marks(file: Path, text: str) -> None:
+def report(records: Sequence[dict]) -> str:
+    """The table, and on what its figures were measured."""
+    return f"{table(records)}\n\n{provenance(records)}"
+
+
+def provenance(records: Sequence[dict]) -> str:
+    """One sentence: seeds, keys, hardware, library and commits of the runs."""
+    places = {f"{r['environment']['device']}, torch {r['environment']['torch']}" for r in records}
+    commits = ", ".join(dict.fromkeys(r["environment"]["commit"] for r in records))
+    keys = " ".join(dict.fromkeys(f"`{key}`" for r in records for key in r["overrides"]))
+    seeds = ", ".join(map(str, sorted({r["seed"] for r in records})))
+    return f"Seeds {seeds}; {'; '.join(sorted(places))}; commit {commits}; {keys or 'no key changed'}."
+
+
+def of_one_project(records: Sequence[dict], project: str) -> list[dict]:
+    """The runs of a project, and those of the core on the same sets."""
+    folder = f"projects/{project}/"
+    sets = {test for r in records if r["config"].startswith(folder) for test in r["results"]}
+    return [
+        r for r in records if r["config"].startswith(folder) or (not of_project(r["config"]) and sets & {*r["results"]})
+    ]
+
+
+def write_reports(file: Path, records: Sequence[dict]) -> None:
+    """Write the report into a Markdown file, and into the README of each project its part."""
+    write_between_marks(file, report(records))
+    for project in sorted({Path(r["config"]).parts[1] for r in records if of_project(r["config"])}):
+        write_between_marks(ROOT / f"projects/{project}/README.md", report(of_one_project(records, project)))
+
+
+def write_between_marks(file: Path, text: str, begin: str = BEGIN) -> None:
     """Replace what stands between the two marks of a Markdown file.
 
     Raises:
         ValueError: the file lacks a mark.
     """
     old = file.read_text(encoding="utf-8")
-    if BEGIN not in old or END not in old.partition(BEGIN)[2]:
+    if begin not in old or END not in old.partition(begin)[2]:
         raise ValueError(
-            f"{file} lacks the lines {BEGIN.strip()!r} and {END.strip()!r}. Write them where the table goes."
+            f"{file} lacks the lines {begin.strip()!r} and {END.strip()!r}. Write them where the table goes."
         )
-    before, _, rest = old.partition(BEGIN)
-    file.write_text(f"{before}{BEGIN}{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    before, _, rest = old.partition(begin)
+    file.write_text(f"{before}{begin}{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 def main() -> int:
@@ -226,10 +257,9 @@ def main() -> int:
                 records.append(record)
                 with file.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps(record) + "\n")
-    text = table(records)
-    print(text)
+    print(table(records))
     if options.into:
-        write_between_marks(options.into, text)
+        write_reports(options.into, records)
     return 1 if failed else 0
 
 

@@ -83,9 +83,7 @@ class Memory(nn.Module):
         return move_in_order(self.features, feats, labels, self.momentum, most if len(labels) <= images else None)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        saved = state_dict.get(f"{prefix}features")
-        if saved is not None:
-            self.features = self.features.new_zeros(saved.shape)
+        take_shapes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -148,6 +146,14 @@ class InstanceMemory(Memory):
     def rows(self, batch: Batch) -> Tensor:
         """(B,) the class of a source image; the row of its own for an unlabelled one."""
         return torch.where(batch.domains > 0, batch.labels, batch.index + self.num_source)
+
+
+def take_shapes(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Give the buffers of a module the shapes that they have in a checkpoint: clusterings differ in their rows."""
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        saved = state_dict.get(prefix + name)
+        if saved is not None and saved.shape != buffer.shape:
+            setattr(module, name, buffer.new_zeros(saved.shape))
 
 
 def source_rows(bank: FeatureBank) -> list[Tensor]:

@@ -6,16 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fastreid_uns.projects.ICE.proxies import (
-    CameraProxies,
-    camera_proxy_loss,
-    check_proxy_keys,
-    sum_over_cameras,
-)
+from fastreid_uns.projects.ICE.proxies import AXES, CameraProxies, camera_proxy_loss, sum_over_cameras
 from fastreid_uns.registry import META_ARCH_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
 
-from .ascent import check_least
+from .ascent import check_least, check_word
 from .model import ACFL
 
 
@@ -32,7 +27,7 @@ class ACFLCamera(ACFL):
         camera_axis: `cosine`, or `coordinates`, the normalisation of ICE's released code.
 
     Raises:
-        ValueError: as `ACFL`; in `refit`, no image has a camera label.
+        ValueError: as `ACFL`; in `refit`, fewer than two cameras are known.
 
     Source: ACFL, table 6 (ACFL-C); the contrast: Chen et al. 2021 (ICE).
     """
@@ -48,7 +43,12 @@ class ACFLCamera(ACFL):
     ) -> None:
         super().__init__(*parts, **keys)
         check_least("CAMERA_WEIGHT", camera_weight)
-        check_proxy_keys(camera_temperature, camera_negatives, "all", camera_axis)
+        check_word("CAMERA_AXIS", camera_axis, AXES)
+        check_least("CAMERA_NEGATIVES", camera_negatives, 1)
+        if camera_temperature <= 0:
+            raise ValueError(
+                f"MODEL.CAMERA_TEMPERATURE is {camera_temperature}; a number above 0 is accepted. Raise it."
+            )
         self.proxies = CameraProxies(self.encoder.dim)
         self.camera_weight = camera_weight
         self.camera_keys: dict[str, Any] = {"temperature": camera_temperature, "negatives": camera_negatives}

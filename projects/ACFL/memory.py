@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -147,10 +145,3 @@ class ReplacedMemory(Memory):
         newest = self._newest(clusters)[self.labels.clamp_min(0)]
         may = (self.written >= 0) & (self.written < newest)
         return self.written.masked_fill(~may, torch.iinfo(torch.int64).max).argsort()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("labels", "sums", "counts", "written"):
-            saved = state_dict.get(f"{prefix}{name}")
-            if saved is not None:
-                setattr(self, name, getattr(self, name).new_zeros(saved.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -49,7 +49,7 @@ class ACFL(MetaArch):
         image_steps: Z, ascent steps on the image of the partner; 0 = the image as it is.
         image_rate: length of one step, Euclidean, over all normalised pixels of an image.
         image_norm: norm statistics of the ascent and of the hard image: `batch` = those of their batch, `running` = as
-            in evaluation. Running statistics never learn from either.
+            in evaluation, where a transformer drops no blocks. Running statistics never learn from either.
         mining: in place of the features from ascent take, of the memory, the least similar one of the own cluster and
             the most similar one of each other; as partner take the least similar image of the cluster in the batch.
 

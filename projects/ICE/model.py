@@ -24,16 +24,16 @@ class ICEModel(Baseline):
     The views of a batch are the query, the key (where there is no second view: the first again) and the weak view. The
     momentum encoder clusters, is evaluated and deployed, and gathers norm statistics of its own from the keys.
 
-    Losses are offered what `Baseline` offers, and: `teacher_feats` (B,D) of the key; `weak_feats` (B,D) if a loss wants
-    them; `proxies` if a loss wants them, which needs camera labels.
+    Losses are offered what `Baseline` offers but `teacher_logits`, and: `teacher_feats` (B,D) of the key; `weak_feats`
+    (B,D) if a loss wants them; `proxies` if a loss wants them, which needs camera labels.
 
     Args:
         raw_queries: contrast with the memory by features before unit length, as ICE does; keys and proxies meet unit
             features in any case.
 
     Raises:
-        ValueError: no momentum encoder or no memory; in `refit`, proxies on data without cameras, or labelled source
-            sets; in `forward`, fewer views than the losses need.
+        ValueError: no momentum encoder, no memory, or raw queries for one whose rows move; in `refit`, proxies on data
+            without cameras, or labelled source sets; in `forward`, fewer views than the losses need.
 
     Source: Chen et al. 2021 (ICE), official trainer; differs: its forward pass of the key through the online encoder,
     whose features it does not use, is left out.
@@ -50,6 +50,11 @@ class ICEModel(Baseline):
         super().__init__(*parts, momentum_encoder=True, **keys)
         if self.memory is None:
             raise ValueError("MODEL.MEMORY has no NAME; ICEModel contrasts with centroids. Name CentroidMemory.")
+        if raw_queries and self.memory.moves:
+            raise ValueError(
+                f"MODEL.RAW_QUERIES is true and MODEL.MEMORY is {type(self.memory).__name__}, whose rows move towards "
+                f"queries of unit length. Set RAW_QUERIES to false, or name CentroidMemory."
+            )
         self.raw_queries = raw_queries
         wanted = {want for wants in self.losses.wanted.values() for want in wants}
         self.wants_weak = "weak_feats" in wanted

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastreid_uns.modeling.losses import at_least_float32
+from fastreid_uns.modeling.memory import take_shapes
 from fastreid_uns.utils import dist
 
 POSITIVES = ("all", "other")
@@ -49,15 +50,17 @@ class CameraProxies(nn.Module):
             cameras: (N,) cameras from 0; images of an unknown one, -1, count nowhere.
 
         Raises:
-            ValueError: no image is left.
+            ValueError: fewer than two cameras are left, so there is nothing to bring together.
         """
         device = self.features.device
         labels, cameras = labels.to(device), cameras.to(device)
         kept = (labels >= 0) & (cameras >= 0)
-        if not bool(kept.any()):
+        known = cameras[kept].unique()
+        if len(known) < 2:
             raise ValueError(
-                f"camera proxies: none of the {int((labels >= 0).sum()):,} clustered images has a camera label; at "
-                f"least one camera from 0 is needed. Train on a data set with cameras, or drop the camera loss."
+                f"camera proxies: the {int((labels >= 0).sum()):,} clustered images are of {len(known)} known "
+                f"camera(s); two or more are needed. Train on a data set with cameras, or drop the camera loss: "
+                f"MODEL.LOSSES.camera null, MODEL.CAMERA_WEIGHT 0, or another MODEL.NAME than ACFLCamera."
             )
         labels, cameras = labels[kept], cameras[kept]
         count = int(cameras.max()) + 1
@@ -68,10 +71,7 @@ class CameraProxies(nn.Module):
         self.labels, self.cameras = pairs // count, pairs % count
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, buffer in list(self.named_buffers()):
-            saved = state_dict.get(prefix + name)
-            if saved is not None:
-                setattr(self, name, buffer.new_zeros(saved.shape))
+        take_shapes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

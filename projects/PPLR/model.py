@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from fastreid_uns.pseudo_labels.base import centroids
 from fastreid_uns.registry import META_ARCH_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
 from fastreid_uns.utils import dist
+
+logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
@@ -106,6 +109,11 @@ class PPLR(Baseline):
         self.clusterings = self.clusterings + 1
         for proxies, feats in zip(self.proxies, branches, strict=False):
             proxies.reset(feats, pseudo.labels, bank.cameras)  # type: ignore[operator]
+        if self.proxies and len(self.proxies[0].labels.unique()) == len(self.proxies[0].labels):
+            logger.warning(
+                "PPLR: no cluster is seen by two cameras, so the camera loss is 0 in this epoch; if it stays so, set "
+                "MODEL.CAMERA_WEIGHT 0."
+            )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`loss_<name>` for each configured loss, `loss_camera` if it has a weight, and `accuracy`."""

@@ -80,10 +80,31 @@ def test_table_is_written_between_the_marks(tmp_path):
         compare.write_between_marks(file, "new")
 
 
-def test_the_guide_shows_the_committed_results():
+def test_a_project_is_shown_beside_the_core_on_its_own_sets():
+    records = [
+        record("configs/zoo.yaml", "pseudo", 1, 20.0),
+        {**record("configs/sea.yaml", "pseudo", 1, 9.0), "results": {"sea": {"mAP": 9.0, "rank1": 9.0}}},
+        record("projects/P/configs/zoo.yaml", "pseudo", 1, 30.0),
+        record("projects/Pike/configs/zoo.yaml", "pseudo", 1, 40.0),
+    ]
+    assert compare.of_one_project(records, "P") == [records[0], records[2]]
+
+
+def test_provenance_names_seeds_keys_hardware_and_commits():
+    place = {"device": "Abacus", "torch": "2.0", "commit": "abc"}
+    runs = [{**record("a", "pseudo", seed, 1.0), "environment": place, "overrides": ["A=1"]} for seed in (2, 1, 2)]
+    runs[2]["environment"] = {**place, "commit": "def"}
+    assert compare.provenance(runs) == "Seeds 1, 2; Abacus, torch 2.0; commit abc, def; `A=1`."
+
+
+def test_the_guide_and_each_project_show_the_committed_results():
     records = [json.loads(line) for line in (ROOT / "projects/results.jsonl").read_text().splitlines()]
-    shown = (ROOT / "projects/README.md").read_text().partition(compare.BEGIN)[2].partition(compare.END)[0]
-    assert shown.strip() == compare.table(records)
+    expected = {ROOT / "projects/README.md": records}
+    for path in ROOT.glob("projects/*/configs/omniglot.yaml"):
+        expected[path.parents[1] / "README.md"] = compare.of_one_project(records, path.parents[1].name)
+    for file, part in expected.items():
+        shown = file.read_text().partition(compare.BEGIN)[2].partition(compare.END)[0]
+        assert shown.strip() == compare.report(part), file
 
 
 def test_runs_once_and_outlives_a_run_that_fails(tiny, tmp_path):

@@ -112,11 +112,11 @@ class ViT(Backbone):
                 f"ViT: images of {self.size[0]}x{self.size[1]} pixels are smaller than PATCH {patch}. Raise "
                 f"INPUT.SIZE or lower MODEL.BACKBONE.PATCH."
             )
-        if conv_stem and any(-(-side // 2) // (patch // 2) > side // patch for side in self.size):
+        if conv_stem and any(side % patch for side in self.size):
             near = " x ".join(str(max(1, round(side / patch)) * patch) for side in self.size)
             raise ValueError(
-                f"ViT: images of {self.size[0]}x{self.size[1]} pixels with CONV_STEM, which halves them and rounds up "
-                f"to one more patch; multiples of PATCH ({patch}) are accepted. Set INPUT.SIZE to such as {near}."
+                f"ViT: images of {self.size[0]}x{self.size[1]} pixels with CONV_STEM, which leaves no room for a part "
+                f"of a patch; multiples of PATCH ({patch}) are accepted. Set INPUT.SIZE to such as {near}."
             )
 
     def forward(self, images: Tensor) -> Tokens:

@@ -89,14 +89,49 @@ def test_hard_images_are_harder_by_the_definition(instance):
     assert found > easy
 
 
-def test_both_images_of_a_pair_get_the_gradient():
-    model = build(hard="none", image_steps=0)
-    images = batch().views[0].requires_grad_()
-    model.encoder.eval()  # keeps the images of the batch apart
-    outputs = model(batch()._replace(views=(images,)))
-    outputs["loss_instance"].backward()
-    slope = images.grad.flatten(1).norm(dim=1)
-    assert (slope > 0).all()
+PAIRS = torch.tensor([0, 1, 4, 3, 6, 7, 2, 1])
+
+
+@pytest.mark.parametrize("partner", ["batch", "drawn"])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_both_images_of_a_pair_get_the_gradient(partner, steps):
+    """A step of length 0 leaves the image where it is, and so the gradient that two plain passes have."""
+    data = batch(PAIRS if partner == "drawn" else INDEX)
+    keys = {"partner": partner, "hard": "none", "image_steps": steps, "image_rate": 0.0}
+
+    def plain(stopped: str) -> list[torch.Tensor]:
+        model, images = build(**keys), data.views[0]
+        with frozen_statistics(model.encoder):
+            if partner == "drawn":
+                first, second = model.encoder(images[0::2]).feats, model.encoder(images[1::2]).feats
+            else:
+                first = model.encoder(images).feats
+                rows = next_of_cluster(data.labels, data.index)
+                second = model.encoder(images[rows]).feats if steps else first[rows]
+        first, second = (feats.detach() if side == stopped else feats for side, feats in (("q", first), ("p", second)))
+        logs = [(feats @ model.memory.centroids.T / TAU).log_softmax(1) for feats in (first, second)]
+        F.kl_div(logs[1], logs[0], log_target=True, reduction="batchmean").backward()
+        return [parameter.grad for parameter in model.encoder.parameters() if parameter.requires_grad]
+
+    model = build(**keys)
+    model(data)["loss_instance"].backward()
+    found = [parameter.grad for parameter in model.encoder.parameters() if parameter.requires_grad]
+    torch.testing.assert_close(found, plain(""), rtol=1e-3, atol=1e-5)
+    for side in ("q", "p"):
+        assert any(not torch.allclose(a, b, rtol=1e-2) for a, b in zip(found, plain(side), strict=True))
+
+
+def test_the_ascent_asks_for_no_gradient_of_parameters(monkeypatch):
+    model, asked = build(image_steps=3), []
+    forward = model.encoder.forward
+
+    def noted(*arguments):
+        asked.append(any(parameter.requires_grad for parameter in model.encoder.parameters()))
+        return forward(*arguments)
+
+    monkeypatch.setattr(model.encoder, "forward", noted)
+    model(batch())
+    assert asked == [True, False, False, False, True]
 
 
 @pytest.mark.parametrize("norm", ["batch", "running"])
@@ -135,8 +170,7 @@ def test_the_memory_is_written_after_it_was_read():
 
 
 def test_drawn_partners_are_every_second_row():
-    index = torch.tensor([0, 1, 4, 3, 6, 7, 2, 1])
-    pairs = batch(index)
+    index, pairs = PAIRS, batch(PAIRS)
     model = build(partner="drawn", image_steps=0, hard="none")
     queries, partners = features(model, pairs.views[0][0::2]), features(model, pairs.views[0][1::2])
     first, second = ((q @ model.memory.centroids.T / TAU).log_softmax(1) for q in (queries, partners))

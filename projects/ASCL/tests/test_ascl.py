@@ -39,6 +39,11 @@ def golden(request) -> dict[str, torch.Tensor]:
     return read(request.param)
 
 
+def test_both_losses_have_the_weight_of_the_released_code(golden):
+    loss = SparseContrastiveLoss()
+    assert loss.composite == loss.weighted == float(golden["scale"])
+
+
 def loss_of(case: dict, composite: float = 0.25, weighted: float = 0.25) -> SparseContrastiveLoss:
     return SparseContrastiveLoss(temperature=float(case["tau"]), composite=composite, weighted=weighted)
 
@@ -68,6 +73,7 @@ def test_pairs_and_terms_of_each_cluster(golden):
     torch.testing.assert_close(pairs.hardest, golden["s_hard"], **near)
     torch.testing.assert_close(pairs.easiest, golden["s_easy"], **near)
     torch.testing.assert_close(pairs.negatives, golden["s_neg"], **near)
+    torch.testing.assert_close(torch.sigmoid((pairs.hardest - pairs.easiest) / tau), golden["weight"], **near)
     torch.testing.assert_close(composite_contrast(pairs, tau), golden["cscl_per_class"], **near)
     torch.testing.assert_close(weighted_contrast(pairs, tau), golden["wscl_per_class"], **near)
 
@@ -192,6 +198,12 @@ def test_fewer_than_two_full_clusters_cost_nothing_and_give_no_gradient(sizes):
 def test_more_singles_than_full_clusters_do_not_matter():
     labels = torch.tensor([0, 5, 5, 5, 6, 7, 8, 9, 2, 2, 2, 1])
     assert full_groups(labels).tolist() == [[8, 9, 10], [1, 2, 3]]
+
+
+@pytest.mark.parametrize(("sizes", "shape"), [((2, 2, 2, 5, 5), (2, 5)), ((4, 4, 2, 2, 2, 2), (4, 2))])
+def test_images_decide_which_number_is_full_and_of_two_the_smaller(sizes, shape):
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    assert full_groups(labels).shape == shape
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastreid_uns.modeling.losses import CrossEntropyLoss
-from fastreid_uns.projects.ICE.losses import CameraProxyLoss, HardInstanceLoss, SoftInstanceLoss
+from fastreid_uns.projects.ICE.losses import CameraProxyLoss, HardInstanceLoss, SoftInstanceLoss, similarity
 from fastreid_uns.projects.ICE.memory import CentroidMemory
 from fastreid_uns.projects.ICE.proxies import CameraProxies
 from fastreid_uns.structures import FeatureBank, PseudoLabels
@@ -56,6 +56,15 @@ def test_official_total(z):
     torch.testing.assert_close(raw.grad, z["out_grad_f1_total"], rtol=1e-8, atol=1e-12)
 
 
+def test_parts_of_the_instance_losses(z):
+    feats, keys, weak = (F.normalize(z[name]) for name in ("in_f1", "in_k2", "in_kweak"))
+    same = z["in_labels"][:, None] == z["in_labels"]
+    hardest = similarity(feats, keys).masked_fill(~same, torch.inf).amin(1)
+    torch.testing.assert_close(hardest, z["out_hardpos_sim"], rtol=1e-10, atol=1e-12)
+    teacher = (similarity(weak, weak) / z["par_tau_s"]).softmax(1)
+    torch.testing.assert_close(teacher, z["out_teacher_probs"], rtol=1e-10, atol=1e-12)
+
+
 def test_memory_gives_the_logits_of_the_official_trainer(z):
     memory = CentroidMemory(z["in_f1"].shape[1], temperature=float(z["par_tau_c"])).train()
     memory.features = z["in_centers"].float()
@@ -74,26 +83,30 @@ def views() -> tuple[torch.Tensor, ...]:
     return *feats, torch.tensor([0, 1, 0, 2, 1, 0, 2, 0, 1])
 
 
-def test_hard_loss_is_the_plain_loop(views):
+@pytest.mark.parametrize("temperature", [0.1, 0.3])
+def test_hard_loss_is_the_plain_loop(views, temperature):
     feats, keys, _, labels = views
     total = 0.0
     for i in range(9):
-        s = [float(feats[i] @ keys[j]) / 0.1 for j in range(9)]
+        s = [float(feats[i] @ keys[j]) / temperature for j in range(9)]
         positive = min(s[j] for j in range(9) if labels[j] == labels[i])
         negatives = [math.exp(s[j]) for j in range(9) if labels[j] != labels[i]]
         total += math.log(math.exp(positive) + sum(negatives)) - positive
-    assert HardInstanceLoss()(feats, keys, labels).item() == pytest.approx(total / 9, rel=1e-12)
+    found = HardInstanceLoss(temperature=temperature)(feats, keys, labels)
+    assert found.item() == pytest.approx(total / 9, rel=1e-12)
 
 
-def test_soft_loss_is_the_plain_loop(views):
+@pytest.mark.parametrize("temperature", [0.4, 0.7])
+def test_soft_loss_is_the_plain_loop(views, temperature):
     feats, keys, weak, _ = views
     total = 0.0
     for i in range(9):
-        teacher = [math.exp(float(weak[i] @ weak[j]) / 0.4) for j in range(9)]
-        student = [math.exp(float(feats[i] @ keys[j]) / 0.4) for j in range(9)]
+        teacher = [math.exp(float(weak[i] @ weak[j]) / temperature) for j in range(9)]
+        student = [math.exp(float(feats[i] @ keys[j]) / temperature) for j in range(9)]
         for p, q in zip(teacher, student, strict=True):
             total += p / sum(teacher) * math.log(p / sum(teacher) / (q / sum(student)))
-    assert SoftInstanceLoss()(feats, keys, weak).item() == pytest.approx(total / 9, rel=1e-10)
+    found = SoftInstanceLoss(temperature=temperature)(feats, keys, weak)
+    assert found.item() == pytest.approx(total / 9, rel=1e-10)
 
 
 def test_soft_loss_is_zero_where_the_views_agree(views):

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastreid_uns.config import load_config
 from fastreid_uns.modeling.losses import LossSet
+from fastreid_uns.modeling.memory import ClusterMemory
 from fastreid_uns.projects.ICE.memory import CentroidMemory
 from fastreid_uns.projects.ICE.model import ICEModel
 from fastreid_uns.registry import LOSS_REGISTRY
@@ -143,7 +144,7 @@ def test_no_camera_loss_needs_no_cameras():
 def test_a_camera_loss_on_data_without_cameras_is_refused(fitted):
     model, _ = fitted
     bank = FeatureBank(F.normalize(torch.ones(8, 6)), torch.full((8,), -1))
-    with pytest.raises(ValueError, match="none of the 8 clustered images has a camera label"):
+    with pytest.raises(ValueError, match=r"the 8 clustered images are of 0 known camera\(s\)"):
         model.refit(PseudoLabels(torch.arange(8) // 2, torch.zeros(4, 6)), bank)
 
 
@@ -170,6 +171,11 @@ def test_one_view_is_query_and_key_where_no_weak_one_is_wanted():
 def test_a_momentum_encoder_is_needed():
     with pytest.raises(ValueError, match="MOMENTUM_ENCODER is false"):
         build(6, momentum_encoder=False)
+
+
+def test_raw_queries_never_move_a_memory():
+    with pytest.raises(ValueError, match=r"RAW_QUERIES is true and MODEL\.MEMORY is ClusterMemory.*CentroidMemory"):
+        ICEModel(Given(6), ClusterMemory(6), LossSet({}), 8)
 
 
 def test_a_memory_is_needed():

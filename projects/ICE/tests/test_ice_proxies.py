@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastreid_uns.projects.ICE.losses import CameraProxyLoss
 from fastreid_uns.projects.ICE.proxies import CameraProxies, camera_proxy_loss, sum_over_cameras
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("ice_*.npz"))
@@ -89,6 +90,14 @@ def test_plain_loop(case, positives, negatives):
     feats, labels, cameras, proxies = case
     found = camera_proxy_loss(*case, temperature=0.2, negatives=negatives, positives=positives)
     torch.testing.assert_close(found, plain_loop(feats, labels, cameras, proxies, 0.2, negatives, positives))
+
+
+def test_the_loss_passes_its_keys_on(case):
+    feats, labels, cameras, proxies = case
+    each = plain_loop(feats, labels, cameras, proxies, 0.2, 3, "other")
+    expected = sum(each[cameras == camera].mean() for camera in cameras.unique())
+    loss = CameraProxyLoss(temperature=0.2, negatives=3, positives="other")
+    torch.testing.assert_close(loss(feats, labels, cameras, proxies), expected)
 
 
 def test_worked_by_hand():
@@ -174,18 +183,19 @@ def test_proxies_are_unit_means_of_pairs():
 def test_a_checkpoint_of_another_row_count_loads(case):
     proxies = case[3].float()
     other = CameraProxies(8)
-    other.reset(F.normalize(torch.ones(1, 8)), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    other.reset(F.normalize(torch.ones(2, 8)), torch.zeros(2, dtype=torch.int64), torch.arange(2))
     other.load_state_dict(proxies.state_dict())
     for (_, found), (_, expected) in zip(other.named_buffers(), proxies.named_buffers(), strict=True):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("labels", [[0, 0, 1], [0, -1, -1]])
-def test_data_without_cameras_are_refused(labels):
-    """All cameras unknown, or all but those of outliers."""
-    cameras = torch.tensor([-1, 3, 3]) if -1 in labels else torch.full((3,), -1)
-    with pytest.raises(ValueError, match=r"has a camera label.*Train on a data set with cameras"):
-        CameraProxies(2).reset(torch.ones(3, 2), torch.tensor(labels), cameras)
+@pytest.mark.parametrize(
+    ("labels", "cameras"), [([0, 0, 1], [-1, -1, -1]), ([0, -1, -1], [-1, 3, 3]), ([0, 0, -1], [2, 2, 1])]
+)
+def test_data_without_cameras_are_refused(labels, cameras):
+    """All cameras unknown, all but those of outliers, or one camera only."""
+    with pytest.raises(ValueError, match=r"known camera\(s\); two or more.*Train on a data set with cameras"):
+        CameraProxies(2).reset(torch.ones(3, 2), torch.tensor(labels), torch.tensor(cameras))
 
 
 @pytest.mark.parametrize(

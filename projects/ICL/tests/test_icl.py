@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fastreid_uns.modeling.losses import CrossEntropyLoss
+from fastreid_uns.projects.ICE.losses import similarity
 from fastreid_uns.projects.ICE.memory import CentroidMemory
 from fastreid_uns.projects.ICL.losses import CorrelationLoss
 from fastreid_uns.projects.ICL.sampler import IrregularSampler
@@ -41,8 +42,12 @@ def test_reference(z, reduction):
 def test_reference_of_the_contrast_with_centroids_and_of_the_sum(z):
     raw = z["in_u"].requires_grad_()
     feats = F.normalize(raw)
+    torch.testing.assert_close(similarity(feats, z["in_K"]), z["out_M"], rtol=1e-10, atol=1e-12)
     contrast = CrossEntropyLoss()(feats @ z["in_C"].T / z["par_tau"], z["in_labels"])
     torch.testing.assert_close(contrast, z["out_mcl_mean"], rtol=1e-10, atol=0)
+    for of, name in ((feats, "F"), (raw, "u")):
+        (slope,) = torch.autograd.grad(contrast, of, retain_graph=True)
+        torch.testing.assert_close(slope, z[f"out_grad_{name}_mcl"], rtol=1e-8, atol=1e-12)
     total = contrast + CorrelationLoss(reduction="mean")(feats, z["in_K"], z["in_labels"])
     torch.testing.assert_close(total, z["out_total_mean"], rtol=1e-10, atol=0)
     total.backward()

@@ -386,8 +386,8 @@ def test_extraction_gives_features_and_parts():
     assert found["parts"].shape == (2, P, 16)
 
 
-def proxies_by_loop(feats, labels, cameras, bank_feats, bank_labels, bank_cameras) -> float:
-    """Batch mean of the contrast with unit means of (cluster, camera), positives from other cameras, all negatives."""
+def proxies_by_loop(feats, labels, cameras, bank_feats, bank_labels, bank_cameras, temperature, negatives) -> float:
+    """Batch mean of the contrast with unit means of (cluster, camera), positives from other cameras."""
     rows = {}
     for key in {(int(a), int(c)) for a, c in zip(bank_labels, bank_cameras, strict=True) if a >= 0}:
         member = (bank_labels == key[0]) & (bank_cameras == key[1])
@@ -395,26 +395,39 @@ def proxies_by_loop(feats, labels, cameras, bank_feats, bank_labels, bank_camera
         rows[key] = mean / mean.norm()
     total = 0.0
     for i, (label, camera) in enumerate(zip(labels.tolist(), cameras.tolist(), strict=True)):
-        logit = {key: float(feats[i].detach().double() @ row) / 0.07 for key, row in rows.items()}
+        logit = {key: float(feats[i].detach().double() @ row) / temperature for key, row in rows.items()}
         positive = [value for (a, c), value in logit.items() if a == label and c != camera]
-        negative = [value for (a, _), value in logit.items() if a != label]
+        negative = sorted((value for (a, _), value in logit.items() if a != label), reverse=True)[:negatives]
         log_total = math.log(sum(math.exp(value) for value in positive + negative))
         total += sum(log_total - value for value in positive) / max(1, len(positive)) if positive else 0.0
     return total / len(labels)
 
 
-def test_camera_loss_is_that_of_the_whole_and_the_mean_of_the_parts():
-    net, (pseudo, bank) = model("MODEL.CAMERA_WEIGHT=0.5"), clustering(cameras=2)
+@pytest.mark.parametrize(("temperature", "negatives"), [(0.07, 50), (0.2, 2)])
+def test_camera_loss_is_that_of_the_whole_and_the_mean_of_the_parts(temperature, negatives):
+    keys = [f"MODEL.CAMERA_TEMPERATURE={temperature}", f"MODEL.CAMERA_NEGATIVES={negatives}"]
+    net, (pseudo, bank) = model("MODEL.CAMERA_WEIGHT=0.5", *keys), clustering(cameras=2)
     net.refit(pseudo, bank)
     data = batch([0, 1, 2, 0], [0, 1, 2, 6])
     offer = net.eval().offer(data)
     branches = [(offer["feats"], bank.feats)]
     branches += [(offer["parts"][:, p], bank.extras["parts"][:, p]) for p in range(P)]
     whole, *parts = (
-        proxies_by_loop(f, data.labels, data.cameras, rows, pseudo.labels, bank.cameras) for f, rows in branches
+        proxies_by_loop(f, data.labels, data.cameras, rows, pseudo.labels, bank.cameras, temperature, negatives)
+        for f, rows in branches
     )
     expected = 0.5 * (whole + sum(parts) / P)
     assert net(data)["loss_camera"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_clusters_of_one_camera_each_are_told(caplog, monkeypatch):
+    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
+    net, (pseudo, bank) = model("MODEL.CAMERA_WEIGHT=0.5"), clustering(cameras=2)
+    net.refit(pseudo, bank)
+    assert "no cluster is seen by two cameras" not in caplog.text
+    bank.cameras = pseudo.labels.clamp_min(0)
+    net.refit(pseudo, bank)
+    assert "no cluster is seen by two cameras" in caplog.text
 
 
 def test_without_camera_weight_no_camera_is_read():
