@@ -47,7 +47,7 @@ class Batch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # (B,) int64
     labels: Tensor  # (B,) int64
     cameras: Tensor  # (B,) int64, -1 unknown
-    domains: Tensor  # (B,) int64, 0 = the unlabelled set, 1.. = labelled source sets
+    domains: Tensor  # (B,) int64 on the CPU, 0 = the unlabelled set, 1.. = labelled source sets
 
 
 class HeadOutput(NamedTuple):

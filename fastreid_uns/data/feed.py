@@ -75,7 +75,7 @@ class Feed:
         self._labels: Tensor | None = None
         self._rows = none
         self._cameras = cameras.to(self.device)
-        self._domains = torch.cat([none.new_zeros(self._count), domains]).to(self.device)
+        self._domains = torch.cat([none.new_zeros(self._count), domains])
 
     @property
     def labels(self) -> Tensor:
@@ -118,13 +118,14 @@ class Feed:
             raise RuntimeError(_NO_LABELS)
         plan = list(self.sampler)
         for step, (batch, shown) in enumerate(zip(plan, self._shown(plan, epoch), strict=True)):
-            index = to_device(torch.tensor(batch), self.device)
+            host = torch.tensor(batch)
+            index = to_device(host, self.device)
             yield Batch(
                 views=tuple(self._view(number, pixels, epoch, step) for number, pixels in enumerate(shown)),
                 index=index,
                 labels=self._rows[index],
                 cameras=self._cameras[index],
-                domains=self._domains[index],
+                domains=self._domains[host],
             )
 
     def _shown(self, plan: list[list[int]], epoch: int) -> Iterator[list[Tensor]]:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import struct
+import uuid
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -304,7 +305,7 @@ def _mapped(images: ImageSet, folder: Path) -> Tensor:
     shape = (len(images), 3, *images.size)
     size = int(np.prod(shape))
     file = folder / f"pixels-{images.size[0]}x{images.size[1]}-{_fingerprint(images)}.bin"
-    exists, maker = broadcast_object((file.is_file() and file.stat().st_size == size, os.getpid()))
+    exists, maker = broadcast_object((file.is_file() and file.stat().st_size == size, uuid.uuid4().hex))
     if exists:
         logger.info("Pixels of %s images from %s", f"{len(images):,}", file)
     else:
@@ -338,7 +339,7 @@ def _reserve(partial: Path, shape: tuple[int, ...]) -> None:
         return
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             file.truncate(int(np.prod(shape)))
     except OSError as error:
         raise _unwritable(partial, shape, error) from error

@@ -29,7 +29,7 @@ from fastreid_uns.engine.trainer import Trainer
 from fastreid_uns.evaluation.evaluator import Evaluator
 from fastreid_uns.hook import HookBase
 from fastreid_uns.modeling.encoder import Encoder
-from fastreid_uns.modeling.meta_arch import MetaArch, build_model
+from fastreid_uns.modeling.meta_arch import MetaArch, build_model, check_domains
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator
 from fastreid_uns.registry import DATASET_REGISTRY, HOOK_REGISTRY, PSEUDO_LABEL_REGISTRY, SAMPLER_REGISTRY
 from fastreid_uns.structures import Record
@@ -117,8 +117,9 @@ class DefaultTrainer(Trainer):
         """Read the training sets; only source sets keep their identities.
 
         Raises:
-            ValueError: no training set is named, or it has fewer than two images.
+            ValueError: no training set is named, it has fewer than two images, or a source set is missing.
         """
+        check_domains(cfg)
         if not cfg.DATASETS.TRAIN.NAME:
             raise ValueError("DATASETS.TRAIN has no NAME; name a data set, such as {NAME: folder, ROOT: my/images}.")
         target = DATASET_REGISTRY.build(cfg.DATASETS.TRAIN).train

@@ -109,7 +109,7 @@ class ReclusterHook(HookBase):
             try:
                 result = self._generate(bank).to("cpu")
                 seconds = self.generator.seconds
-            except (ValueError, RuntimeError) as error:
+            except (ValueError, RuntimeError, ImportError, OSError, MemoryError) as error:
                 if dist.world() == 1:
                     raise
                 result = error

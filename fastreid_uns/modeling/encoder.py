@@ -49,8 +49,8 @@ class Encoder(nn.Module):
 
         Args:
             images: (B,3,H,W) uint8, or float in 0..1.
-            domains: (B,) which set each image comes from; read in training by domain-specific norm layers only. Rows
-                of a domain stand together. None: all are of domain 0.
+            domains: (B,) on the CPU, which set each image comes from; read in training by domain-specific norm layers
+                only. Rows of a domain stand together. None: all are of domain 0.
         """
         if not images.is_floating_point():
             images = images.to(self.mean.dtype) / 255

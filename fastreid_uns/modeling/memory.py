@@ -145,7 +145,8 @@ class InstanceMemory(Memory):
 
     def rows(self, batch: Batch) -> Tensor:
         """(B,) the class of a source image; the row of its own for an unlabelled one."""
-        return torch.where(batch.domains > 0, batch.labels, batch.index + self.num_source)
+        source = batch.domains.to(batch.index.device, non_blocking=True) > 0
+        return torch.where(source, batch.labels, batch.index + self.num_source)
 
 
 def take_shapes(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:

@@ -105,8 +105,7 @@ class Baseline(MetaArch):
     def offer(self, batch: Batch) -> dict[str, Tensor]:
         """Every tensor that a loss can ask for, by name; in training the memory is updated."""
         out: HeadOutput = self.encoder(batch.views[0], batch.domains)
-        offer = {**out._asdict(), **batch._asdict()}
-        offer = {name: value for name, value in offer.items() if name != "views" and value is not None}
+        offer = offered(out, batch)
         if self.teacher is not None:
             with torch.no_grad():
                 offer["teacher_feats"] = self.teacher(batch.views[-1], batch.domains).feats
@@ -119,6 +118,28 @@ class Baseline(MetaArch):
         return offer
 
 
+def check_domains(cfg: Any) -> None:
+    """Refuse norm layers for each domain where there is one domain only, before anything is read or fetched.
+
+    Raises:
+        ValueError: `MODEL.DOMAIN_NORM` without `DATASETS.SOURCES`.
+    """
+    if cfg.MODEL.DOMAIN_NORM and not cfg.DATASETS.SOURCES:
+        raise ValueError(
+            "MODEL.DOMAIN_NORM is true but DATASETS.SOURCES names no set; a labelled source is needed beside the "
+            "unlabelled images. Name one, or set MODEL.DOMAIN_NORM to false."
+        )
+
+
+def offered(out: HeadOutput, batch: Batch) -> dict[str, Tensor]:
+    """What the output of a head and a batch offer to losses, on the device: all but the views."""
+    rows = {
+        name: value.to(batch.index.device, non_blocking=True)
+        for name, value in zip(batch._fields[1:], batch[1:], strict=True)
+    }
+    return {name: value for name, value in out._asdict().items() if value is not None} | rows
+
+
 def build_model(cfg: Any, num_images: int) -> MetaArch:
     """The model of a config, with its starting weights, on the CPU.
 
@@ -126,6 +147,7 @@ def build_model(cfg: Any, num_images: int) -> MetaArch:
         cfg: a complete config.
         num_images: N, unlabelled training images.
     """
+    check_domains(cfg)
     encoder = build_encoder(cfg)
     if cfg.MODEL.WEIGHTS:
         load_weights(encoder, cfg.MODEL.WEIGHTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -251,7 +252,8 @@ def rows_of_domains(model: nn.Module, domains: Tensor | None) -> Iterator[None]:
 
     Args:
         model: without such layers nothing happens.
-        domains: (B,) 0 = target, 1.. = sources; rows of one domain stand together. None: all are of the target.
+        domains: (B,) 0 = target, 1.. = sources; rows of one domain stand together. On the CPU, since which layers a
+            row takes is for the host to decide. None: all are of the target.
 
     Raises:
         ValueError: the rows of a domain are scattered, or a domain is unknown.
@@ -262,8 +264,7 @@ def rows_of_domains(model: nn.Module, domains: Tensor | None) -> Iterator[None]:
     if domains is None or layer is None or not model.training:
         yield
         return
-    values, counts = torch.unique_consecutive(domains, return_counts=True)
-    runs = list(zip(values.tolist(), counts.tolist(), strict=True))
+    runs = [(domain, len(list(rows))) for domain, rows in itertools.groupby(domains.tolist())]
     found = [domain for domain, _ in runs]
     if len(set(found)) < len(found):
         raise ValueError(

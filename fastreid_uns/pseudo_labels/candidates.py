@@ -225,7 +225,7 @@ def eight_bits_pay(d: int, threads: int, size: int = 512) -> bool:
 
     Some processors add 8-bit products in 16 bits, where the largest ones overflow.
     """
-    if d > _LONGEST or not hasattr(torch, "_int_mm"):
+    if not 2 <= d <= _LONGEST or not hasattr(torch, "_int_mm"):
         return False
     rows = torch.full((size, d), 127, dtype=torch.int8)
     rows[::2] = -127

@@ -26,6 +26,9 @@ _SPARE = 8  # candidates beside the k nearest, where they are not told by a boun
 def nearest_neighbours(feats: Tensor, k: int, *, block: int = 2048) -> tuple[Tensor, Tensor]:
     """The k nearest images of each image by squared Euclidean distance, exactly, the image itself first.
 
+    On a GPU an image may be missed where float32 products cannot tell more than 8 further ones from the k-th nearest:
+    several tight clumps far from each other, as a collapsed network gives.
+
     Args:
         feats: (N, D) float, finite; taken as float32 on the device that it is on.
         k: neighbours of each image, itself included, 1..N.
@@ -256,16 +259,16 @@ def _set_precision(backends: list[Any], values: list[str] | str) -> None:
 
 
 def check_finite(feats: Tensor) -> None:
-    """Refuse NaN and infinity.
+    """Refuse NaN and infinity, also of squared lengths in float32.
 
     Raises:
         ValueError: names how many rows are broken, and the first of them.
     """
-    broken = torch.cat([~rows.isfinite().all(1) for rows in feats.split(8192)]).nonzero().flatten()
+    broken = torch.cat([~rows.float().square().sum(1).isfinite() for rows in feats.split(8192)]).nonzero().flatten()
     if len(broken):
         raise ValueError(
             f"features: {len(broken):,} of {len(feats):,} rows hold NaN or infinity, the first is row "
-            f"{int(broken[0]):,}; all must be finite. Look for a diverged loss or a broken image."
+            f"{int(broken[0]):,}; all must be finite, and their squares too. Look for a diverged loss or a bad image."
         )
 
 
@@ -273,17 +276,19 @@ def _search_by_rows(feats: Tensor, k: int, block: int) -> tuple[Tensor, Tensor, 
     """The search where no compiled loop reaches: more than k by float32 products, the k nearest of them measured.
 
     All blocks; a pair is ranked by one integer, bits of the distance above and index below, so there are no ties. Of
-    images that products cannot tell from the k-th nearest, `_SPARE` are measured, those of lower index first.
+    images that products cannot tell from the k-th nearest, `_SPARE` are measured, those of lower index first. Products
+    are those of rows less their mean, which are the shorter, the more alike the images are.
     """
     ids = torch.arange(len(feats), device=feats.device)
-    norms = torch.cat([rows.square().sum(1) for rows in feats.split(block)])
+    centred = feats - feats.mean(0)
+    norms = torch.cat([rows.square().sum(1) for rows in centred.split(block)])
     nearest, farthest = [], []
     for row0 in range(0, len(feats), block):
-        above, rows = feats[row0 : row0 + block], ids[row0 : row0 + block]
+        above, rows = centred[row0 : row0 + block], ids[row0 : row0 + block]
         best = torch.empty((len(rows), 0), dtype=torch.int64, device=feats.device)
         far = torch.zeros(len(rows), device=feats.device)
         for col0 in range(0, len(feats), 8 * block):
-            beside, columns = feats[col0 : col0 + 8 * block], ids[col0 : col0 + 8 * block]
+            beside, columns = centred[col0 : col0 + 8 * block], ids[col0 : col0 + 8 * block]
             sq = torch.addmm(norms[columns], above, beside.T, alpha=-2).add_(norms[rows, None]).clamp_(min=0)
             far = torch.maximum(far, sq.amax(1))
             if col0 <= row0 < col0 + 8 * block:  # the image itself needs no search

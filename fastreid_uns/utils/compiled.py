@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,9 +20,18 @@ def compiled(function: Callable, *allowed: str) -> Any:
     """
     flags: dict[str, Any] = {"nogil": True, "fastmath": set(allowed)}
     try:
-        return numba.njit(cache=True, **flags)(function)
+        dispatcher = numba.njit(cache=True, **flags)(function)
     except RuntimeError:  # neither the package nor the home of the user can hold a compiled file
         return numba.njit(**flags)(function)
+    cache = dispatcher._cache
+    save = cache.save_overload
+
+    def save_if_possible(signature: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):  # a full disk costs the next start a compilation, not this run its life
+            save(signature, data)
+
+    cache.save_overload = save_if_possible
+    return dispatcher
 
 
 class Workers:

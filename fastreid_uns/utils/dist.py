@@ -138,7 +138,6 @@ def wrap(model: nn.Module, device: torch.device, find_unused: bool) -> nn.Module
         return model
     return nn.parallel.DistributedDataParallel(
         model,
-        device_ids=[device.index] if device.type == "cuda" else None,
         broadcast_buffers=False,
         find_unused_parameters=find_unused,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastreid_uns.data.image_set import to_device
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.memory import Memory
-from fastreid_uns.modeling.meta_arch import Baseline
+from fastreid_uns.modeling.meta_arch import Baseline, offered
 from fastreid_uns.projects.ICE.proxies import CameraProxies
 from fastreid_uns.registry import META_ARCH_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
@@ -79,8 +79,7 @@ class ICEModel(Baseline):
                 f"weak view. Name that many presets of INPUT.AUGMENTS."
             )
         out = self.encoder(batch.views[0])
-        offer: dict[str, Any] = {**out._asdict(), **batch._asdict()}
-        offer = {name: value for name, value in offer.items() if name != "views" and value is not None}
+        offer: dict[str, Any] = offered(out, batch)
         offer["teacher_feats"] = self.keys(batch.views[min(1, len(batch.views) - 1)])
         if self.wants_weak:
             offer["weak_feats"] = self.keys(batch.views[2])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastreid_uns.modeling.meta_arch import MetaArch
+from fastreid_uns.modeling.meta_arch import MetaArch, offered
 from fastreid_uns.registry import META_ARCH_REGISTRY
-from fastreid_uns.structures import Batch, HeadOutput
+from fastreid_uns.structures import Batch
 from fastreid_uns.utils.dist import all_gather
 
 
@@ -35,7 +35,5 @@ class InBatchModel(MetaArch):
         """Every tensor that a loss can ask for, by name, with V x B rows."""
         views = len(batch.views)
         images = torch.stack(batch.views, dim=1).flatten(0, 1)
-        once = {name: value for name, value in batch._asdict().items() if name != "views"}
-        rows = {name: torch.stack([value] * views, dim=1).flatten() for name, value in once.items()}
-        out: HeadOutput = self.encoder(images, rows["domains"])
-        return {name: value for name, value in out._asdict().items() if value is not None} | rows
+        rows = Batch((images,), *(value.repeat_interleave(views, output_size=len(images)) for value in batch[1:]))
+        return offered(self.encoder(images, rows.domains), rows)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastreid_uns.data import image_set
 from fastreid_uns.data.image_set import CachedImageSet, ImageSet, check_images, unreadable_images
 from fastreid_uns.structures import Record
 
@@ -175,6 +176,24 @@ def test_a_full_disk_leaves_nothing_behind(records, tmp_path, limit, monkeypatch
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert list(folder.iterdir()) == []
+
+
+def test_two_runs_that_write_the_same_file_leave_each_other_alone(records, tmp_path, monkeypatch):
+    """As on two hosts, whose processes may have the same number: the second starts while the first one writes."""
+    write, second = image_set._write_share, []
+
+    def interrupted(*arguments):
+        if not second:
+            second.append(None)
+            second[0] = CachedImageSet(ImageSet(records, SIZE), where="disk", folder=tmp_path)
+        write(*arguments)
+
+    monkeypatch.setattr(image_set, "_write_share", interrupted)
+    first = CachedImageSet(ImageSet(records, SIZE), where="disk", folder=tmp_path)
+    for cached in (first, second[0]):
+        (pixels,) = cached.stream([list(range(len(records)))], "cpu")
+        assert torch.equal(pixels, torch.stack([pixels_of(record) for record in records]))
+    assert [file.suffix for file in tmp_path.iterdir() if file.name.startswith("pixels")] == [".bin"]
 
 
 def test_a_bad_image_stops_the_cache_and_leaves_nothing_behind(records, tmp_path):

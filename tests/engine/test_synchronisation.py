@@ -32,6 +32,11 @@ RECIPES = {
     "bfloat16, clipped, in parts": {"SOLVER.AMP": "bfloat16", "SOLVER.CLIP_NORM": 1.0, "SOLVER.ACCUMULATE": 2},
     "norm groups": {"MODEL.NORM_GROUP": 8},
     "layer-wise rates": {"SOLVER.OPTIMIZER": "lars"},
+    "labelled source": {
+        "MODEL.DOMAIN_NORM": True,
+        "MODEL.MEMORY.NAME": "InstanceMemory",
+        "MODEL.LOSSES.contrast": None,
+    },
 }
 
 
@@ -51,10 +56,13 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.fixture
-def trainer(tiny, request) -> DefaultTrainer:
+def trainer(tiny, tiny_set, request) -> DefaultTrainer:
     """Before the first batch of its first epoch, on the device of the parameter."""
-    recipe, device = request.param
-    recipe = {"MODEL.LOSSES.triplet": {"NAME": "SoftTripletLoss"}, **RECIPES[recipe], "MODEL.DEVICE": device}
+    name, device = request.param
+    recipe = {"MODEL.LOSSES.triplet": {"NAME": "SoftTripletLoss"}, **RECIPES[name], "MODEL.DEVICE": device}
+    if name == "labelled source":
+        recipe["DATASETS.SOURCES.drawn"] = {**tiny_set, "SEED": 5}
+        recipe["DATALOADER.SOURCE_SAMPLER"] = {"NAME": "ClusterSampler", "BATCH_SIZE": 16, "NUM_INSTANCES": 4}
     overrides = [f"{key}={json.dumps(value)}" for key, value in recipe.items()]
     labels = ["PSEUDO_LABELS.MIN_SAMPLES=2", "PSEUDO_LABELS.K1=8", "LOG.PERIOD=0", "DATALOADER.FEED=cached"]
     trainer = DefaultTrainer(load_config(overrides=[*tiny, *labels, *overrides]))

@@ -30,9 +30,9 @@ def grid_feats(n: int, d: int = 3) -> torch.Tensor:
     return torch.randint(-1, 2, (n, d), generator=torch.Generator().manual_seed(n)) / 4
 
 
-def alike_feats(n: int, d: int = 24) -> torch.Tensor:
+def alike_feats(n: int, d: int = 24, spread: float = 1e-3) -> torch.Tensor:
     """Rows that share all but a thousandth, as those of an untrained network do."""
-    return F.normalize(random_feats(1, d, 1) + 1e-3 * random_feats(n, d))
+    return F.normalize(random_feats(1, d, 1) + spread * random_feats(n, d))
 
 
 def by_definition(feats: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -47,7 +47,7 @@ def by_definition(feats: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
 @pytest.mark.parametrize("block", [7, 64, 300])
 @pytest.mark.parametrize("search", SEARCHES)
 def test_ties_go_to_the_lower_index_whatever_the_block(search, block):
-    feats = grid_feats(131)
+    feats = torch.cat([grid_feats(66), -grid_feats(66)])  # less their mean, which is zero, they are the same
     sq, index, _ = by_definition(feats, 30)
     found = SEARCHES[search](feats, 30, block)
     assert torch.equal(found[0], sq)
@@ -60,6 +60,19 @@ def test_equals_the_definition(search, n, d, k):
     feats = random_feats(n, d)
     sq, index, _ = by_definition(feats, k)
     found = SEARCHES[search](feats, k, 50)
+    assert torch.equal(found[0], sq)
+    assert torch.equal(found[1], index)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize(
+    "feats",
+    [alike_feats(900, 64, 0.003), alike_feats(900, 64), 1000 + 20 * random_feats(300, 32)],
+    ids=["near", "nearer", "afar"],
+)
+def test_images_that_are_far_from_the_origin_and_near_each_other(search, feats):
+    sq, index, _ = by_definition(feats, 20)
+    found = SEARCHES[search](feats, 20, 256)
     assert torch.equal(found[0], sq)
     assert torch.equal(found[1], index)
 
@@ -201,6 +214,8 @@ def test_broken_rows_are_counted_and_the_first_is_named():
     feats = random_feats(40, 4)
     feats[7, 2] = torch.nan
     feats[31] = torch.inf
+    with pytest.raises(ValueError, match=r"1 of 3 rows.*and their squares too"):
+        nearest_neighbours(torch.tensor([[1.0], [1e25], [2.0]]), 2)
     with pytest.raises(ValueError, match=r"2 of 40 rows hold NaN or infinity, the first is row 7; all must be finite"):
         nearest_neighbours(feats, 3)
 

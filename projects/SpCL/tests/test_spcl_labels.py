@@ -11,6 +11,7 @@ import torch
 from fastreid_uns.projects.SpCL.labels import SelfPacedLabels, best_of_label, independence_bound, overlap
 from fastreid_uns.projects.SpCL.memory import HybridMemory
 from fastreid_uns.pseudo_labels.base import singletons
+from fastreid_uns.pseudo_labels.dbscan import dbscan
 from fastreid_uns.pseudo_labels.neighbours import jaccard_distance
 from fastreid_uns.structures import FeatureBank, NoClusters
 
@@ -80,8 +81,17 @@ def test_distances_of_the_published_code(n):
 @pytest.mark.parametrize(("n", "case"), CASES)
 def test_labels_of_the_published_code_from_features(n, case):
     expected, (feats, keys) = golden(n, case), features(n)
-    pseudo = generator_of(case, expected, **keys)(bank_of(feats), 0)
+    generator = generator_of(case, expected, **keys)
+    first = generator.bound is None
+    pseudo = generator(bank_of(feats), 0)
     assert in_order(pseudo.labels) == in_order(expected["refined_labels"])
+    if first:
+        assert generator.bound == pytest.approx(float(expected["indep_thres"]), abs=1e-6)
+    distance = jaccard_distance(feats, keys["k1"], keys["k2"])
+    for name, radius in (("tight", -generator.gap), ("normal", 0.0), ("loose", generator.gap)):
+        found = torch.from_numpy(dbscan(distance, generator.eps + radius, generator.min_samples))
+        assert torch.equal(found < 0, expected[f"labels_{name}"] < 0)
+        assert in_order(found[found >= 0]) == in_order(expected[f"labels_{name}"][found >= 0])
     assert int((pseudo.sizes > 1).sum()) == int(expected["num_clusters"])
     assert int((pseudo.sizes == 1).sum()) == int(expected["num_unclustered"])
     feats_of = [feats[pseudo.labels == label].double().mean(0) for label in range(pseudo.num_clusters)]

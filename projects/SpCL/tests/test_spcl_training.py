@@ -128,13 +128,25 @@ def test_a_joint_batch_is_counted_as_the_memory_is(recipe):
     assert offer["labels"].tolist() == batch.labels.tolist()
 
 
+@pytest.mark.parametrize("recipe", ["synthetic"], indirect=True)
+def test_a_momentum_encoder_counts_by_labels_too(recipe):
+    trainer = trainer_of("synthetic", [*recipe, "MODEL.MOMENTUM_ENCODER=true"])
+    trainer._call("before_epoch")
+    offer = trainer.model.train().offer(next(trainer.feed.epoch(0)))
+    assert offer["teacher_logits"].shape == offer["logits"].shape
+    assert offer["logits"].shape[1] == trainer.hook(ReclusterHook).pseudo.num_clusters
+
+
 @pytest.mark.parametrize("task", ["market_msmt", "vehicleid_veri", "synthetic_uda"])
 def test_a_task_of_adaptation_without_its_source_is_refused(task):
     file = CONFIGS / f"{task}.yaml"
     source = next(iter(load_config(file).DATASETS.SOURCES))
-    cfg = load_config(file, [f"DATASETS.SOURCES.{source}=null", "MODEL.WEIGHTS=''", "MODEL.BACKBONE={NAME: SmallNet}"])
-    with pytest.raises(ValueError, match=r"MODEL\.DOMAIN_NORM: .*Name a set in DATASETS\.SOURCES or switch"):
-        build_model(cfg, 8)
+    cfg = load_config(file, [f"DATASETS.SOURCES.{source}=null"])
+    for build in (DefaultTrainer.build_data, lambda cfg: build_model(cfg, 8)):  # before images and weights are read
+        with pytest.raises(
+            ValueError, match=r"MODEL\.DOMAIN_NORM is true but DATASETS\.SOURCES names no set.*Name one"
+        ):
+            build(cfg)
 
 
 @pytest.mark.parametrize(("memory", "found"), [("{NAME: ClusterMemory}", "ClusterMemory"), ("null", "none")])
