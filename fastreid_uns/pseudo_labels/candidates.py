@@ -7,6 +7,7 @@ candidates and are measured one by one. So the result is the same number for num
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from functools import cache
@@ -16,12 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 _CAPACITY = 256  # candidates of a row at least: the k nearest and those that the bound cannot tell from them
 _LONGEST_LIST = 640  # candidates that 8 bits may ask for; more take longer than products in float32
 _SMALL = 4096  # images below which float32 takes less time than the choice
 _UNIT_ROUNDOFF = 2.0**-24  # of float32
 _SLACK = 2.0**-19  # of both squared lengths: float32 arithmetic around the product, and rounding of the true distance
 _LONGEST = 2**31 // 127**2  # numbers in a row whose product fits into 32 bits
+_MANY = 1000  # rows measured against all images of which the log tells
 _FASTER = 1.5  # times as fast as float32 must products of 8 bits be
 
 
@@ -46,6 +50,15 @@ def search_by_candidates(
     if coarse.eight_bits and len(unsure):
         coarse = Coarse(feats, eight_bits=False)
         lists.replace(unsure, _offer_all(coarse, unsure, _Lists(coarse.errors[unsure], k, capacity), block))
+    alike = int((lists.counts < 0).sum())
+    if alike > _MANY:
+        logger.warning(
+            "neighbours: %s of %s images have more than %d near-equal neighbours, which are measured one by one; that "
+            "takes long. The network has mapped many images to one point: lower SOLVER.BASE_LR.",
+            f"{alike:,}",
+            f"{n:,}",
+            lists.near.shape[1],
+        )
     sq, index = _measured(feats, k, np.arange(n), *lists.candidates)
     return sq, index, torch.from_numpy(far)
 

@@ -130,6 +130,16 @@ def test_no_estimate_is_farther_off_than_the_bound(feats, eight_bits):
     assert (coarse.errors < 0.2 * np.square(x).sum(1).mean()).all()
 
 
+def test_a_collapse_to_few_points_is_told(caplog, monkeypatch):
+    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
+    monkeypatch.setattr(candidates, "_MANY", 500)
+    feats = random_feats(2, 16).repeat_interleave(300, 0)
+    nearest_neighbours(feats[:500], 5)
+    assert "near-equal" not in caplog.text
+    nearest_neighbours(feats, 5)
+    assert "600 of 600 images have more than 256 near-equal neighbours" in caplog.text
+
+
 def test_a_row_with_more_candidates_than_fit_is_searched_again(monkeypatch):
     """A peak in each row leaves the rest of it no bits: nearly all lists overflow, and the sample tells before."""
     feats = torch.eye(600) + 0.05 * random_feats(600, 600)
