@@ -19,7 +19,9 @@ setup(
         *(f"fastreid_uns.projects.{name}" for name in PROJECTS),
     ],
     package_dir={f"fastreid_uns.projects.{name}": f"projects/{name}" for name in PROJECTS},
-    package_data={f"fastreid_uns.projects.{name}": ["configs/*.yaml", "configs/*/*.yaml", "README.md"] for name in PROJECTS},
+    package_data={
+        f"fastreid_uns.projects.{name}": ["configs/*.yaml", "configs/*/*.yaml", "README.md"] for name in PROJECTS
+    },
     install_requires=[
         "fvcore",
         "iopath",
