@@ -14,6 +14,7 @@ import numpy as np
 from fastreid_uns.utils.compiled import compiled
 
 _CHUNK = 128
+_REST = 0.6  # of the least overlap that counts: what a row keeps back when it looks for others
 _GRID = 2.0**20
 _ROUND_UP = 1 + 2.0**-30  # more than the rounding of a float64 sum of squares
 UNIT = 2**30  # of weights, which are integers: their sums are exact, so no order of images or threads shows
@@ -361,9 +362,14 @@ def overlap_distances(start, stop, order, indptr, indices, data, list_indptr, li
     The lists hold the n rows column by column, in ascending order; with `once`, where both are the same rows in the
     same order, a row meets only itself and those before it. Returns sizes, other rows and distances up to `limit`;
     distances are rounded to multiples of 2^-20 and lie below 1.
+
+    With `once`, a row first looks along its largest entries only, as long as the others together could reach the least
+    overlap that counts; of the rows met there, those are compared in full that can reach it still (prefix filter,
+    Chaudhuri et al. 2006, for weights).
     """
     shared = np.zeros(n, np.int32)
     met = np.empty(n + 1, np.int32)
+    weights = np.zeros(len(list_indptr) - 1 if once else 0, np.int32)  # of the row, column by column
     sizes = np.empty(stop - start, np.int64)
     columns = np.empty(32 * (stop - start), np.int32)
     values = np.empty(32 * (stop - start), np.float32)
@@ -374,8 +380,16 @@ def overlap_distances(start, stop, order, indptr, indices, data, list_indptr, li
         begin = end
         count = 0
         beyond = place + 1 if once else n
-        for e in range(indptr[i], indptr[i + 1]):
+        entries = np.arange(indptr[i], indptr[i + 1])
+        rest = data[entries].sum()
+        if once:
+            entries = entries[np.argsort(-data[entries])]
+            weights[indices[entries]] = data[entries]
+        for e in entries:
+            if once and rest < _REST * least:
+                break
             own = data[e]
+            rest -= own
             for p in range(list_indptr[indices[e]], list_indptr[indices[e] + 1]):
                 j = list_rows[p]
                 if j >= beyond:
@@ -388,13 +402,22 @@ def overlap_distances(start, stop, order, indptr, indices, data, list_indptr, li
         for m in range(count):
             overlap = shared[met[m]]
             shared[met[m]] = 0
-            if overlap < least:
+            if overlap + rest < least:
                 continue
+            if rest > 0:
+                overlap = 0
+                j = order[met[m]]
+                for e in range(indptr[j], indptr[j + 1]):
+                    overlap += min(weights[indices[e]], data[e])
+                if overlap < least:
+                    continue
             mu = overlap / UNIT
             distance = np.float32(np.rint(max(1 - mu / (2 - mu), 0.0) * _GRID) / _GRID)
             if distance <= limit and distance < 1:
                 columns[end] = met[m]
                 values[end] = distance
                 end += 1
+        if once:
+            weights[indices[entries]] = 0
         sizes[place - start] = end - begin
     return sizes, columns[:end], values[:end]
