@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastreid_uns.pseudo_labels.candidates import nearest_of_listed, nearest_of_some
-from fastreid_uns.pseudo_labels.neighbours import checked, full_precision
+from fastreid_uns.pseudo_labels.candidates import nearest_of_listed
+from fastreid_uns.pseudo_labels.neighbours import checked
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +45,9 @@ def approximate_neighbours(feats: Tensor, k: int, *, search: str, effort: int) -
     listed = np.take_along_axis(found, np.argsort(found < 0, axis=1, kind="stable"), 1).astype(np.int32)
     counts = (listed >= 0).sum(1).astype(np.int32)
     counts[counts < k - 1] = -1
-    sq, index = nearest_of_listed(rows, k, counts, listed)
+    sq, index = nearest_of_listed(rows, k, np.arange(n), counts, listed)
     some = np.unique(np.linspace(0, n - 1, min(n, _SAMPLE)).astype(np.int64))
-    with full_precision(rows.device):
-        exact = nearest_of_some(rows, k, some)[1]
+    exact = nearest_of_listed(rows, k, some, np.full(len(some), -1, np.int32), listed)[1]
     kept = (index[some][:, 1:, None] == exact[:, None, 1:]).any(2).float().mean() if k > 1 else torch.ones(())
     logger.warning(
         "PSEUDO_LABELS: SEARCH %s at SEARCH_EFFORT %d finds %.1f%% of the neighbours of %d images; labels suffer more "

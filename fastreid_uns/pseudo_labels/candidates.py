@@ -1,17 +1,19 @@
 """The nearest neighbours on the CPU, exactly: candidates by fast products, then their true distances.
 
-A product in 8 bits or float32 gives an estimate of the distance and a bound on how far it can be off. An image whose
-estimate lies above those of k others by more than both can be off is not among the k nearest; all others are
-candidates and are measured one by one. So the result is the same number for number, whatever the product.
+A product in 8 bits or float32 gives an estimate of the distance and a bound on how far it can be off. A pair whose
+estimate lies above the k-th true distance that either image knows so far by more than that is left; all others are
+measured. So the result is the same number for number, whatever the product and the order of the pairs.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -19,13 +21,13 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-_CAPACITY = 256  # candidates of a row at least: the k nearest and those that the bound cannot tell from them
-_LONGEST_LIST = 640  # candidates that 8 bits may ask for; more take longer than products in float32
 _SMALL = 4096  # images below which float32 takes less time than the choice
+_SIDE = 1024  # rows of a block: products of a pair of blocks fit into the cache
+_MEASURED = 1 / 30  # of all pairs that 8 bits may leave to be measured; more take longer than products in float32
 _UNIT_ROUNDOFF = 2.0**-24  # of float32
 _SLACK = 2.0**-19  # of both squared lengths: float32 arithmetic around the product, and rounding of the true distance
 _LONGEST = 2**31 // 127**2  # numbers in a row whose product fits into 32 bits
-_MANY = 1000  # rows measured against all images of which the log tells
+_MANY = 4096  # measured pairs for each image of which the log tells
 _FASTER = 1.5  # times as fast as float32 must products of 8 bits be
 
 
@@ -36,134 +38,92 @@ def search_by_candidates(
 
     Args:
         feats: (N, D) float32, finite, contiguous, on the CPU.
+        block: rows of a block at most.
         eight_bits: precision of the products; None = 8 bits where that is faster.
         farthest: take float32, which alone gives the farthest.
     """
+    from fastreid_uns.pseudo_labels import kernels
+    from fastreid_uns.utils.compiled import Workers
+
     n = len(feats)
     far = np.zeros(n if farthest else 0, np.float32)
-    if eight_bits is None and not farthest:
-        coarse, capacity = _choose(feats, k)
-    else:
-        coarse, capacity = Coarse(feats, eight_bits=bool(eight_bits)), max(_CAPACITY, 4 * k)
-    lists = _offer_each_pair_once(coarse, _Lists(coarse.errors, k, capacity), block, far)
-    unsure = np.flatnonzero(lists.counts < 0)
-    if coarse.eight_bits and len(unsure):
-        coarse = Coarse(feats, eight_bits=False)
-        lists.replace(unsure, _offer_all(coarse, unsure, _Lists(coarse.errors[unsure], k, capacity), block))
-    alike = int((lists.counts < 0).sum())
-    if alike > _MANY:
+    sq, index = np.full((n, k), np.inf, np.float32), np.full((n, k), n, np.int64)
+    sq[:, 0], index[:, 0] = 0, np.arange(n)
+    limits = np.full(n, np.inf if k > 1 else -np.inf, np.float32)  # above these, an estimate need not be measured
+    coarse = _chosen(feats, k) if eight_bits is None and not farthest else Coarse(feats, eight_bits=bool(eight_bits))
+    known = (coarse.scales, coarse.norms, coarse.errors, feats.numpy(), limits, sq, index)
+    memory: SimpleQueue[Tensor] = SimpleQueue()
+
+    def compare(pair: tuple[int, int]) -> int:
+        row0, col0 = side * pair[0], side * pair[1]
+        rows, columns = (coarse.part(slice(start, start + side)) for start in (row0, col0))
+        held = memory.get()
+        try:
+            products = coarse.product(rows, columns, held)
+            if farthest:
+                kernels.keep_farthest(products, coarse.norms, row0, col0, far)
+            return kernels.offer_to_each_other(products, row0, col0, *known)
+        finally:
+            memory.put(held)
+
+    with Workers() as workers, _one_thread():
+        side = min(block, _SIDE, max(256, 64 * math.ceil(n / (256 * workers.count))))
+        for _ in range(workers.count):
+            memory.put(coarse.memory(min(side, n) ** 2))
+        measured = sum(sum(workers.pool.map(compare, pairs)) for pairs in _rounds(math.ceil(n / side)))
+    if measured > _MANY * n:
         logger.warning(
-            "neighbours: %s of %s images have more than %d near-equal neighbours, which are measured one by one; that "
+            "neighbours: %s images are so near each other that %d of them were measured for each, one by one; that "
             "takes long. The network has mapped many images to one point: lower SOLVER.BASE_LR.",
-            f"{alike:,}",
             f"{n:,}",
-            lists.near.shape[1],
+            measured // n,
         )
-    sq, index = _measured(feats, k, np.arange(n), *lists.candidates)
-    return sq, index, torch.from_numpy(far)
+    return torch.from_numpy(sq), torch.from_numpy(index), torch.from_numpy(far)
 
 
-def nearest_of_some(feats: Tensor, k: int, images: np.ndarray, block: int = 2048) -> tuple[Tensor, Tensor]:
-    """Squared distances (M, k) and indices (M, k) of the nearest neighbours of M images among all, exactly."""
-    coarse = Coarse(feats, eight_bits=False)
-    lists = _offer_all(coarse, images, _Lists(coarse.errors[images], k, max(_CAPACITY, 4 * k)), block)
-    return _measured(feats, k, images, *lists.candidates)
-
-
-def nearest_of_listed(feats: Tensor, k: int, counts: np.ndarray, listed: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Squared distances (N, k) and indices (N, k) of the nearest of candidates that are given.
+def nearest_of_listed(
+    feats: Tensor, k: int, images: np.ndarray, counts: np.ndarray, listed: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """Squared distances (M, k) and indices (M, k) of the nearest of candidates that are given.
 
     Args:
-        counts: (N,) int32 candidates, the image itself not among them; -1 for all images.
-        listed: (N, C) int32, the candidates first.
+        feats: (N, D) float32, contiguous, on the CPU.
+        images: (M,) whose neighbours are asked for.
+        counts: (M,) int32 candidates, the image itself not among them; -1 for all images.
+        listed: (M, C) int32, the candidates first.
     """
-    n = len(feats)
-    near = np.zeros(listed.shape, np.float32)
-    return _measured(feats, k, np.arange(n), np.full(n, np.inf, np.float32), counts, near, listed)
-
-
-def _measured(feats: Tensor, k: int, images: np.ndarray, *candidates: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The k nearest of the candidates of M images by true distances."""
     from fastreid_uns.pseudo_labels import kernels
     from fastreid_uns.utils.compiled import over_rows
 
     sq, index = np.empty((len(images), k), np.float32), np.empty((len(images), k), np.int64)
-    over_rows(kernels.measure_listed, len(images), feats.numpy(), images, *candidates, sq, index)
+    over_rows(kernels.measure_listed, len(images), feats.numpy(), images, counts, listed, sq, index)
     return torch.from_numpy(sq), torch.from_numpy(index)
 
 
-def _choose(feats: Tensor, k: int) -> tuple[Coarse, int]:
-    """The form of the products and the length of lists: 8 bits where they are faster and lists need not be too long."""
+def _chosen(feats: Tensor, k: int) -> Coarse:
+    """The form of the products: 8 bits where they are faster and do not leave too many pairs to be measured."""
     if len(feats) >= _SMALL and eight_bits_pay(feats.shape[1], torch.get_num_threads()):
         coarse = Coarse(feats, eight_bits=True)
-        capacity = coarse.capacity(k)
-        if capacity <= max(_LONGEST_LIST, 4 * k):
-            return coarse, capacity
-    return Coarse(feats, eight_bits=False), max(_CAPACITY, 4 * k)
+        if coarse.share_to_measure(k) <= _MEASURED:
+            return coarse
+    return Coarse(feats, eight_bits=False)
 
 
-class _Lists:
-    """Candidates of M images: estimates and indices in no order, and the limit above which none is taken."""
-
-    def __init__(self, errors: np.ndarray, k: int, capacity: int) -> None:
-        m = len(errors)
-        self.need = max(k - 1, 1)
-        self.errors, self.limits = errors, np.full(m, np.inf, np.float32)
-        self.counts = np.zeros(m, np.int32)  # -1: given up
-        self.near, self.listed = np.empty((m, capacity), np.float32), np.empty((m, capacity), np.int32)
-
-    @property
-    def candidates(self) -> tuple[np.ndarray, ...]:
-        return self.errors, self.counts, self.near, self.listed
-
-    def part(self, rows: slice) -> tuple[Any, ...]:
-        """Arguments of the kernels for some of the images."""
-        arrays = (self.errors, self.limits, self.counts, self.near, self.listed)
-        return self.need, *(array[rows] for array in arrays)
-
-    def replace(self, rows: np.ndarray, others: _Lists) -> None:
-        for own, other in zip(self.candidates, others.candidates, strict=True):
-            own[rows] = other
+def _rounds(blocks: int) -> Iterator[list[tuple[int, int]]]:
+    """All pairs of blocks, also of one with itself; none is twice in a round, whose pairs so can run side by side."""
+    for turn in range(blocks):
+        yield [(a, (turn - a) % blocks) for a in range(blocks) if a <= (turn - a) % blocks]
 
 
-def _offer_each_pair_once(coarse: Coarse, lists: _Lists, block: int, farthest: np.ndarray) -> _Lists:
-    """Upper triangle of blocks; each serves its rows and its columns."""
-    from fastreid_uns.pseudo_labels import kernels
-    from fastreid_uns.utils.compiled import Workers
-
-    n = len(coarse.feats)
-    images, held = np.arange(n), coarse.memory(min(block, n) ** 2)
-    with Workers() as workers:
-        for row0 in range(0, n, block):
-            rows = slice(row0, row0 + block)
-            above = coarse.part(rows)
-            for col0 in range(row0, n, block):
-                columns = slice(col0, col0 + block)
-                beside = coarse.part(columns)
-                block_of = (coarse.product(above, beside, held), coarse.scales, coarse.norms, images[rows], col0)
-                workers.over_rows(kernels.offer_columns, len(above), *block_of, *lists.part(rows), slabs=1)
-                if col0 > row0:
-                    workers.over_rows(kernels.offer_rows, len(beside), *block_of, *lists.part(columns), slabs=1)
-                if len(farthest):
-                    kernels.keep_farthest(0, len(above), block_of[0], coarse.norms, row0, col0, farthest)
-    return lists
-
-
-def _offer_all(coarse: Coarse, images: np.ndarray, lists: _Lists, block: int) -> _Lists:
-    """All images to a few, whose lists are given."""
-    from fastreid_uns.pseudo_labels import kernels
-    from fastreid_uns.utils.compiled import Workers
-
-    held = coarse.memory(block**2)
-    with Workers() as workers:
-        for row0 in range(0, len(images), block):
-            rows = slice(row0, row0 + block)
-            above = coarse.part(images[rows])
-            for col0 in range(0, len(coarse.feats), block):
-                products = coarse.product(above, coarse.part(slice(col0, col0 + block)), held)
-                args = (products, coarse.scales, coarse.norms, images[rows], col0, *lists.part(rows))
-                workers.over_rows(kernels.offer_columns, len(above), *args, slabs=1)
-    return lists
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Operations of torch take one thread each, and so do those of threads that begin meanwhile."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Coarse:
@@ -219,17 +179,22 @@ class Coarse:
         """For the products of parts, `size` at a time."""
         return torch.empty(size, dtype=torch.int32 if self.eight_bits else torch.float32)
 
-    def capacity(self, k: int, sample: int = 64) -> int:
-        """How long lists must be for nearly all images to find room for their candidates, judged by a sample."""
+    def share_to_measure(self, k: int, sample: int = 64) -> float:
+        """Of all pairs, those that these estimates will leave to be measured, judged by a sample of images.
+
+        Of c images that the bound cannot tell from the k nearest, a search in no particular order meets
+        c (1 + ln(N / c)) before it knows the k nearest.
+        """
         n = len(self.feats)
         some = np.unique(np.linspace(0, n - 1, min(n, sample)).astype(np.int64))
         every, counts = self.part(slice(None)), []
         for few in np.array_split(some, 8):
             products = self.product(self.part(few), every, self.memory(len(few) * n))
             sq = self.norms[few, None] + self.norms - 2 * self.scales[few, None] * self.scales * products
-            limits = np.partition(sq, k - 1, axis=1)[:, k - 1] + 2 * self.errors[few]
+            limits = np.partition(sq, k - 1, axis=1)[:, k - 1] + self.errors[few]
             counts.extend((sq <= limits[:, None]).sum(1))
-        return max(_CAPACITY, 4 * k, round(1.25 * float(np.percentile(counts, 95))))
+        candidates = float(np.mean(counts))
+        return candidates / n * (1 + math.log(n / candidates))
 
 
 @cache

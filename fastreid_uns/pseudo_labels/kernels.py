@@ -13,7 +13,7 @@ import numpy as np
 
 from fastreid_uns.utils.compiled import compiled
 
-_CHUNK = 128
+_CHUNK = 64  # products that are looked through at a time
 _REST = 0.6  # of the least overlap that counts: what a row keeps back when it looks for others
 _GRID = 2.0**20
 _ROUND_UP = 1 + 2.0**-30  # more than the rounding of a float64 sum of squares
@@ -73,112 +73,6 @@ def round_rows(start, stop, feats, mean, rows, scales, lengths, kept, lost):
 
 
 @_compiled
-def _shorten(i, need, errors, limits, counts, near, listed):
-    """Drop candidates that cannot be among the `need` nearest; a row that stays full is given up: its count is -1."""
-    count = counts[i]
-    limits[i] = np.partition(near[i, :count], need - 1)[need - 1] + np.float32(2) * errors[i]
-    end = 0
-    for c in range(count):
-        if near[i, c] <= limits[i]:
-            near[i, end] = near[i, c]
-            listed[i, end] = listed[i, c]
-            end += 1
-    counts[i] = end
-    if 16 * end > 15 * near.shape[1]:
-        counts[i] = -1
-        limits[i] = -np.inf
-
-
-@_compiled
-def offer_columns(start, stop, products, scales, norms, images, col0, need, errors, limits, counts, near, listed):
-    """Offer the images of a block's columns, from `col0` on, to `images`, those of its rows.
-
-    `scales` and `norms` are of all images; what follows `need` has a row for each row of the block.
-    """
-    width = products.shape[1]
-    beyond = np.empty(_CHUNK, np.float32)  # estimates less the norm of the row
-    hits = np.empty(_CHUNK, np.int32)
-    for r in range(start, stop):
-        i = images[r]
-        twice = np.float32(2) * scales[i]
-        for c0 in range(0, width, _CHUNK):
-            size = min(_CHUNK, width - c0)
-            first = col0 + c0
-            line, scale, norm = products[r, c0 : c0 + size], scales[first : first + size], norms[first : first + size]
-            limit = limits[r] - norms[i]
-            hit = np.int32(0)
-            for c in range(size):
-                value = norm[c] - twice * scale[c] * np.float32(line[c])
-                beyond[c] = value
-                hit |= np.int32(value <= limit)
-            if hit:
-                count = 0
-                for c in range(size):
-                    hits[count] = c
-                    count += beyond[c] <= limit
-                for h in range(count):
-                    distance, j = norms[i] + beyond[hits[h]], first + hits[h]
-                    if counts[r] == near.shape[1]:
-                        _shorten(r, need, errors, limits, counts, near, listed)
-                    if distance <= limits[r] and j != i:
-                        near[r, counts[r]] = distance
-                        listed[r, counts[r]] = j
-                        counts[r] += 1
-
-
-@_compiled
-def offer_rows(start, stop, products, scales, norms, images, col0, need, errors, limits, counts, near, listed):
-    """Offer `images`, those of a block's rows, to those of its columns: the same block, seen from the side.
-
-    What follows `need` has a row for each column of the block.
-    """
-    beyond = np.empty(_CHUNK, np.float32)  # estimates less the norm of the column
-    hits = np.empty(_CHUNK, np.int32)
-    for c0 in range(start, stop, _CHUNK):
-        size = min(_CHUNK, stop - c0)
-        first = col0 + c0
-        scale, norm = scales[first : first + size], norms[first : first + size]
-        limit = limits[c0 : c0 + size] - norm
-        for r in range(products.shape[0]):
-            i = images[r]
-            twice = np.float32(2) * scales[i]
-            line = products[r, c0 : c0 + size]
-            hit = np.int32(0)
-            for c in range(size):
-                value = norms[i] - twice * scale[c] * np.float32(line[c])
-                beyond[c] = value
-                hit |= np.int32(value <= limit[c])
-            if hit:
-                count = 0
-                for c in range(size):
-                    hits[count] = c
-                    count += beyond[c] <= limit[c]
-                for h in range(count):
-                    distance, j = norm[hits[h]] + beyond[hits[h]], c0 + hits[h]
-                    if counts[j] == near.shape[1]:
-                        _shorten(j, need, errors, limits, counts, near, listed)
-                        limit[hits[h]] = limits[j] - norm[hits[h]]
-                    if distance <= limits[j]:
-                        near[j, counts[j]] = distance
-                        listed[j, counts[j]] = i
-                        counts[j] += 1
-
-
-@_compiled
-def keep_farthest(start, stop, products, norms, row0, col0, farthest):
-    """Raise `farthest` to the largest squared distance of a block of float32 products, for its columns and its rows."""
-    width = products.shape[1]
-    for r in range(start, stop):
-        line, norm, far = products[r], norms[col0 : col0 + width], farthest[col0 : col0 + width]
-        largest = np.float32(0)
-        for c in range(width):
-            distance = norms[row0 + r] + norm[c] - np.float32(2) * line[c]
-            far[c] = max(far[c], distance)
-            largest = max(largest, distance)
-        farthest[row0 + r] = max(farthest[row0 + r], largest)
-
-
-@_compiled
 def _place(sq, index, i, distance, j):
     """Put a neighbour where it belongs by distance and then by index; the first place is the image's own."""
     at = sq.shape[1] - 1
@@ -193,30 +87,89 @@ def _place(sq, index, i, distance, j):
 
 
 @_compiled
-def measure_listed(start, stop, feats, images, errors, counts, near, listed, sq, index):
-    """Nearest neighbours of `images` out of their candidates, by true distances; out of all images if given up."""
+def _may_enter(sq, index, i, j):
+    """Not once a list is full of doubles of lower index."""
+    return sq[i, sq.shape[1] - 1] > 0 or j < index[i, sq.shape[1] - 1]
+
+
+def offer_to_each_other(products, row0, col0, scales, norms, errors, feats, limits, sq, index):
+    """Offer the images of two blocks to each other, from `row0` and `col0` on; those within the limits are measured.
+
+    All but `products` is of all images. A block may be offered to itself; each of its pairs counts once then. Returns
+    how many pairs were measured.
+    """
+    height, width = products.shape
     last = sq.shape[1] - 1
+    scale, norm = scales[col0 : col0 + width], norms[col0 : col0 + width]
+    spare = norm - limits[col0 : col0 + width]
+    measured = 0
+    for r in range(height):
+        i = row0 + r
+        own, twice, limit, line = norms[i], np.float32(2) * scales[i], limits[i], products[r]
+        begin = r // _CHUNK * _CHUNK if row0 == col0 else 0
+        for c0 in range(begin, width, _CHUNK):
+            if c0 + _CHUNK <= width:
+                products_c, scale_c = line[c0 : c0 + _CHUNK], scale[c0 : c0 + _CHUNK]
+                norm_c, spare_c = norm[c0 : c0 + _CHUNK], spare[c0 : c0 + _CHUNK]
+                hit = np.int32(0)
+                for c in range(_CHUNK):
+                    nearness = twice * (scale_c[c] * np.float32(products_c[c])) - own
+                    hit |= np.int32(nearness >= min(norm_c[c] - limit, spare_c[c]))
+                if not hit:
+                    continue
+            for c in range(c0, min(c0 + _CHUNK, width)):
+                j = col0 + c
+                nearness = twice * (scale[c] * np.float32(line[c])) - own
+                if nearness < min(norm[c] - limit, spare[c]) or (row0 == col0 and j <= i):
+                    continue
+                if not (_may_enter(sq, index, i, j) or _may_enter(sq, index, j, i)):
+                    continue
+                measured += 1
+                distance = _squared_distance(feats, i, j)
+                if distance <= sq[i, last]:
+                    _place(sq, index, i, distance, j)
+                    limit = limits[i] = sq[i, last] + errors[i]
+                if distance <= sq[j, last]:
+                    _place(sq, index, j, distance, i)
+                    limits[j] = sq[j, last] + errors[j]
+                    spare[c] = norm[c] - limits[j]
+        if row0 == col0:
+            spare[r] = norm[r] - limit
+    return measured
+
+
+offer_to_each_other = _compiled(offer_to_each_other, "contract")
+
+
+@_compiled
+def keep_farthest(products, norms, row0, col0, farthest):
+    """Raise `farthest` to the largest squared distance of a block of float32 products, for its columns and its rows."""
+    height, width = products.shape
+    for r in range(height):
+        line, norm, far = products[r], norms[col0 : col0 + width], farthest[col0 : col0 + width]
+        largest = np.float32(0)
+        for c in range(width):
+            distance = norms[row0 + r] + norm[c] - np.float32(2) * line[c]
+            far[c] = max(far[c], distance)
+            largest = max(largest, distance)
+        farthest[row0 + r] = max(farthest[row0 + r], largest)
+
+
+@_compiled
+def measure_listed(start, stop, feats, images, counts, listed, sq, index):
+    """Nearest neighbours of `images` out of their candidates, or out of all images where the count is negative."""
     for r in range(start, stop):
         i = images[r]
         sq[r, 0] = 0
         index[r, 0] = i
         sq[r, 1:] = np.inf
         index[r, 1:] = feats.shape[0]
-        if last == 0:
+        if sq.shape[1] == 1:
             continue
-        if counts[r] < 0:
-            for j in range(feats.shape[0]):
-                if j != i:
-                    _place(sq, index, r, _squared_distance(feats, i, j), j)
-                if sq[r, last] == 0:
-                    break  # all who follow have a higher index
-            continue
-        order = np.argsort(near[r, : counts[r]])
-        for at in range(len(order)):
-            if near[r, order[at]] - errors[r] > sq[r, last]:
-                break
-            j = listed[r, order[at]]
-            _place(sq, index, r, _squared_distance(feats, i, j), j)
+        for c in range(feats.shape[0] if counts[r] < 0 else counts[r]):
+            j = c if counts[r] < 0 else listed[r, c]
+            if j != i:
+                _place(sq, index, r, _squared_distance(feats, i, j), j)
 
 
 @_compiled

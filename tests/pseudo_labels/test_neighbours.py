@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -98,9 +99,7 @@ def test_the_image_itself_comes_first_before_its_doubles(search):
 @pytest.mark.parametrize(
     "feats",
     [
-        pytest.param(
-            torch.cat([random_feats(1, 6).repeat(400, 1), random_feats(300, 6)]), id="more doubles than listed"
-        ),
+        pytest.param(torch.cat([random_feats(1, 6).repeat(400, 1), random_feats(300, 6)]), id="doubles"),
         pytest.param(torch.cat([torch.zeros(320, 6), random_feats(80, 6)]), id="zero rows"),
         pytest.param(alike_feats(500), id="collapsed"),
         pytest.param(random_feats(500, 512), id="equally far apart"),
@@ -132,33 +131,56 @@ def test_no_estimate_is_farther_off_than_the_bound(feats, eight_bits):
 
 def test_a_collapse_to_few_points_is_told(caplog, monkeypatch):
     monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
-    monkeypatch.setattr(candidates, "_MANY", 500)
-    feats = random_feats(2, 16).repeat_interleave(300, 0)
-    nearest_neighbours(feats[:500], 5)
-    assert "near-equal" not in caplog.text
-    nearest_neighbours(feats, 5)
-    assert "600 of 600 images have more than 256 near-equal neighbours" in caplog.text
+    monkeypatch.setattr(candidates, "_MANY", 140)
+    nearest_neighbours(random_feats(600, 16), 5)
+    assert "near each other" not in caplog.text
+    points = random_feats(2, 16).repeat_interleave(300, 0)
+    nearest_neighbours(points + 1e-6 * random_feats(600, 16), 5)
+    assert re.search(r"600 images are so near each other that 1[45]\d of them were measured for each", caplog.text)
 
 
-def test_a_row_with_more_candidates_than_fit_is_searched_again(monkeypatch):
-    """A peak in each row leaves the rest of it no bits: nearly all lists overflow, and the sample tells before."""
-    feats = torch.eye(600) + 0.05 * random_feats(600, 600)
-    assert Coarse(feats, eight_bits=True).capacity(10) > 400
-    assert Coarse(feats, eight_bits=False).capacity(10) == 256
-    asked = []
-    again = candidates._offer_all
-    monkeypatch.setattr(
-        candidates,
-        "_offer_all",
-        lambda coarse, images, *rest: asked.append(len(images)) or again(coarse, images, *rest),
-    )
-    search_by_candidates(feats, 10, 256, eight_bits=True)
-    assert asked[0] > 500
+@pytest.mark.parametrize("blocks", [1, 2, 3, 8, 13])
+def test_each_pair_of_blocks_meets_once_and_no_block_is_in_two_places(blocks):
+    rounds = list(candidates._rounds(blocks))
+    met = [frozenset(pair) for pairs in rounds for pair in pairs]
+    assert len(met) == len(set(met)) == blocks * (blocks + 1) // 2
+    for pairs in rounds:
+        busy = [block for pair in pairs for block in set(pair)]
+        assert len(busy) == len(set(busy))
+
+
+@pytest.mark.parametrize("search", ["8 bits", "float32"])
+def test_the_number_of_threads_does_not_show_and_is_left_as_it_was(search):
+    feats, kept = random_feats(1500, 20), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = SEARCHES[search](feats, 12, 100)
+        torch.set_num_threads(5)
+        shared = SEARCHES[search](feats, 12, 100)
+        assert torch.get_num_threads() == 5
+    finally:
+        torch.set_num_threads(kept)
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+
+
+def test_a_failure_leaves_the_number_of_threads_as_it_was(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(Coarse, "product", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        search_by_candidates(random_feats(500, 20), 12, 100, eight_bits=False)
+    assert torch.get_num_threads() == threads
+
+
+def test_the_sample_tells_how_much_8_bits_leave_to_be_measured():
+    """A peak in each row leaves the rest of it no bits."""
+    peaked = torch.eye(600) + 0.05 * random_feats(600, 600)
+    assert Coarse(peaked, eight_bits=True).share_to_measure(10) > 0.9
+    assert Coarse(peaked, eight_bits=False).share_to_measure(10) < 0.1
 
 
 def test_eight_bits_are_chosen_where_they_are_faster_and_suffice(monkeypatch):
     monkeypatch.setattr(candidates, "_SMALL", 300)
-    monkeypatch.setattr(candidates, "_LONGEST_LIST", 300)
+    monkeypatch.setattr(candidates, "_MEASURED", 0.5)
     near = torch.cat([random_feats(40, 64)] * 8) + 0.1 * random_feats(320, 64)
     for pays, feats, expected in (
         (True, near, True),
@@ -166,8 +188,8 @@ def test_eight_bits_are_chosen_where_they_are_faster_and_suffice(monkeypatch):
         (True, torch.eye(320) + 0.05 * random_feats(320, 320), False),
     ):
         monkeypatch.setattr(candidates, "eight_bits_pay", lambda d, threads, pays=pays: pays)
-        assert candidates._choose(feats, 5)[0].eight_bits is expected
-    assert not candidates._choose(near[:299], 5)[0].eight_bits
+        assert candidates._chosen(feats, 5).eight_bits is expected
+    assert not candidates._chosen(near[:299], 5).eight_bits
 
 
 @pytest.mark.parametrize(
@@ -252,7 +274,7 @@ def test_reduced_precision_of_training_does_not_reach_the_search():
 
 
 def test_memory_stays_far_below_all_pairs():
-    """All pairs of the larger set would take 324 MB; its lists take 18 MB."""
+    """All pairs of the larger set would take 324 MB."""
     pytest.importorskip("resource")
     program = """
         import resource, torch

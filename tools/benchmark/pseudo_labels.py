@@ -147,7 +147,7 @@ def measure(images: int, dim: int, form: str, device: str, gib: float = 0) -> di
     result["process_peak_gib"] = held + max(result["neighbours_peak_gib"], result["after_peak_gib"])
     result |= {"clusters": int(labels.max()) + 1, "outliers": int((labels < 0).sum())}
     if form == "exact":
-        result["eight_bits"] = candidates._choose(feats, K1)[0].eight_bits
+        result["eight_bits"] = candidates._chosen(feats, K1).eight_bits
     if device == "cuda":
         result["device_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     np.save(labels_file(images, dim, form), labels)
