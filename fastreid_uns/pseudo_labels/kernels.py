@@ -14,10 +14,13 @@ import numpy as np
 from fastreid_uns.utils.compiled import compiled
 
 _CHUNK = 64  # products that are looked through at a time
-_REST = 0.6  # of the least overlap that counts: what a row keeps back when it looks for others
+_REST = 0.8  # of the least overlap that counts: what a row keeps back when it looks for others
+_LINE = 16  # numbers of 4 bytes in a line of the cache
+_PLACES = 2**14  # in which overlaps are added up; more of them do not fit into the fast part of the cache
 _GRID = 2.0**20
 _ROUND_UP = 1 + 2.0**-30  # more than the rounding of a float64 sum of squares
-UNIT = 2**30  # of weights, which are integers: their sums are exact, so no order of images or threads shows
+_UNIT_BITS = 30
+UNIT = 2**_UNIT_BITS  # of weights, which are integers: their sums are exact, so no order of images or threads shows
 
 
 def _compiled(function: Callable, *allowed: str) -> Any:
@@ -133,8 +136,6 @@ def offer_to_each_other(products, row0, col0, scales, norms, errors, feats, limi
                     _place(sq, index, j, distance, i)
                     limits[j] = sq[j, last] + errors[j]
                     spare[c] = norm[c] - limits[j]
-        if row0 == col0:
-            spare[r] = norm[r] - limit
     return measured
 
 
@@ -176,13 +177,17 @@ def measure_listed(start, stop, feats, images, counts, listed, sq, index):
 def place_in_return(start, stop, index, back):
     """Write to `back[i, c]` where i stands in the list of its c-th neighbour; the list's length if absent."""
     k = index.shape[1]
+    touched = 0
     for i in range(start, stop):
+        for c in range(k):
+            touched += _touch(index[index[i, c]], 0, k)
         for c in range(k):
             j = index[i, c]
             at = 0
             while at < k and index[j, at] != i:
                 at += 1
             back[i, c] = at
+    return touched
 
 
 @_compiled
@@ -259,8 +264,9 @@ def pair_distances(start, stop, feats, first, second, distances):
 def averaged_rows(start, stop, order, place, index, k2, indptr, indices, data):
     """Mean of the sparse rows of the first k2 neighbours; returns sizes, columns and values of the rows.
 
-    Values are integers of size 1 / `UNIT`. What is given numbers the images by their `place` in `order`; rows and
-    columns of the result are the images themselves.
+    Values are integers of size 1 / `UNIT`, none of them zero; those above the mean come first, in descending
+    order. What is given numbers the images by
+    their `place` in `order`; rows and columns of the result are the images themselves.
     """
     total = np.zeros(index.shape[0])
     sizes = np.empty(stop - start, np.int64)
@@ -279,98 +285,186 @@ def averaged_rows(start, stop, order, place, index, k2, indptr, indices, data):
                     end += 1
                 total[t] += data[e]
         values = _room(values, len(columns))
+        size = end - begin
+        keys = np.empty(size, np.int64)
+        large, small = 0, size
         for e in range(begin, end):
             t = columns[e]
-            values[e] = np.int32(np.rint(total[t] / k2 * UNIT))
+            value = np.int64(np.rint(total[t] / k2 * UNIT))
             total[t] = 0
-            columns[e] = order[t]
+            if value * size > UNIT:
+                keys[large] = -value << 32 | order[t]
+                large += 1
+            elif value > 0:
+                small -= 1
+                keys[small] = -value << 32 | order[t]
+        keys[:large].sort()
+        end = begin
+        for key in np.concatenate((keys[:large], keys[small:])):
+            values[end], columns[end] = -(key >> 32), key & 0xFFFFFFFF
+            end += 1
         sizes[i - start] = end - begin
     return sizes, columns[:end], values[:end]
 
 
 @_compiled
-def transposed(order, indptr, indices, data, width):
-    """Columns of sparse rows: where each of `width` begins, places of its rows in `order`, ascending, and values."""
-    begin = np.zeros(width + 1, np.int64)
-    for e in range(len(indices)):
-        begin[indices[e] + 1] += 1
-    for t in range(width):
-        begin[t + 1] += begin[t]
-    end = begin[:-1].copy()
-    rows = np.empty(len(indices), np.int32)
-    values = np.empty(len(indices), data.dtype)
+def lists_of_columns(start, stop, begin, order, indptr, indices, data, bits, lists):
+    """Write the columns `start..stop` of sparse rows, each from where it begins: place of the row and weight.
+
+    Both share an int32: the row's place in `order`, ascending, and below it `bits` for the weight, rounded up.
+    """
+    end = begin[start:stop].copy()
+    touched = 0
     for place in range(len(order)):
-        for e in range(indptr[order[place]], indptr[order[place] + 1]):
-            t = indices[e]
-            rows[end[t]] = place
-            values[end[t]] = data[e]
-            end[t] += 1
-    return begin, rows, values
+        ahead = order[min(place + 2, len(order) - 1)]
+        touched += _touch(indices, indptr[ahead], indptr[ahead + 1]) + _touch(data, indptr[ahead], indptr[ahead + 1])
+        entries = slice(indptr[order[place]], indptr[order[place] + 1])
+        columns, weights = indices[entries], data[entries]
+        for e in range(len(columns)):
+            t = columns[e] - start
+            if 0 <= t < stop - start:
+                lists[end[t]] = place << bits | _rounded_up(weights[e], bits)
+                end[t] += 1
+    return touched
 
 
 @_compiled
-def overlap_distances(start, stop, order, indptr, indices, data, list_indptr, list_rows, list_data, n, limit, once):
-    """Jaccard distances of sparse rows, taken in some order, to those n rows with which they share a column.
+def _rounded_up(weight, bits):
+    """A weight up to 1, in units of 2^(1 - bits), so that it fits into the bits."""
+    cut = _UNIT_BITS + 1 - bits
+    return (weight + (1 << cut) - 1) >> cut
 
-    The lists hold the n rows column by column, in ascending order; with `once`, where both are the same rows in the
-    same order, a row meets only itself and those before it. Returns sizes, other rows and distances up to `limit`;
-    distances are rounded to multiples of 2^-20 and lie below 1.
 
-    With `once`, a row first looks along its largest entries only, as long as the others together could reach the least
-    overlap that counts; of the rows met there, those are compared in full that can reach it still (prefix filter,
-    Chaudhuri et al. 2006, for weights).
+@_compiled
+def _touch(values, start, stop):
+    """Read a number of each line of the cache, so that memory sends them side by side.
+
+    The sum is of no use, but the compiler drops the reading if nobody keeps it.
     """
-    shared = np.zeros(n, np.int32)
-    met = np.empty(n + 1, np.int32)
-    weights = np.zeros(len(list_indptr) - 1 if once else 0, np.int32)  # of the row, column by column
+    total = 0
+    for at in range(start, stop, _LINE):
+        total += values[at]
+    return total
+
+
+@_compiled
+def near_rows(start, stop, order, indptr, indices, data, begin, lists, bits, limit):
+    """Jaccard distances up to `limit` of each row, taken in some order, to itself and those before it.
+
+    A row's largest entries come first; its lists are those of `lists_of_columns`. Returns sizes, places of the
+    other rows and distances, rounded to multiples of 2^-20.
+
+    A row looks along its largest entries only, as long as the others together could reach the least overlap that
+    counts (prefix filter, Chaudhuri et al. 2006, for weights). Of the rows met there, those are compared that can reach
+    it still; what a row shares is added up in one of few places, by the last bits of its own, which can only raise it.
+    """
+    n = len(order)
+    shared = np.zeros(_PLACES, np.int32)
+    met = np.empty(_PLACES, np.int32)
+    compared = np.full(n, -1, np.int32)  # with which row last
+    weights = np.zeros(len(begin) - 1, np.int32)  # of the row, column by column
     sizes = np.empty(stop - start, np.int64)
     columns = np.empty(32 * (stop - start), np.int32)
     values = np.empty(32 * (stop - start), np.float32)
-    least = UNIT * (2 * (1 - limit) / (2 - limit) - 1e-5)  # an overlap below is too far apart, without a division
-    end = 0
+    least = np.int64(UNIT * (2 * (1 - limit) / (2 - limit) - 1e-5))  # an overlap below is too far apart
+    below = np.int32((1 << bits) - 1)
+    touched = end = 0
     for place in range(start, stop):
-        i = order[place]
-        begin = end
+        entries = slice(indptr[order[place]], indptr[order[place] + 1])
+        own, largest = indices[entries], data[entries]
+        rest = np.int64(0)
+        for e in range(len(own)):
+            weights[own[e]] = largest[e]
+            rest += largest[e]
+        prefix = 0
+        while prefix < len(own) and rest >= _REST * least:
+            first, size = begin[own[prefix]], begin[own[prefix] + 1] - begin[own[prefix]]
+            touched += _touch(lists, first, first + size * place // n)
+            rest -= largest[prefix]
+            prefix += 1
+        count, beyond = 0, np.int32(place << bits)
+        for e in range(prefix):
+            line = lists[begin[own[e]] : begin[own[e] + 1]]
+            weight = np.int32(_rounded_up(largest[e], bits))
+            met = _room(met, count + len(line))
+            for p in range(len(line)):
+                if line[p] >= beyond:
+                    break
+                j = line[p] >> bits
+                met[count] = j
+                count += 1
+                shared[j & (_PLACES - 1)] += min(weight, line[p] & below)
+        needed = (least - rest) >> (_UNIT_BITS + 1 - bits)
+        chosen = 0
+        for m in range(count):
+            j = met[m]
+            if shared[j & (_PLACES - 1)] >= needed and compared[j] != place:
+                compared[j] = place
+                met[chosen] = j
+                chosen += 1
+                first, last = indptr[order[j]], indptr[order[j] + 1]
+                touched += _touch(indices, first, last) + _touch(data, first, last)
+        columns, values = _room(columns, end + chosen + 1), _room(values, end + chosen + 1)
+        columns[end], values[end] = place, 0
+        before, end = end, end + 1
+        for m in range(chosen):
+            j = order[met[m]]
+            entries = slice(indptr[j], indptr[j + 1])
+            others, theirs = indices[entries], data[entries]
+            overlap, left = np.int64(0), np.int64(UNIT)
+            for e in range(len(others)):
+                overlap += min(weights[others[e]], theirs[e])
+                left -= theirs[e]
+                if overlap + left < least:
+                    break
+            distance = _jaccard_distance(overlap)
+            if distance <= limit:
+                columns[end] = met[m]
+                values[end] = distance
+                end += 1
+        shared[:] = 0
+        for e in range(len(own)):
+            weights[own[e]] = 0
+        sizes[place - start] = end - before
+    met[0] = touched  # keeps it
+    return sizes, columns[:end], values[:end]
+
+
+@_compiled
+def _jaccard_distance(overlap):
+    mu = overlap / UNIT
+    return np.float32(np.rint(max(1 - mu / (2 - mu), 0.0) * _GRID) / _GRID)
+
+
+@_compiled
+def overlap_distances(start, stop, indptr, indices, data, list_indptr, list_rows, list_data, n, limit):
+    """Jaccard distances of sparse rows to those of n other rows, given column by column, with which they share one.
+
+    Returns sizes, other rows and distances up to `limit`; distances are rounded to multiples of 2^-20 and lie below 1.
+    """
+    shared = np.zeros(n, np.int32)
+    met = np.empty(n + 1, np.int32)
+    sizes = np.empty(stop - start, np.int64)
+    columns = np.empty(32 * (stop - start), np.int32)
+    values = np.empty(32 * (stop - start), np.float32)
+    end = 0
+    for i in range(start, stop):
+        first = end
         count = 0
-        beyond = place + 1 if once else n
-        entries = np.arange(indptr[i], indptr[i + 1])
-        rest = data[entries].sum()
-        if once:
-            entries = entries[np.argsort(-data[entries])]
-            weights[indices[entries]] = data[entries]
-        for e in entries:
-            if once and rest < _REST * least:
-                break
-            own = data[e]
-            rest -= own
+        for e in range(indptr[i], indptr[i + 1]):
             for p in range(list_indptr[indices[e]], list_indptr[indices[e] + 1]):
                 j = list_rows[p]
-                if j >= beyond:
-                    break
                 before = shared[j]
                 met[count] = j
                 count += before == 0
-                shared[j] = before + min(own, list_data[p])
+                shared[j] = before + min(data[e], list_data[p])
         columns, values = _room(columns, end + count), _room(values, end + count)
         for m in range(count):
-            overlap = shared[met[m]]
+            distance = _jaccard_distance(shared[met[m]])
             shared[met[m]] = 0
-            if overlap + rest < least:
-                continue
-            if rest > 0:
-                overlap = 0
-                j = order[met[m]]
-                for e in range(indptr[j], indptr[j + 1]):
-                    overlap += min(weights[indices[e]], data[e])
-                if overlap < least:
-                    continue
-            mu = overlap / UNIT
-            distance = np.float32(np.rint(max(1 - mu / (2 - mu), 0.0) * _GRID) / _GRID)
             if distance <= limit and distance < 1:
                 columns[end] = met[m]
                 values[end] = distance
                 end += 1
-        if once:
-            weights[indices[entries]] = 0
-        sizes[place - start] = end - begin
+        sizes[i - start] = end - first
     return sizes, columns[:end], values[:end]

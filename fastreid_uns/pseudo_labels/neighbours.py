@@ -19,6 +19,7 @@ from fastreid_uns.pseudo_labels.candidates import search_by_candidates
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
+_NEAR = 0.9  # distance up to which most rows that share a column need not be compared
 _SPARE = 8  # candidates beside the k nearest, where they are not told by a bound
 
 
@@ -127,7 +128,7 @@ def encode(
         exponent: gives x, from the row and the squared distance of each pair, for its weight exp(-x).
 
     Returns:
-        (N, N) CSR int32 in units of 2^-30, rows sum to 1; columns of a row are in no order.
+        (N, N) CSR int32 in units of 2^-30, rows sum to 1; the largest entries of a row come first.
     """
     from scipy.sparse import csr_matrix
 
@@ -144,7 +145,9 @@ def encode(
     half = min(round(k1 / 2) + 1, k)
     with Workers() as workers:
         workers.over_rows(kernels.place_in_return, n, near, back)
-        sizes, members, distances = _join(workers.over_rows(kernels.expanded_sets, n, near, near_sq, back, half))
+        sets = workers.over_rows(kernels.expanded_sets, n, near, near_sq, back, half)
+        del near_sq, back
+        sizes, members, distances = workers.joined(sets)
         starts = _starts(sizes)
         unlisted = np.flatnonzero(distances < 0)
         counts = np.add.reduceat(distances < 0, starts[:-1], dtype=np.int64)
@@ -159,11 +162,8 @@ def encode(
         weights = _weights(distances, starts, order, exponent)
         del distances, unlisted, pairs
         lists = (near, min(k2, k), starts, members, weights)
-        sizes, members, weights = _join(workers.over_rows(kernels.averaged_rows, n, order, place, *lists))
-    starts = _starts(sizes)
-    encoding = csr_matrix((weights, members, starts), shape=(n, n))
-    encoding.eliminate_zeros()
-    return encoding
+        sizes, members, weights = workers.joined(workers.over_rows(kernels.averaged_rows, n, order, place, *lists))
+    return csr_matrix((weights, members, _starts(sizes)), shape=(n, n))
 
 
 def _weights(
@@ -195,31 +195,49 @@ def encoding_distance(rows: csr_matrix, columns: csr_matrix | None = None, *, ma
     Returns:
         (M, N) CSR float32 in [0, 1), as in `jaccard_distance`.
     """
+    from scipy.sparse import csr_matrix
+
+    from fastreid_uns.pseudo_labels import kernels
+    from fastreid_uns.utils.compiled import Workers
+
+    if columns is None and max_distance <= _NEAR:
+        return _near_distance(rows, max_distance)
+    columns = rows.T.tocsr() if columns is None else columns
+    entries, lists = ((a.indptr, a.indices, a.data) for a in (rows, columns))
+    shape = rows.shape[0], columns.shape[1]
+    args = (*entries, *lists, shape[1], np.float32(max_distance))
+    with Workers() as workers:
+        parts = workers.over_rows(kernels.overlap_distances, shape[0], *args, slabs=32)
+        sizes, found, distances = workers.joined(parts)
+    result = csr_matrix((distances, found, _starts(sizes)), shape=shape)
+    result.sort_indices()
+    return result
+
+
+def _near_distance(rows: csr_matrix, max_distance: float) -> csr_matrix:
+    """`encoding_distance` of rows among themselves, where so few are near that most need not be compared."""
     from scipy.sparse import coo_matrix, csr_matrix
 
     from fastreid_uns.pseudo_labels import kernels
-    from fastreid_uns.utils.compiled import over_rows
+    from fastreid_uns.utils.compiled import Workers
 
-    count, limit = rows.shape[0], np.float32(max_distance)
-    entries = (rows.indptr, rows.indices, rows.data)
-    if columns is None:
-        order = _alike_together(rows.indptr[:-1], rows.indices, square=count == rows.shape[1])
-        lists = kernels.transposed(order, *entries, rows.shape[1])
-        n = count
-    else:
-        order = np.arange(count)
-        lists = (columns.indptr, columns.indices, columns.data)
-        n = columns.shape[1]
-    args = (order, *entries, *lists, n, limit, columns is None)
-    sizes, found, distances = _join(over_rows(kernels.overlap_distances, count, *args, slabs=32))
-    del lists, args
-    result = csr_matrix((distances, found, _starts(sizes)), shape=(count, n))
-    if columns is None:
-        half = result.tocoo()
-        row, col = order[half.row], order[half.col]
-        off = row != col
-        pairs = [np.concatenate([a, b[off]]) for a, b in ((row, col), (col, row))]
-        result = coo_matrix((np.concatenate([half.data, half.data[off]]), tuple(pairs)), shape=result.shape).tocsr()
+    n, width = rows.shape
+    order = _alike_together(rows.indptr[:-1], rows.indices, square=n == width)
+    entries = (order, rows.indptr, rows.indices, rows.data)
+    begin = _starts(np.sum([np.bincount(part, minlength=width) for part in np.array_split(rows.indices, 16)], axis=0))
+    bits = 31 - n.bit_length()  # what an int32 has left beside a place
+    lists = np.empty(rows.nnz, np.int32)
+    with Workers() as workers:
+        workers.over_rows(kernels.lists_of_columns, width, begin, *entries, bits, lists, slabs=1)
+        limit = np.float32(max_distance)
+        near = workers.over_rows(kernels.near_rows, n, *entries, begin, lists, bits, limit, slabs=32)
+        sizes, found, distances = workers.joined(near)
+    del lists
+    half = csr_matrix((distances, found, _starts(sizes)), shape=(n, n)).tocoo()
+    row, col = order[half.row], order[half.col]
+    off = row != col
+    pairs = tuple(np.concatenate([a, b[off]]) for a, b in ((row, col), (col, row)))
+    result = coo_matrix((np.concatenate([half.data, half.data[off]]), pairs), shape=(n, n)).tocsr()
     result.sort_indices()
     return result
 
@@ -337,23 +355,6 @@ def _pair_distances(feats: Tensor, first: Tensor, second: Tensor) -> Tensor:
     for a, b in zip(first.split(chunk), second.split(chunk), strict=True):
         parts.append((feats[a].double() - feats[b].double()).square().sum(1).float())
     return torch.cat(parts)
-
-
-def _join(parts: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
-    """The parts one after the other; they are given up one by one, so that memory holds them once."""
-    columns = [list(column) for column in zip(*parts, strict=True)]
-    parts.clear()
-    return tuple(_joined(column) for column in columns)
-
-
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    result = np.empty(sum(map(len, parts)), parts[0].dtype)
-    end = len(result)
-    while parts:
-        last = parts.pop()
-        result[end - len(last) : end] = last
-        end -= len(last)
-    return result
 
 
 def _starts(sizes: np.ndarray) -> np.ndarray:

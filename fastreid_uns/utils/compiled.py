@@ -54,6 +54,25 @@ class Workers:
         cuts = np.linspace(0, rows, min(slabs * self.count, rows) + 1).astype(np.int64).tolist()
         return list(self.pool.map(lambda a, b: kernel(a, b, *args), cuts[:-1], cuts[1:]))
 
+    def joined(self, parts: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+        """The arrays of all parts, one after the other; `parts` are given up, so that memory holds them once."""
+        columns = [list(arrays) for arrays in zip(*parts, strict=True)]
+        parts.clear()
+        return tuple(self._joined(arrays) for arrays in columns)
+
+    def _joined(self, arrays: list[np.ndarray]) -> np.ndarray:
+        if len(arrays) == 1:
+            return arrays[0]
+        cuts = np.cumsum([0, *map(len, arrays)])
+        result = np.empty(cuts[-1], arrays[0].dtype)
+
+        def copy(at: int) -> None:
+            result[cuts[at] : cuts[at + 1]] = arrays[at]
+            arrays[at] = result[:0]
+
+        list(self.pool.map(copy, range(len(arrays))))
+        return result
+
 
 def over_rows(kernel: Callable, rows: int, *args: Any, slabs: int = 8) -> list[Any]:
     """`Workers.over_rows` for a single kernel."""

@@ -125,6 +125,38 @@ def test_a_limit_drops_pairs_and_changes_none(limit):
     assert kept.nnz < full.nnz
 
 
+def test_a_limit_drops_the_right_pairs_of_more_images_than_overlaps_have_places():
+    n = kernels._PLACES + 3000
+    encoding = reciprocal_encoding(random_feats(n, 6), 8, 3)
+    full, kept = encoding_distance(encoding), encoding_distance(encoding, max_distance=0.7)
+    full.data[full.data > np.float32(0.7)] = -1
+    full.data += 1  # a distance of 0 is an entry, too
+    full.eliminate_zeros()
+    full.data -= 1
+    assert np.array_equal(full.indptr, kept.indptr)
+    assert np.array_equal(full.indices, kept.indices)
+    assert np.array_equal(full.data, kept.data)
+
+
+@pytest.mark.parametrize("bits", [2, 5, 12, 22])
+@pytest.mark.parametrize("limit", [0.0, 0.4, 0.8])
+def test_the_bits_of_a_weight_in_the_lists_change_no_pair(bits, limit):
+    feats = random_feats(300, 6).repeat_interleave(torch.arange(300) % 2 + 1, 0)  # with doubles
+    encoding, n = reciprocal_encoding(feats, 10, 4), 450
+    order = np.random.default_rng(0).permutation(n).astype(np.int32)
+    entries = (order, encoding.indptr, encoding.indices, encoding.data)
+    begin = np.concatenate([[0], np.cumsum(np.bincount(encoding.indices, minlength=n))])
+    lists = np.empty(encoding.nnz, np.int32)
+    for start, stop in ((0, 170), (170, n)):
+        kernels.lists_of_columns(start, stop, begin, *entries, bits, lists)
+    sizes, found, distances = kernels.near_rows(0, n, *entries, begin, lists, bits, np.float32(limit))
+    row, col = order[np.repeat(np.arange(n), sizes)], order[found]
+    full = dense(encoding_distance(encoding))[order][:, order]
+    assert (np.repeat(np.arange(n), sizes) >= found).all()
+    assert len(found) == (np.tril(full <= np.float32(limit))).sum()
+    assert (dense(encoding_distance(encoding))[row, col] == distances).all()
+
+
 def test_form_of_the_matrix():
     found = jaccard_distance(golden(200)[1], 20, 6)
     assert found.dtype == np.float32
@@ -172,14 +204,15 @@ def test_blocks_of_the_search_do_not_show():
         np.testing.assert_allclose(dense(encoding_distance(encoding)), case["dist"], atol=5e-6, rtol=0)
 
 
-def test_thread_count_changes_no_bit():
+@pytest.mark.parametrize("limit", [0.8, 1.0])
+def test_thread_count_changes_no_bit(limit):
     feats = random_feats(300, 16)
     threads = torch.get_num_threads()
     found = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(jaccard_distance(feats, 15, 4))
+            found.append(jaccard_distance(feats, 15, 4, max_distance=limit))
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:

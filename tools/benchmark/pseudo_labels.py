@@ -79,6 +79,7 @@ def sparse_labels(feats, result: dict[str, Any], search: Callable):
             index[:1].cpu()  # waits for the device
     with measuring.measured(result, "after"):
         encoding = encode(feats, sq, index, K1, K2, lambda rows, distances: distances)
+        del sq, index
         return dbscan(encoding_distance(encoding, max_distance=EPS), EPS, MIN_SAMPLES)
 
 
