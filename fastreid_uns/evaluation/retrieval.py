@@ -122,15 +122,15 @@ class Ranker:
 
         Memory: that of one block. Time: one comparison for each match and entry of its row, vectorised.
         """
-        parts = [QueryScores(*(torch.zeros(0, dtype=t) for t in (torch.double, torch.double, torch.long)))]
+        before, end = [torch.zeros(0, dtype=torch.long)], first_query
         for first, block in self._numbered(blocks, first_query):
             if len(self.junk) > 0:
                 block = block.index_fill(1, self.junk.to(block.device), torch.inf)
-            rows, columns, removed = self._slice(first, len(block))
-            offsets = _offsets(rows, len(block))
-            before = count_closer(block, offsets, columns)
-            parts.append(_score(before, rows, removed, offsets))
-        return QueryScores(*map(torch.cat, zip(*parts, strict=True)))
+            rows, columns, _ = self._slice(first, len(block))
+            before.append(count_closer(block, _offsets(rows, len(block)), columns))
+            end = first + len(block)
+        rows, _, removed = self._slice(first_query, end - first_query)
+        return _score(torch.cat(before), rows, removed, _offsets(rows, end - first_query))
 
     def lists(self, blocks: Iterable[Tensor], k: int, first_query: int = 0) -> Tensor:
         """The k nearest gallery images of each query, without those that the score leaves out.

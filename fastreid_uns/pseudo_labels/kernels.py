@@ -382,28 +382,24 @@ def near_rows(start, stop, order, indptr, indices, data, begin, lists, bits, lim
             touched += _touch(lists, first, first + size * place // n)
             rest -= largest[prefix]
             prefix += 1
-        count, beyond = 0, np.int32(place << bits)
+        needed, beyond = (least - rest) >> (_UNIT_BITS + 1 - bits), np.int32(place << bits)
+        chosen = 0
         for e in range(prefix):
             line = lists[begin[own[e]] : begin[own[e] + 1]]
             weight = np.int32(_rounded_up(largest[e], bits))
-            met = _room(met, count + len(line))
+            met = _room(met, chosen + len(line))
             for p in range(len(line)):
                 if line[p] >= beyond:
                     break
                 j = line[p] >> bits
-                met[count] = j
-                count += 1
-                shared[j & (_PLACES - 1)] += min(weight, line[p] & below)
-        needed = (least - rest) >> (_UNIT_BITS + 1 - bits)
-        chosen = 0
-        for m in range(count):
-            j = met[m]
-            if shared[j & (_PLACES - 1)] >= needed and compared[j] != place:
-                compared[j] = place
-                met[chosen] = j
-                chosen += 1
-                first, last = indptr[order[j]], indptr[order[j] + 1]
-                touched += _touch(indices, first, last) + _touch(data, first, last)
+                overlap = shared[j & (_PLACES - 1)] + min(weight, line[p] & below)
+                shared[j & (_PLACES - 1)] = overlap
+                if overlap >= needed and compared[j] != place:
+                    compared[j] = place
+                    met[chosen] = j
+                    chosen += 1
+                    first, last = indptr[order[j]], indptr[order[j] + 1]
+                    touched += _touch(indices, first, last) + _touch(data, first, last)
         columns, values = _room(columns, end + chosen + 1), _room(values, end + chosen + 1)
         columns[end], values[end] = place, 0
         before, end = end, end + 1

@@ -2,7 +2,8 @@
 
 A case is `core` or the folder of a project, whose `configs/market.yaml` is taken, from random weights. On the CPU one
 and two processes of one thread each train the same network on a small set, which tells how well two processes scale.
-The metrics of each epoch of the large sets stand in `metrics/`.
+The metrics of each epoch of the large sets stand in `metrics/`, a trace of one step of the core in `profiles/`, with a
+table of its operations.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import measuring
@@ -98,18 +100,14 @@ def measure(run: str, set: str, device: str, epochs: int, processes: int) -> dic
     __import__("fastreid_uns.builtin")
     DATASET_REGISTRY.build(images)  # rendered once, outside of the time
     shutil.rmtree(output, ignore_errors=True)
-    threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"} if device == "cpu" else {}
-    command = [sys.executable, "tools/train_net.py", "--config-file", str(config), "--num-gpus", str(processes)]
     start = time.perf_counter()
-    done = subprocess.run(
-        [*command, *(f"{key}={json.dumps(value)}" for key, value in keys.items())],
-        cwd=ROOT,
-        env={**os.environ, **threads},
-        stdout=sys.stderr,
-    )
+    train(config, keys, processes)
     seconds = time.perf_counter() - start
-    if done.returncode:
-        raise SystemExit(f"runs: {run} on {set} ended with {done.returncode}; its message stands above.")
+    if run == "core" and processes == 1:
+        folder = f"tools/benchmark/profiles/{set}_{device}"
+        profile = {"NAME": "ProfileHook", "ACTIVE": 1, "FOLDER": folder}
+        short = {"SOLVER.EPOCHS": 1, "SOLVER.ITERS_PER_EPOCH": 10, "OUTPUT_DIR": f"{output}-profile"}
+        train(config, {**keys, **short, "HOOKS.profile": profile}, processes)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     if set in ("market1501", "msmt17"):
         kept = ROOT / f"tools/benchmark/metrics/{output.name}.jsonl"
@@ -117,6 +115,20 @@ def measure(run: str, set: str, device: str, epochs: int, processes: int) -> dic
         shutil.copy(output / "metrics.jsonl", kept)
     cfg = yaml.safe_load((output / "config.yaml").read_text())
     return {"seconds": seconds, **summary(lines, cfg["DATALOADER"]["SAMPLER"]["BATCH_SIZE"], cfg["SOLVER"])}
+
+
+def train(config: Path, keys: dict[str, Any], processes: int) -> None:
+    """The command as a user gives it.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"} if keys["MODEL.DEVICE"] == "cpu" else {}
+    command = [sys.executable, "tools/train_net.py", "--config-file", str(config), "--num-gpus", str(processes)]
+    command += [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **threads}, stdout=sys.stderr)
+    if done.returncode:
+        raise SystemExit(f"runs: {config} ended with {done.returncode}; its message stands above.")
 
 
 def summary(lines: list[dict[str, Any]], batch: int, solver: dict[str, Any]) -> dict[str, Any]:
