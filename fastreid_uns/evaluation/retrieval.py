@@ -122,15 +122,16 @@ class Ranker:
 
         Memory: that of one block. Time: one comparison for each match and entry of its row, vectorised.
         """
-        before, end = [torch.zeros(0, dtype=torch.long)], first_query
+        # one tensor from the start: small ones that stay would keep malloc from using the memory of a block again
+        before, filled, end = torch.empty(len(self._rows), dtype=torch.long), 0, first_query
         for first, block in self._numbered(blocks, first_query):
             if len(self.junk) > 0:
                 block = block.index_fill(1, self.junk.to(block.device), torch.inf)
             rows, columns, _ = self._slice(first, len(block))
-            before.append(count_closer(block, _offsets(rows, len(block)), columns))
-            end = first + len(block)
+            before[filled : filled + len(rows)] = count_closer(block, _offsets(rows, len(block)), columns)
+            filled, end = filled + len(rows), first + len(block)
         rows, _, removed = self._slice(first_query, end - first_query)
-        return _score(torch.cat(before), rows, removed, _offsets(rows, end - first_query))
+        return _score(before[:filled], rows, removed, _offsets(rows, end - first_query))
 
     def lists(self, blocks: Iterable[Tensor], k: int, first_query: int = 0) -> Tensor:
         """The k nearest gallery images of each query, without those that the score leaves out.
