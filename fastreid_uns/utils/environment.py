@@ -18,7 +18,11 @@ LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "
 
 def environment(device: torch.device) -> dict[str, str]:
     """Versions, commit and hardware, by name."""
-    found = {"fastreid_uns": __version__, "commit": _commit(), "python": platform.python_version()}
+    found = {
+        "fastreid_uns": __version__,
+        "commit": commit(Path(__file__).resolve().parents[2]),
+        "python": platform.python_version(),
+    }
     for library in LIBRARIES:
         try:
             found[library] = importlib.metadata.version(library)
@@ -40,12 +44,15 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
-    root = Path(__file__).resolve().parents[2]
+def commit(root: Path) -> str:
+    """Short hash of the commit in `root`, with `-dirty` if code or configs differ from it; `unknown` without git."""
+    git = ["git", "-C", str(root)]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10
+        found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10)
+        code = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD", "--", "*.py", "*.yaml"], capture_output=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    name = found.stdout.strip()
+    return f"{name}{'-dirty' if code.returncode else ''}" if name else "unknown"
