@@ -270,7 +270,7 @@ def _score(before: Tensor, rows: Tensor, removed: Tensor, offsets: Tensor) -> Qu
     matches = offsets.diff()
     valid = matches > 0
     nth = torch.arange(len(ranks)) - offsets[:-1][rows] + 1
-    precision = torch.bincount(rows, nth.double() / ranks, minlength=count)
+    precision = torch.zeros(count, dtype=torch.double).index_add(0, rows, nth.double() / ranks)
     nan, none = torch.full((count,), torch.nan, dtype=torch.double), torch.zeros(count, dtype=torch.long)
     return QueryScores(
         average_precision=precision / matches,

@@ -139,6 +139,14 @@ def test_scores_of_a_part_of_the_queries():
         assert torch.equal(a[12:25], b)
 
 
+def test_a_process_without_queries_has_scores_of_the_same_kind():
+    ranker = Ranker(*(torch.tensor(ids) for ids in ([1, 2], [0, 0], [1, 2, 1], [1, 1, 1])), "plain")
+    none, all_scores = ranker.score(iter([])), ranker.score(iter([torch.rand(2, 3)]))
+    without_match = ranker.score(iter([]), first_query=2)
+    for empty in (none, without_match):
+        assert [(len(values), values.dtype) for values in empty] == [(0, values.dtype) for values in all_scores]
+
+
 def test_count_closer_is_the_same_by_both_ways(monkeypatch):
     block = torch.randint(0, 50, (9, 5000)) / 50
     counts = torch.randint(0, 4, (9,))
