@@ -42,7 +42,7 @@ def search_by_candidates(
         eight_bits: precision of the products; None = 8 bits where that is faster.
         farthest: take float32, which alone gives the farthest.
     """
-    from fastreid_uns.pseudo_labels import kernels
+    from fastreid_uns.pseudo_labels import search_kernels
     from fastreid_uns.utils.compiled import Workers
 
     n = len(feats)
@@ -61,8 +61,8 @@ def search_by_candidates(
         try:
             products = coarse.product(rows, columns, held)
             if farthest:
-                kernels.keep_farthest(products, coarse.norms, row0, col0, far)
-            return kernels.offer_to_each_other(products, row0, col0, *known)
+                search_kernels.keep_farthest(products, coarse.norms, row0, col0, far)
+            return search_kernels.offer_to_each_other(products, row0, col0, *known)
         finally:
             memory.put(held)
 
@@ -92,11 +92,11 @@ def nearest_of_listed(
         counts: (M,) int32 candidates, the image itself not among them; -1 for all images.
         listed: (M, C) int32, the candidates first.
     """
-    from fastreid_uns.pseudo_labels import kernels
+    from fastreid_uns.pseudo_labels import search_kernels
     from fastreid_uns.utils.compiled import over_rows
 
     sq, index = np.empty((len(images), k), np.float32), np.empty((len(images), k), np.int64)
-    over_rows(kernels.measure_listed, len(images), feats.numpy(), images, counts, listed, sq, index)
+    over_rows(search_kernels.measure_listed, len(images), feats.numpy(), images, counts, listed, sq, index)
     return torch.from_numpy(sq), torch.from_numpy(index)
 
 
@@ -146,7 +146,7 @@ class Coarse:
     """
 
     def __init__(self, feats: Tensor, *, eight_bits: bool) -> None:
-        from fastreid_uns.pseudo_labels import kernels
+        from fastreid_uns.pseudo_labels import search_kernels
         from fastreid_uns.utils.compiled import over_rows
 
         n, d = feats.shape
@@ -156,7 +156,7 @@ class Coarse:
         scales = np.ones(n, np.float32)
         lengths, kept, lost = (np.empty(n) for _ in range(3))
         arrays = (feats.numpy(), self.mean.numpy(), rows, scales, lengths, kept, lost)
-        over_rows(kernels.round_rows, n, *arrays)
+        over_rows(search_kernels.round_rows, n, *arrays)
         self.rows = torch.from_numpy(rows)
         self.scales, self.norms = scales, (lengths**2).astype(np.float32)
         off = kept * lost.max(initial=0) + lost * lengths.max(initial=0)

@@ -1,4 +1,4 @@
-"""The inner loops of neighbour search and Jaccard distance, compiled by numba; imported only when first used.
+"""The inner loops of the Jaccard distance, compiled by numba; imported only when first used.
 
 Each kernel works on the rows `start..stop` and holds no state, so threads share the rows as they like: what a row
 gives, and the order in which it adds up, does not depend on how many threads there are.
@@ -6,174 +6,19 @@ gives, and the order in which it adds up, does not depend on how many threads th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
-from fastreid_uns.utils.compiled import compiled
+from fastreid_uns.pseudo_labels.search_kernels import squared_distance, without_nan
 
-_CHUNK = 64  # products that are looked through at a time
 _REST = 0.8  # of the least overlap that counts: what a row keeps back when it looks for others
 _LINE = 16  # numbers of 4 bytes in a line of the cache
 _PLACES = 2**14  # in which overlaps are added up; more of them do not fit into the fast part of the cache
 _GRID = 2.0**20
-_ROUND_UP = 1 + 2.0**-30  # more than the rounding of a float64 sum of squares
 _UNIT_BITS = 30
 UNIT = 2**_UNIT_BITS  # of weights, which are integers: their sums are exact, so no order of images or threads shows
 
 
-def _compiled(function: Callable, *allowed: str) -> Any:
-    """Compile; NaN is refused before any kernel runs, and no sum is reordered unless `reassoc` is allowed."""
-    return compiled(function, "nnan", "nsz", *allowed)
-
-
-def _squared_distance(feats, i, j):
-    """Of float32 rows, summed in float64 and rounded once, so that the order of the sum hardly ever shows."""
-    total = 0.0
-    for c in range(feats.shape[1]):
-        difference = np.float64(feats[i, c]) - np.float64(feats[j, c])
-        total += difference * difference
-    return np.float32(total)
-
-
-_squared_distance = _compiled(_squared_distance, "reassoc", "contract")
-
-
-@_compiled
-def round_rows(start, stop, feats, mean, rows, scales, lengths, kept, lost):
-    """Centre rows and measure them: their length, the length of what is kept of them and of what is lost.
-
-    Rows of 8 bits are written to `rows`, with their scales; if `rows` has no columns, float32 is kept.
-    """
-    width = feats.shape[1]
-    centred = np.empty(width)
-    for i in range(start, stop):
-        square = 0.0
-        peak = 0.0
-        for c in range(width):
-            value = np.float64(feats[i, c]) - np.float64(mean[c])
-            centred[c] = value
-            square += value * value
-            peak = max(peak, abs(value))
-        lengths[i] = np.sqrt(square) * _ROUND_UP
-        if rows.shape[1] == 0:
-            kept[i] = lengths[i] * (1 + 2.0**-24)
-            lost[i] = lengths[i] * 2.0**-24
-            continue
-        scale = np.float32(peak / 127)
-        scales[i] = scale
-        inverse = 1 / np.float64(scale) if scale > 0 else 0.0
-        square = rest = 0.0
-        for c in range(width):
-            level = min(max(np.rint(centred[c] * inverse), -127.0), 127.0)
-            rows[i, c] = np.int8(level)
-            value = level * np.float64(scale)
-            square += value * value
-            rest += (centred[c] - value) * (centred[c] - value)
-        kept[i] = np.sqrt(square) * _ROUND_UP
-        lost[i] = np.sqrt(rest) * _ROUND_UP
-
-
-@_compiled
-def _place(sq, index, i, distance, j):
-    """Put a neighbour where it belongs by distance and then by index; the first place is the image's own."""
-    at = sq.shape[1] - 1
-    if distance > sq[i, at] or (distance == sq[i, at] and j > index[i, at]):
-        return
-    while at > 1 and (sq[i, at - 1] > distance or (sq[i, at - 1] == distance and index[i, at - 1] > j)):
-        sq[i, at] = sq[i, at - 1]
-        index[i, at] = index[i, at - 1]
-        at -= 1
-    sq[i, at] = distance
-    index[i, at] = j
-
-
-@_compiled
-def _may_enter(sq, index, i, j):
-    """Not once a list is full of doubles of lower index."""
-    return sq[i, sq.shape[1] - 1] > 0 or j < index[i, sq.shape[1] - 1]
-
-
-def offer_to_each_other(products, row0, col0, scales, norms, errors, feats, limits, sq, index):
-    """Offer the images of two blocks to each other, from `row0` and `col0` on; those within the limits are measured.
-
-    All but `products` is of all images. A block may be offered to itself; each of its pairs counts once then. Returns
-    how many pairs were measured.
-    """
-    height, width = products.shape
-    last = sq.shape[1] - 1
-    scale, norm = scales[col0 : col0 + width], norms[col0 : col0 + width]
-    spare = norm - limits[col0 : col0 + width]
-    measured = 0
-    for r in range(height):
-        i = row0 + r
-        own, twice, limit, line = norms[i], np.float32(2) * scales[i], limits[i], products[r]
-        begin = r // _CHUNK * _CHUNK if row0 == col0 else 0
-        for c0 in range(begin, width, _CHUNK):
-            if c0 + _CHUNK <= width:
-                products_c, scale_c = line[c0 : c0 + _CHUNK], scale[c0 : c0 + _CHUNK]
-                norm_c, spare_c = norm[c0 : c0 + _CHUNK], spare[c0 : c0 + _CHUNK]
-                hit = np.int32(0)
-                for c in range(_CHUNK):
-                    nearness = twice * (scale_c[c] * np.float32(products_c[c])) - own
-                    hit |= np.int32(nearness >= min(norm_c[c] - limit, spare_c[c]))
-                if not hit:
-                    continue
-            for c in range(c0, min(c0 + _CHUNK, width)):
-                j = col0 + c
-                nearness = twice * (scale[c] * np.float32(line[c])) - own
-                if nearness < min(norm[c] - limit, spare[c]) or (row0 == col0 and j <= i):
-                    continue
-                if not (_may_enter(sq, index, i, j) or _may_enter(sq, index, j, i)):
-                    continue
-                measured += 1
-                distance = _squared_distance(feats, i, j)
-                if distance <= sq[i, last]:
-                    _place(sq, index, i, distance, j)
-                    limit = limits[i] = sq[i, last] + errors[i]
-                if distance <= sq[j, last]:
-                    _place(sq, index, j, distance, i)
-                    limits[j] = sq[j, last] + errors[j]
-                    spare[c] = norm[c] - limits[j]
-    return measured
-
-
-offer_to_each_other = _compiled(offer_to_each_other, "contract")
-
-
-@_compiled
-def keep_farthest(products, norms, row0, col0, farthest):
-    """Raise `farthest` to the largest squared distance of a block of float32 products, for its columns and its rows."""
-    height, width = products.shape
-    for r in range(height):
-        line, norm, far = products[r], norms[col0 : col0 + width], farthest[col0 : col0 + width]
-        largest = np.float32(0)
-        for c in range(width):
-            distance = norms[row0 + r] + norm[c] - np.float32(2) * line[c]
-            far[c] = max(far[c], distance)
-            largest = max(largest, distance)
-        farthest[row0 + r] = max(farthest[row0 + r], largest)
-
-
-@_compiled
-def measure_listed(start, stop, feats, images, counts, listed, sq, index):
-    """Nearest neighbours of `images` out of their candidates, or out of all images where the count is negative."""
-    for r in range(start, stop):
-        i = images[r]
-        sq[r, 0] = 0
-        index[r, 0] = i
-        sq[r, 1:] = np.inf
-        index[r, 1:] = feats.shape[0]
-        if sq.shape[1] == 1:
-            continue
-        for c in range(feats.shape[0] if counts[r] < 0 else counts[r]):
-            j = c if counts[r] < 0 else listed[r, c]
-            if j != i:
-                _place(sq, index, r, _squared_distance(feats, i, j), j)
-
-
-@_compiled
+@without_nan
 def place_in_return(start, stop, index, back):
     """Write to `back[i, c]` where i stands in the list of its c-th neighbour; the list's length if absent."""
     k = index.shape[1]
@@ -190,7 +35,7 @@ def place_in_return(start, stop, index, back):
     return touched
 
 
-@_compiled
+@without_nan
 def _room(buffer, needed):
     if needed <= len(buffer):
         return buffer
@@ -199,7 +44,7 @@ def _room(buffer, needed):
     return larger
 
 
-@_compiled
+@without_nan
 def expanded_sets(start, stop, index, sq, back, half):
     """k-reciprocal neighbours of each row, joined by the sets of those candidates that share over two thirds with it.
 
@@ -242,7 +87,7 @@ def expanded_sets(start, stop, index, sq, back, half):
     return sizes, members[:end], distances[:end]
 
 
-@_compiled
+@without_nan
 def _listed_distance(index, sq, i, j):
     for c in range(index.shape[1]):
         if index[i, c] == j:
@@ -253,14 +98,14 @@ def _listed_distance(index, sq, i, j):
     return np.float32(-1)
 
 
-@_compiled
+@without_nan
 def pair_distances(start, stop, feats, first, second, distances):
     """Write squared distances of pairs of rows to `distances`."""
     for p in range(start, stop):
-        distances[p] = _squared_distance(feats, first[p], second[p])
+        distances[p] = squared_distance(feats, first[p], second[p])
 
 
-@_compiled
+@without_nan
 def averaged_rows(start, stop, order, place, index, k2, indptr, indices, data):
     """Mean of the sparse rows of the first k2 neighbours; returns sizes, columns and values of the rows.
 
@@ -307,7 +152,7 @@ def averaged_rows(start, stop, order, place, index, k2, indptr, indices, data):
     return sizes, columns[:end], values[:end]
 
 
-@_compiled
+@without_nan
 def lists_of_columns(start, stop, begin, order, indptr, indices, data, bits, lists):
     """Write the columns `start..stop` of sparse rows, each from where it begins: place of the row and weight.
 
@@ -328,14 +173,14 @@ def lists_of_columns(start, stop, begin, order, indptr, indices, data, bits, lis
     return touched
 
 
-@_compiled
+@without_nan
 def _rounded_up(weight, bits):
     """A weight up to 1, in units of 2^(1 - bits), so that it fits into the bits."""
     cut = _UNIT_BITS + 1 - bits
     return (weight + (1 << cut) - 1) >> cut
 
 
-@_compiled
+@without_nan
 def _touch(values, start, stop):
     """Read a number of each line of the cache, so that memory sends them side by side.
 
@@ -347,7 +192,7 @@ def _touch(values, start, stop):
     return total
 
 
-@_compiled
+@without_nan
 def near_rows(start, stop, order, indptr, indices, data, begin, lists, bits, limit):
     """Jaccard distances up to `limit` of each row, taken in some order, to itself and those before it.
 
@@ -404,15 +249,8 @@ def near_rows(start, stop, order, indptr, indices, data, begin, lists, bits, lim
         columns[end], values[end] = place, 0
         before, end = end, end + 1
         for m in range(chosen):
-            j = order[met[m]]
-            entries = slice(indptr[j], indptr[j + 1])
-            others, theirs = indices[entries], data[entries]
-            overlap, left = np.int64(0), np.int64(UNIT)
-            for e in range(len(others)):
-                overlap += min(weights[others[e]], theirs[e])
-                left -= theirs[e]
-                if overlap + left < least:
-                    break
+            entries = slice(indptr[order[met[m]]], indptr[order[met[m]] + 1])
+            overlap = _overlap(weights, indices[entries], data[entries], least)
             distance = _jaccard_distance(overlap)
             if distance <= limit:
                 columns[end] = met[m]
@@ -426,13 +264,25 @@ def near_rows(start, stop, order, indptr, indices, data, begin, lists, bits, lim
     return sizes, columns[:end], values[:end]
 
 
-@_compiled
+@without_nan
+def _overlap(weights, columns, values, least):
+    """Of a row with the entries of another; not to the end if it stays below `least`."""
+    overlap, left = np.int64(0), np.int64(UNIT)
+    for e in range(len(columns)):
+        overlap += min(weights[columns[e]], values[e])
+        left -= values[e]
+        if overlap + left < least:
+            break
+    return overlap
+
+
+@without_nan
 def _jaccard_distance(overlap):
     mu = overlap / UNIT
     return np.float32(np.rint(max(1 - mu / (2 - mu), 0.0) * _GRID) / _GRID)
 
 
-@_compiled
+@without_nan
 def overlap_distances(start, stop, indptr, indices, data, list_indptr, list_rows, list_data, n, limit):
     """Jaccard distances of sparse rows to those of n other rows, given column by column, with which they share one.
 
