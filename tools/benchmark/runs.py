@@ -103,7 +103,7 @@ def measure(run: str, set: str, device: str, epochs: int, processes: int) -> dic
     start = time.perf_counter()
     train(config, keys, processes)
     seconds = time.perf_counter() - start
-    if run == "core" and processes == 1:
+    if run == "core" and processes == 1 and set != "small":
         folder = f"tools/benchmark/profiles/{set}_{device}"
         profile = {"NAME": "ProfileHook", "ACTIVE": 1, "FOLDER": folder}
         short = {"SOLVER.EPOCHS": 1, "SOLVER.ITERS_PER_EPOCH": 10, "OUTPUT_DIR": f"{output}-profile"}
