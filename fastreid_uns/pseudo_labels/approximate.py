@@ -47,7 +47,7 @@ def approximate_neighbours(feats: Tensor, k: int, *, search: str, effort: int) -
     counts[counts < k - 1] = -1
     sq, index = nearest_of_listed(rows, k, np.arange(n), counts, listed)
     some = np.unique(np.linspace(0, n - 1, min(n, _SAMPLE)).astype(np.int64))
-    exact = nearest_of_listed(rows, k, some, np.full(len(some), -1, np.int32), listed)[1]
+    exact = nearest_of_listed(rows, k, some, np.full(len(some), -1, np.int32), listed[some])[1]
     kept = (index[some][:, 1:, None] == exact[:, None, 1:]).any(2).float().mean() if k > 1 else torch.ones(())
     logger.warning(
         "PSEUDO_LABELS: SEARCH %s at SEARCH_EFFORT %d finds %.1f%% of the neighbours of %d images; labels suffer more "

@@ -52,9 +52,10 @@ def search_by_candidates(
     limits = np.full(n, np.inf if k > 1 else -np.inf, np.float32)  # above these, an estimate need not be measured
     coarse = _chosen(feats, k) if eight_bits is None and not farthest else Coarse(feats, eight_bits=bool(eight_bits))
     known = (coarse.scales, coarse.norms, coarse.errors, feats.numpy(), limits, sq, index)
-    memory: SimpleQueue[Tensor] = SimpleQueue()
+    memory: SimpleQueue[np.ndarray] = SimpleQueue()
 
     def compare(pair: tuple[int, int]) -> int:
+        """How many pairs of images were measured between two blocks."""
         row0, col0 = side * pair[0], side * pair[1]
         rows, columns = (coarse.part(slice(start, start + side)) for start in (row0, col0))
         held = memory.get()
@@ -169,15 +170,16 @@ class Coarse:
         """(b, D) rows as `product` takes them."""
         return self.rows[rows] if self.eight_bits else self.feats[rows] - self.mean
 
-    def product(self, above: Tensor, beside: Tensor, held: Tensor) -> np.ndarray:
+    def product(self, above: Tensor, beside: Tensor, held: np.ndarray) -> np.ndarray:
         """(a, b) products of two parts, in the memory `held`."""
-        out = held[: len(above) * len(beside)].view(len(above), len(beside))
+        out = held[: len(above) * len(beside)].reshape(len(above), len(beside))
         multiply = torch._int_mm if self.eight_bits else torch.mm
-        return multiply(above, beside.T, out=out).numpy()
+        multiply(above, beside.T, out=torch.from_numpy(out))
+        return out
 
-    def memory(self, size: int) -> Tensor:
-        """For the products of parts, `size` at a time."""
-        return torch.empty(size, dtype=torch.int32 if self.eight_bits else torch.float32)
+    def memory(self, size: int) -> np.ndarray:
+        """For the products of parts, `size` at a time; no tensor: inference mode would keep it from other threads."""
+        return np.empty(size, np.int32 if self.eight_bits else np.float32)
 
     def share_to_measure(self, k: int, sample: int = 64) -> float:
         """Of all pairs, those that these estimates will leave to be measured, judged by a sample of images.

@@ -19,6 +19,18 @@ UNIT = 2**_UNIT_BITS  # of weights, which are integers: their sums are exact, so
 
 
 @without_nan
+def _touch(values, start, stop):
+    """Read a number of each line of the cache, so that memory sends them side by side.
+
+    The sum is of no use, but the compiler drops the reading if nobody keeps it.
+    """
+    total = 0
+    for at in range(start, stop, _LINE):
+        total += values[at]
+    return total
+
+
+@without_nan
 def place_in_return(start, stop, index, back):
     """Write to `back[i, c]` where i stands in the list of its c-th neighbour; the list's length if absent."""
     k = index.shape[1]
@@ -109,9 +121,9 @@ def pair_distances(start, stop, feats, first, second, distances):
 def averaged_rows(start, stop, order, place, index, k2, indptr, indices, data):
     """Mean of the sparse rows of the first k2 neighbours; returns sizes, columns and values of the rows.
 
-    Values are integers of size 1 / `UNIT`, none of them zero; those above the mean come first, in descending
-    order. What is given numbers the images by
-    their `place` in `order`; rows and columns of the result are the images themselves.
+    Values are integers of size 1 / `UNIT`, none of them zero; those above the mean come first, in descending order.
+    What is given numbers the images by their `place` in `order`; rows and columns of the result are the images
+    themselves.
     """
     total = np.zeros(index.shape[0])
     sizes = np.empty(stop - start, np.int64)
@@ -178,18 +190,6 @@ def _rounded_up(weight, bits):
     """A weight up to 1, in units of 2^(1 - bits), so that it fits into the bits."""
     cut = _UNIT_BITS + 1 - bits
     return (weight + (1 << cut) - 1) >> cut
-
-
-@without_nan
-def _touch(values, start, stop):
-    """Read a number of each line of the cache, so that memory sends them side by side.
-
-    The sum is of no use, but the compiler drops the reading if nobody keeps it.
-    """
-    total = 0
-    for at in range(start, stop, _LINE):
-        total += values[at]
-    return total
 
 
 @without_nan

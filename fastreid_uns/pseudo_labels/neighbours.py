@@ -33,7 +33,7 @@ def nearest_neighbours(feats: Tensor, k: int, *, block: int = 2048) -> tuple[Ten
     Args:
         feats: (N, D) float, finite; taken as float32 on the device that it is on.
         k: neighbours of each image, itself included, 1..N.
-        block: rows and columns of the block of products that is held at a time; it does not show in the result.
+        block: rows and columns of a block of products at most; it does not show in the result.
 
     Returns:
         Squared distances (N, k) float32, ascending from the image's own 0, and their images (N, k) int64; where

@@ -163,6 +163,15 @@ def test_the_number_of_threads_does_not_show_and_is_left_as_it_was(search):
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
 
 
+@pytest.mark.parametrize("search", SEARCHES)
+def test_inference_mode_reaches_all_threads(search):
+    feats = random_feats(700, 20)
+    expected = SEARCHES[search](feats, 12, 100)
+    with torch.inference_mode():
+        found = SEARCHES[search](feats.clone(), 12, 100)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_a_failure_leaves_the_number_of_threads_as_it_was(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(Coarse, "product", lambda *args: 1 / 0)
