@@ -1,0 +1,28 @@
+"""What a user can mend. The commands print these as one line; every other exception keeps its traceback."""
+
+
+class UserError(Exception):
+    """Says where, what was found, what is accepted and what to do. Each kind is also the built-in exception it refines."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class InvalidValue(UserError, ValueError):
+    """A value, an input or a file content that is not accepted."""
+
+
+class UnknownName(UserError, KeyError):
+    """A key or a component that does not exist."""
+
+
+class MissingFile(UserError, FileNotFoundError):
+    """A path that leads nowhere."""
+
+
+class InvalidState(UserError, RuntimeError):
+    """Something that the present state of the run, the machine or the disk does not allow."""
+
+
+class MissingPackage(UserError, ImportError):
+    """A package or plug-in that is not installed."""
