@@ -69,14 +69,14 @@ from pathlib import Path
 from fastreid_uns.config import load_config
 from fastreid_uns.engine.default import DefaultTrainer
 from fastreid_uns.engine.hooks import ReclusterHook
-from fastreid_uns.utils import dist
+from fastreid_uns.utils import comm
 
 torch.set_num_threads(1)
 trainer = DefaultTrainer(load_config(sys.argv[2], sys.argv[3:]))
 trainer.train()
 labels = trainer.hook(ReclusterHook).pseudo.labels
 state = {"model": trainer.model.state_dict(), "labels": labels, "results": trainer.results}
-torch.save(state, Path(sys.argv[1]) / f"rank{dist.rank()}.pth")
+torch.save(state, Path(sys.argv[1]) / f"rank{comm.rank()}.pth")
 """
 
 

@@ -18,6 +18,7 @@ from yacs.config import CfgNode as _CfgNode
 from fastreid_uns import plugins, registry
 from fastreid_uns.data.augment import Augment
 from fastreid_uns.defaults import DEFAULTS
+from fastreid_uns.errors import InvalidValue, MissingFile, UnknownName
 from fastreid_uns.registry import Registry, did_you_mean
 from fastreid_uns.utils.paths import path_manager
 
@@ -40,7 +41,7 @@ MAPS: dict[str, Registry | Callable] = {
     "HOOKS": registry.HOOK_REGISTRY,
     "INPUT.AUGMENTS": Augment,
 }
-FREE = ("SOLVER.OPTIMIZER_ARGS", "PROTOCOL")  # sections whose keys are not ours to check
+FREE = ("SOLVER.OPTIMIZER_ARGS", "PAPER")  # sections whose keys are not ours to check
 
 
 class CfgNode(_CfgNode):
@@ -74,7 +75,7 @@ def parse_config(text: str, name: str = "config") -> CfgNode:
 
 
 def deviations(cfg: CfgNode) -> list[str]:
-    """Where a config departs from its `PROTOCOL`: `KEY: value instead of value` for each such key."""
+    """Where a config departs from its `PAPER`: `KEY: value instead of value` for each such key."""
     found = []
 
     def compare(stated: Mapping, held: Any, where: str) -> None:
@@ -86,7 +87,7 @@ def deviations(cfg: CfgNode) -> list[str]:
             elif own != value:
                 found.append(f"{path}: {own} instead of {value}")
 
-    compare(cfg.PROTOCOL, cfg, "")
+    compare(cfg.PAPER, cfg, "")
     return found
 
 
@@ -111,15 +112,15 @@ def _read_chain(file: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[str,
     file = Path(path_manager.get_local_path(str(file))).absolute()
     if not file.is_file():
         named = f", named as _BASE_ by {below[-1]}" if below else ""
-        raise FileNotFoundError(f"config file {file} does not exist{named}. Check the path.")
+        raise MissingFile(f"config file {file} does not exist{named}. Check the path.")
     if file in below:
-        raise ValueError(f"{file.name}: _BASE_ runs in a circle: {' -> '.join(p.name for p in (*below, file))}.")
+        raise InvalidValue(f"{file.name}: _BASE_ runs in a circle: {' -> '.join(p.name for p in (*below, file))}.")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{file.name}: no valid YAML: {error}") from error
+        raise InvalidValue(f"{file.name}: no valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file.name}: found a {type(content).__name__}; a config is a map of keys. Check the file.")
+        raise InvalidValue(f"{file.name}: found a {type(content).__name__}; a config is a map of keys. Check the file.")
     bases = content.pop("_BASE_", [])
     for base in [bases] if isinstance(bases, str) else bases:
         yield from _read_chain(file.parent / base, (*below, file))
@@ -134,7 +135,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for word in overrides:
         words += word.split("=", 1) if len(words) % 2 == 0 and "=" in word else [word]
     if len(words) % 2:
-        raise ValueError(f"command line: key {words[-1]!r} has no value; give KEY VALUE pairs.")
+        raise InvalidValue(f"command line: key {words[-1]!r} has no value; give KEY VALUE pairs.")
     tree: dict[str, Any] = {}
     for key, value in zip(words[::2], words[1::2], strict=True):
         node = tree
@@ -142,7 +143,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ValueError(f"command line: {key} lies below {parent}, which is given a value as well.")
+                raise InvalidValue(f"command line: {key} lies below {parent}, which is given a value as well.")
         try:
             node[last] = yaml.safe_load(value)
         except yaml.YAMLError:
@@ -203,13 +204,13 @@ def _component(kind: Registry | Callable, section: dict, path: str, origin: dict
         return _complete(section, known, path, origin)
     if not section.get("NAME"):
         if path.rpartition(".")[0] in MAPS:
-            raise KeyError(f"{origin.get(path, 'defaults')}: {path} has no NAME; name a registered component.")
+            raise UnknownName(f"{origin.get(path, 'defaults')}: {path} has no NAME; name a registered component.")
         return {"NAME": ""}
     try:
         schema = kind.schema(section["NAME"])
     except KeyError as error:
         file = origin.get(f"{path}.NAME", "defaults")
-        raise KeyError(f"{file}: {path}.NAME: {error.args[0]}") from None
+        raise UnknownName(f"{file}: {path}.NAME: {error.args[0]}") from None
     fixed = {"MODEL": DEFAULTS["MODEL"]}.get(path, {"WEIGHT": 1.0} if "WEIGHT" in kind.reserved else {})
     known = {"NAME": "", **{key.upper(): default for key, default in schema.items()}, **fixed}
     if path != "MODEL":
@@ -225,7 +226,7 @@ def _refuse_unknown(given: Mapping, known: Mapping, where: str, origin: dict[str
     for key in given:
         if key not in known:
             path = f"{where}.{key}".lstrip(".")
-            raise KeyError(
+            raise UnknownName(
                 f"{origin.get(path, 'defaults')}: unknown key {path}{did_you_mean(str(key), known)} "
                 f"Accepted here: {', '.join(known) or 'none'}."
             )
@@ -234,7 +235,7 @@ def _refuse_unknown(given: Mapping, known: Mapping, where: str, origin: dict[str
 def _cast(value: Any, default: Any, where: str) -> Any:
     """`value` as the type of `default`; an int is taken for a float, nothing else is converted."""
     if value is REQUIRED:
-        raise ValueError(f"{where} has no default; give it a value.")
+        raise InvalidValue(f"{where} has no default; give it a value.")
     if default is None or default is REQUIRED:
         return value
     if isinstance(default, float) and not isinstance(value, bool):
@@ -252,7 +253,7 @@ def _cast(value: Any, default: Any, where: str) -> Any:
         kind = dict
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise ValueError(
+    raise InvalidValue(
         f"{where} is {value!r}, a {type(value).__name__}; a {getattr(kind, '__name__', kind)} such as {default!r} is "
         f"accepted. Change the value."
     )

@@ -22,7 +22,7 @@ DEFAULTS: dict[str, Any] = {
         "VIEWS": ["train"],  # one augmented version of the batch for each name, a key of AUGMENTS
         "AUGMENTS": {"train": {}},  # presets; the keys of one are the parameters of data.augment.Augment
         "CAMERA_STYLE": {  # what views show whose preset has CAMERA_STYLE
-            "KIND": "colours",  # colours of another camera, or images: generated pictures of a folder
+            "KIND": "colors",  # colours of another camera, or images: generated pictures of a folder
             "FOLDER": "",  # of KIND images: <stem>_fake_<camera>to<other>.jpg, cameras counted from 1
         },
         "ON_BAD_IMAGE": "stop",  # stop before the first epoch, or skip with a count
@@ -39,8 +39,8 @@ DEFAULTS: dict[str, Any] = {
         "NAME": "Baseline",
         "DEVICE": "auto",  # auto, cpu, cuda
         "WEIGHTS": "",  # file or URL to start from; imagenet = what the backbone's library publishes; "" = random
-        "NORM_GROUP": 0,  # images that share norm statistics in training; 0 = the batch of one process
-        "DOMAIN_NORM": False,  # norm layers of their own for each of the DATASETS.SOURCES
+        "GHOST_BATCH": 0,  # images that share norm statistics in training; 0 = the batch of one process
+        "DOMAIN_BN": False,  # norm layers of their own for each of the DATASETS.SOURCES
         "BACKBONE": {"NAME": "torchvision"},
         "HEAD": {"NAME": "EmbeddingHead"},
         "MEMORY": {"NAME": "ClusterMemory"},
@@ -74,7 +74,7 @@ DEFAULTS: dict[str, Any] = {
         "KEEP": 1,  # newest files that stay; the best one stays as well
     },
     "LOG": {
-        "PERIOD": 50,  # steps between two lines on the console; 0 = never
+        "PERIOD_STEPS": 50,  # steps between two lines on the console; 0 = never
         "WRITERS": ["text", "json", "tensorboard"],
         "CLUSTER_QUALITY": False,  # ARI, NMI and purity against the true identities, where the set has them
     },
@@ -85,5 +85,5 @@ DEFAULTS: dict[str, Any] = {
         "PATIENCE": 0,  # evaluations without a better mAP after which training stops; 0 = never
     },
     "HOOKS": {},  # further hooks, a map of free names
-    "PROTOCOL": {},  # what the paper states, keys and values as above; a run says where it departs from it
+    "PAPER": {},  # what the paper states, keys and values as above; a run says where it departs from it
 }

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Says where, what was found, what is accepted and what to do. Each kind is also the built-in exception it refines."""
+    """Says where, what was found, what is accepted and what to do; each kind refines a built-in exception."""
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""

@@ -11,6 +11,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
+from fastreid_uns.errors import MissingPackage
+
 GROUP = "fastreid_uns.plugins"
 
 
@@ -49,7 +51,7 @@ def _load(entry: str) -> ModuleType:
         if error.name is None or not entry.startswith(error.name):
             raise
         installed = ", ".join(sorted(point.name for point in entry_points(group=GROUP))) or "none"
-        raise ImportError(
+        raise MissingPackage(
             f"PLUGINS: {entry!r} is no module that Python finds and no entry point of the group {GROUP} "
             f"(installed: {installed}). A folder next to the YAML is written with a slash, as ./{entry}."
         ) from error
@@ -58,13 +60,15 @@ def _load(entry: str) -> ModuleType:
 def _load_folder(folder: Path) -> ModuleType:
     init = folder / "__init__.py"
     if not init.is_file():
-        raise ImportError(f"PLUGINS: {folder} has no __init__.py; a plugin folder is a Python package. Add the file.")
+        raise MissingPackage(
+            f"PLUGINS: {folder} has no __init__.py; a plugin folder is a Python package. Add the file."
+        )
     name = f"{folder.name}_{hashlib.sha1(str(folder).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, init, submodule_search_locations=[str(folder)])
     if spec is None or spec.loader is None:
-        raise ImportError(f"PLUGINS: {init} cannot be loaded as a Python module.")
+        raise MissingPackage(f"PLUGINS: {init} cannot be loaded as a Python module.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     complete = False

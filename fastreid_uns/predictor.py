@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastreid_uns.config import parse_config
 from fastreid_uns.data.datasets.folder import folder as images_below
 from fastreid_uns.data.image_set import ImageSet
+from fastreid_uns.errors import InvalidValue, MissingFile
 from fastreid_uns.evaluation.extract import extract_features
 from fastreid_uns.modeling.meta_arch import MetaArch, build_model
 from fastreid_uns.structures import Record
@@ -111,12 +112,12 @@ class FeatureExtractor:
 
     def _checked(self, images: Tensor) -> Tensor:
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, *self.size):
-            raise ValueError(
+            raise InvalidValue(
                 f"FeatureExtractor: the tensor has shape {tuple(images.shape)}; (B, 3, {self.size[0]}, {self.size[1]}) "
                 f"is accepted. Resize it, or pass arrays or Pillow images, which are resized as in training."
             )
         if images.is_floating_point() and images.numel() and (images.min() < -0.01 or images.max() > 1.01):
-            raise ValueError(
+            raise InvalidValue(
                 f"FeatureExtractor: pixels run from {images.min():.2f} to {images.max():.2f}; 0 to 1 is accepted. Do "
                 f"not normalise them, the encoder does, and divide 0..255 by 255."
             )
@@ -129,7 +130,7 @@ class FeatureExtractor:
             image = Image.fromarray(np.ascontiguousarray(image))
         if not isinstance(image, Image.Image):
             what = f"{image.dtype} array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise ValueError(
+            raise InvalidValue(
                 f"FeatureExtractor: image {position} is a {what}; paths, Pillow images and uint8 arrays (H, W, 3) are "
                 f"accepted. Convert it, or pass one tensor (B, 3, H, W) for all."
             )
@@ -146,7 +147,7 @@ def list_images(path: str | Path) -> list[str]:
     if path_manager.isdir(str(path)):
         return [record.path for record in images_below(root=str(path)).train]
     if not path_manager.isfile(str(path)):
-        raise FileNotFoundError(f"{path}: no such image or folder. Check the path.")
+        raise MissingFile(f"{path}: no such image or folder. Check the path.")
     return [str(path)]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from fvcore.common.registry import Registry as _Registry
 
+from fastreid_uns.errors import UnknownName
+
 
 class Registry(_Registry):
     """Names of one kind of component, their classes (or functions), and the keys that each accepts.
@@ -38,7 +40,7 @@ class Registry(_Registry):
         held = self._obj_map.get(key)
         again = held is not None and (held.__module__, held.__qualname__) == (obj.__module__, obj.__qualname__)
         if held is not None and not again and self._origins[key] != _origin(obj):
-            raise KeyError(
+            raise UnknownName(
                 f"{self._name} registry: {key} is registered by {held.__module__} and by {obj.__module__}; "
                 f"names must be unique. Rename one of them, or load only one of the two plugins."
             )
@@ -54,7 +56,7 @@ class Registry(_Registry):
         """
         if name in self._obj_map:
             return self._obj_map[name]
-        raise KeyError(
+        raise UnknownName(
             f"{self._name} registry: {name!r} is unknown{did_you_mean(name, self._obj_map)} "
             f"Known: {', '.join(sorted(self._obj_map)) or 'none'}. A project that defines it must stand in PLUGINS."
         )
@@ -79,7 +81,7 @@ class Registry(_Registry):
         given = {key.lower(): value for key, value in section.items() if key != "NAME" and key not in self.reserved}
         for key in given:
             if key not in schema:
-                raise KeyError(
+                raise UnknownName(
                     f"{name}: unknown key {key.upper()}{did_you_mean(key.upper(), map(str.upper, schema))} "
                     f"Accepted: {', '.join(sorted(map(str.upper, schema))) or 'none'}."
                 )
@@ -124,7 +126,7 @@ def _own_keywords(function: Callable) -> tuple[dict[str, Any], bool]:
 BACKBONE_REGISTRY = Registry("BACKBONE")
 HEAD_REGISTRY = Registry("HEAD")
 META_ARCH_REGISTRY = Registry(
-    "META_ARCH", reserved=["BACKBONE", "HEAD", "MEMORY", "LOSSES", "WEIGHTS", "DEVICE", "NORM_GROUP", "DOMAIN_NORM"]
+    "META_ARCH", reserved=["BACKBONE", "HEAD", "MEMORY", "LOSSES", "WEIGHTS", "DEVICE", "GHOST_BATCH", "DOMAIN_BN"]
 )
 LOSS_REGISTRY = Registry("LOSS", reserved=["WEIGHT"])
 MEMORY_REGISTRY = Registry("MEMORY")

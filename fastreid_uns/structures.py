@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from fastreid_uns.errors import InvalidValue
+
 if TYPE_CHECKING:
     from torch import Tensor, device
 
 PROTOCOLS = ("cross_camera", "plain", "one_per_identity")
 
 
-class NoClusters(ValueError):
+class NoClusters(InvalidValue):
     """A clustering left every image an outlier."""
 
 
@@ -56,8 +58,8 @@ class HeadOutput(NamedTuple):
     pooled: Tensor  # (B,C) before the neck
     feats: Tensor  # (B,D) unit length, float32
     parts: Tensor | None = None  # (B,P,D) unit length, float32
-    raw: Tensor | None = None  # (B,D) after the neck, before unit length
-    raw_parts: Tensor | None = None  # (B,P,D)
+    unnormalized: Tensor | None = None  # (B,D) after the neck, before unit length
+    unnormalized_parts: Tensor | None = None  # (B,P,D)
 
 
 @dataclass
@@ -95,18 +97,18 @@ class PseudoLabels:
                 f"needed. Raise PSEUDO_LABELS.EPS or lower MIN_SAMPLES."
             )
         if int(clusters[-1]) + 1 != len(clusters):
-            raise ValueError(
+            raise InvalidValue(
                 f"PSEUDO_LABELS: labels run to {int(clusters[-1])} but {len(clusters)} clusters exist; labels must "
                 f"run 0..K-1 without a gap. Renumber them, for example with torch.unique(..., return_inverse=True)."
             )
         if len(self.centroids) != len(clusters):
-            raise ValueError(
+            raise InvalidValue(
                 f"PSEUDO_LABELS: {len(self.centroids)} centroids for {len(clusters)} clusters; there must be one for "
                 f"each. Compute them with pseudo_labels.base.centroids(feats, labels)."
             )
         for name, value in self.extras.items():
             if len(value) != len(self.labels):
-                raise ValueError(
+                raise InvalidValue(
                     f"PSEUDO_LABELS: extras[{name!r}] has {len(value)} rows for {len(self.labels)} images; extras "
                     f"hold one row for each image. Index them by image."
                 )

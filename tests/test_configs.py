@@ -82,7 +82,7 @@ def test_config_of_a_data_set_says_nothing_about_methods(path):
 @pytest.mark.parametrize("path", [path for path in PROJECTS if path not in FRAGMENTS], ids=name)
 def test_config_of_a_project_keeps_to_its_paper_and_makes_a_step(path, tiny_set, tmp_path):
     cfg = load_config(path)
-    assert bool(cfg.PROTOCOL) != path.stem.startswith(OURS)
+    assert bool(cfg.PAPER) != path.stem.startswith(OURS)
     assert deviations(cfg) == []
     trainer = DefaultTrainer(load_config(path, reduced(cfg, tiny_set, tmp_path)))
     before = {key: value.clone() for key, value in trainer.model.named_parameters()}
@@ -98,12 +98,12 @@ def reduced(cfg, tiny_set: dict, folder: Path) -> list[str]:
     values = {
         "DATASETS.TRAIN": tiny_set,
         "INPUT.SIZE": [64, 32],
-        "INPUT.CAMERA_STYLE.KIND": "colours",
+        "INPUT.CAMERA_STYLE.KIND": "colors",
         "DATALOADER.FEED": "cached",
         "DATALOADER.WORKERS": 0,
         "DATALOADER.SAMPLER.BATCH_SIZE": 16,
         "MODEL.WEIGHTS": "",
-        "MODEL.NORM_GROUP": 8,
+        "MODEL.GHOST_BATCH": 8,
         "SOLVER.EPOCHS": 1,
         "SOLVER.ITERS_PER_EPOCH": 1,
         "SOLVER.AMP": "none",

@@ -147,7 +147,7 @@ def test_checkpoints_keep_the_newest_and_the_best(tiny):
 
 
 def test_periods_of_zero_mean_never(tiny):
-    trainer = run([*tiny, *RECIPE, "TEST.PERIOD=0", "CHECKPOINT.PERIOD=0", "LOG.PERIOD=0"])
+    trainer = run([*tiny, *RECIPE, "TEST.PERIOD=0", "CHECKPOINT.PERIOD=0", "LOG.PERIOD_STEPS=0"])
     assert not list(trainer.folder.glob("*.pth"))
     assert "mAP" in trainer.results["synthetic"]
 
@@ -208,7 +208,7 @@ def test_a_labelled_source_beside_the_unlabelled_target(tiny, tiny_set):
     import yaml
 
     source = yaml.safe_dump({**tiny_set, "SEED": 5}, default_flow_style=True, width=10**6).strip()
-    trainer = run([*tiny, *RECIPE, f"DATASETS.SOURCES.other={source}", "MODEL.DOMAIN_NORM=true"])
+    trainer = run([*tiny, *RECIPE, f"DATASETS.SOURCES.other={source}", "MODEL.DOMAIN_BN=true"])
     assert len(trainer.data.source) == 96
     classes = int(trainer.data.source_labels.max()) + 1
     clusters = trainer.hook(ReclusterHook).pseudo.num_clusters

@@ -16,7 +16,7 @@ def recipe(tiny) -> list[str]:
         "PSEUDO_LABELS.K2=3",
         "PSEUDO_LABELS.MIN_SAMPLES=2",
         "MODEL.BACKBONE.WIDTH=8",
-        "MODEL.NORM_GROUP=8",
+        "MODEL.GHOST_BATCH=8",
         "MODEL.LOSSES.triplet.NAME=SoftTripletLoss",
         "SOLVER.OPTIMIZER=SGD",
         "SOLVER.BASE_LR=0.001",

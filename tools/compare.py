@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-KINDS = ("untrained", "pseudo", "oracle")
+KINDS = ("untrained", "unsupervised", "supervised")
 SETS = ("omniglot", "grocery")
 BEGIN, END = "<!-- written by tools/compare.py -->\n", "<!-- end -->\n"
 HELD_OUT_QUERIES = 2  # images of each held-out identity
@@ -48,7 +48,7 @@ def default_configs() -> list[str]:
     """The real sets: with the core's method, then with each project and without its idea."""
     files = [ROOT / f"configs/{name}.yaml" for name in SETS]
     for project in sorted(path.parent for path in ROOT.glob("projects/*/configs")):
-        files += [project / f"configs/{name}{ending}.yaml" for name in SETS for ending in ("", "_without")]
+        files += [project / f"configs/{name}{ending}.yaml" for name in SETS for ending in ("", "_baseline")]
     return [str(file.relative_to(ROOT)) for file in files if file.is_file()]
 
 
@@ -56,7 +56,7 @@ def planned(configs: Sequence[str], seeds: Sequence[int], kinds: Sequence[str] |
     """(config, kind, seed) of every run, one whole seed after the other."""
     for seed in seeds:
         for config in configs:
-            for kind in kinds or (["pseudo"] if of_project(config) else KINDS):
+            for kind in kinds or (["unsupervised"] if of_project(config) else KINDS):
                 yield config, kind, seed
 
 
@@ -64,7 +64,7 @@ def of_project(config: str) -> bool:
     return config.startswith("projects")
 
 
-def held_out_manifest(manifest: Path, fraction: float, output: Path) -> Path:
+def validation_manifest(manifest: Path, fraction: float, output: Path) -> Path:
     """A manifest of the training images alone, with every n-th identity as query and gallery instead.
 
     Args:
@@ -74,10 +74,10 @@ def held_out_manifest(manifest: Path, fraction: float, output: Path) -> Path:
     """
     with manifest.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
-    held_out = set(sorted({row["identity"] for row in rows}, key=int)[:: round(1 / fraction)])
+    validation = set(sorted({row["identity"] for row in rows}, key=int)[:: round(1 / fraction)])
     seen: dict[str, int] = defaultdict(int)
     for row in rows:
-        if row["identity"] in held_out:
+        if row["identity"] in validation:
             row["split"] = "query" if seen[row["identity"]] < HELD_OUT_QUERIES else "gallery"
             seen[row["identity"]] += 1
     with output.open("w", newline="", encoding="utf-8") as file:
@@ -87,13 +87,13 @@ def held_out_manifest(manifest: Path, fraction: float, output: Path) -> Path:
     return output
 
 
-def held_out(config: str, overrides: Sequence[str], fraction: float, folder: Path) -> list[str]:
+def validation(config: str, overrides: Sequence[str], fraction: float, folder: Path) -> list[str]:
     """Overrides that put held-out training identities in the place of the test part."""
     from fastreid_uns.config import load_config
 
     cfg = load_config(ROOT / config, overrides)
     manifest = Path(cfg.DATASETS.TRAIN.PATH)
-    file = held_out_manifest(manifest, fraction, folder / "held_out.csv")
+    file = validation_manifest(manifest, fraction, folder / "validation.csv")
     sections = ["DATASETS.TRAIN", *(f"DATASETS.TESTS.{name}" for name in cfg.DATASETS.TESTS)]
     return [f"{s}.{key}={value}" for s in sections for key, value in (("PATH", file), ("ROOT", manifest.parent))]
 
@@ -127,13 +127,13 @@ def run(config: str, kind: str, seed: int, overrides: list[str], fraction: float
     output = folder / f"{'-'.join(Path(config).with_suffix('').parts)}-{kind}-{seed}"
     output.mkdir(parents=True, exist_ok=True)
     setup_logging(output)
-    test = held_out(config, overrides, fraction, output) if fraction else []
+    test = validation(config, overrides, fraction, output) if fraction else []
     cfg = load_config(ROOT / config, [*overrides, *test, f"SEED={seed}", f"OUTPUT_DIR={output}"])
     trainer = DefaultTrainer(cfg)
     if kind == "untrained":
         results = DefaultTrainer.test(cfg, trainer.model)
     else:
-        if kind == "oracle":
+        if kind == "supervised":
             identities = torch.tensor([record.identity for record in trainer.data.target])
             trainer.hook(ReclusterHook).generator = TrueLabels(identities)
         trainer.train()

@@ -23,7 +23,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastreid_uns.registry import LOSS_REGISTRY
-from fastreid_uns.utils.dist import all_gather, all_gather_with_gradient
+from fastreid_uns.utils.comm import all_gather, all_gather_with_gradient
 
 
 @LOSS_REGISTRY.register()

@@ -35,9 +35,9 @@ def start_processes(count: int) -> int:
 def evaluate(cfg) -> dict[str, dict[str, float]]:
     """Numbers of the given weights, or of the newest checkpoint of OUTPUT_DIR."""
     from fastreid_uns.engine.default import DefaultTrainer
-    from fastreid_uns.utils import checkpoint, dist
+    from fastreid_uns.utils import checkpoint, comm
 
-    device = dist.init_from_environment(cfg.MODEL.DEVICE)
+    device = comm.init_from_environment(cfg.MODEL.DEVICE)
     if cfg.MODEL.WEIGHTS:
         model = DefaultTrainer.build_model(cfg, num_images=1)
     else:
@@ -73,11 +73,11 @@ def main() -> int:
 
     from fastreid_uns.config import load_config
     from fastreid_uns.engine.log import logger, setup_logging
-    from fastreid_uns.utils import dist
+    from fastreid_uns.utils import comm
 
     try:
         cfg = load_config(arguments.config_file, arguments.overrides)
-        dist.init_from_environment(cfg.MODEL.DEVICE)
+        comm.init_from_environment(cfg.MODEL.DEVICE)
         folder = Path(cfg.OUTPUT_DIR)
         folder.mkdir(parents=True, exist_ok=True)
         setup_logging(folder)
@@ -87,7 +87,7 @@ def main() -> int:
         print(f"error: {message}", file=sys.stderr)
         logger.debug("the error above, in full:", exc_info=error)
         return 2
-    if results and dist.rank() == 0:
+    if results and comm.rank() == 0:
         from tabulate import tabulate
 
         columns = list(next(iter(results.values())))

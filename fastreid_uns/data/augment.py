@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastreid_uns.data.image_set import to_device
+from fastreid_uns.errors import InvalidValue
 
 ERASE_FILLS = ("mean", "zero")
 _TRIES_ERASE = 100
@@ -22,7 +23,7 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode L
 class Augment:
     """One preset of augmentation: an entry of `INPUT.AUGMENTS`.
 
-    Order: resized crop and rotation, flip, pad and crop, jitter, blur, grey, erase. All random numbers are drawn on
+    Order: resized crop and rotation, flip, pad and crop, jitter, blur, gray, erase. All random numbers are drawn on
     the CPU and apart from the images, so that a run does not depend on the device, the feed or the process count.
 
     Args:
@@ -39,7 +40,7 @@ class Augment:
         hue: largest turn, fraction of the circle, at most 0.5.
         blur: probability of a Gaussian blur.
         blur_sigma: smallest and largest standard deviation, pixels.
-        grey: probability of a grey image.
+        gray: probability of a grey image.
         erase: probability of one filled rectangle.
         erase_area: smallest and largest share of the area that it takes.
         erase_aspect: smallest and largest height / width.
@@ -72,7 +73,7 @@ class Augment:
         hue: float = 0.0,
         blur: float = 0.0,
         blur_sigma: Sequence[float] = (0.1, 2.0),
-        grey: float = 0.0,
+        gray: float = 0.0,
         erase: float = 0.5,
         erase_area: Sequence[float] = (0.02, 0.4),
         erase_aspect: Sequence[float] = (0.3, 3.33),
@@ -83,7 +84,7 @@ class Augment:
             "flip": flip,
             "jitter": jitter,
             "blur": blur,
-            "grey": grey,
+            "gray": gray,
             "erase": erase,
         }
         for name, value in chances.items():
@@ -104,11 +105,11 @@ class Augment:
         self.flip, self.pad, self.rotation, self.jitter = flip, pad, rotation, jitter
         self.resized_crop, self.resized_crop_aspect = tuple(resized_crop), tuple(resized_crop_aspect)
         self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
-        self.blur, self.blur_sigma, self.grey = blur, tuple(blur_sigma), grey
+        self.blur, self.blur_sigma, self.gray = blur, tuple(blur_sigma), gray
         self.erase, self.erase_area, self.erase_aspect = erase, tuple(erase_area), tuple(erase_aspect)
         self.fill = [m * s + m if erase_fill == "mean" else m for m, s in zip(mean, std, strict=True)]
 
-    def draw(self, n: int, size: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
+    def sample_parameters(self, n: int, size: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
         """Random numbers for n images of H x W pixels.
 
         Args:
@@ -119,10 +120,10 @@ class Augment:
         Returns:
             Tensors on the CPU with n rows each, one for each operation that the preset has: `warp` (n,2,3) float32,
             `flip` bool, `shift` (n,2) int64 in 0..2*pad (row, column), `jitter` (n,5) float32 (chosen or not, three
-            factors, turn of hue), `blur` (n,) float32 (sigma, 0 = none), `grey` bool, `erase` (n,4) int64 (top, left,
+            factors, turn of hue), `blur` (n,) float32 (sigma, 0 = none), `gray` bool, `erase` (n,4) int64 (top, left,
             height, width; height 0 = none).
         """
-        draws: dict[str, Tensor] = {}
+        parameters: dict[str, Tensor] = {}
 
         def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
             return torch.rand((n, *shape), generator=generator) * (high - low) + low
@@ -136,60 +137,60 @@ class Augment:
                 aspect = uniform(_TRIES_CROP, low=low, high=high).exp()
                 fallback = _central_crop(size, self.resized_crop_aspect)
                 crop = _first_fit(area, aspect, uniform(2), size, fallback).float()
-            draws["warp"] = _warp_matrices(crop, angle, size)
+            parameters["warp"] = _warp_matrices(crop, angle, size)
         if self.flip:
-            draws["flip"] = uniform() < self.flip
+            parameters["flip"] = uniform() < self.flip
         if self.pad:
-            draws["shift"] = torch.randint(0, 2 * self.pad + 1, (n, 2), generator=generator)
+            parameters["shift"] = torch.randint(0, 2 * self.pad + 1, (n, 2), generator=generator)
         if self.jitter:
             change = torch.tensor([self.brightness, self.contrast, self.saturation, self.hue])
             factors = uniform(4, low=-1.0) * change + torch.tensor([1.0, 1.0, 1.0, 0.0])
-            draws["jitter"] = torch.cat([(uniform(1) < self.jitter).float(), factors], dim=1)
+            parameters["jitter"] = torch.cat([(uniform(1) < self.jitter).float(), factors], dim=1)
         if self.blur:
-            draws["blur"] = uniform(low=self.blur_sigma[0], high=self.blur_sigma[1]) * (uniform() < self.blur)
-        if self.grey:
-            draws["grey"] = uniform() < self.grey
+            parameters["blur"] = uniform(low=self.blur_sigma[0], high=self.blur_sigma[1]) * (uniform() < self.blur)
+        if self.gray:
+            parameters["gray"] = uniform() < self.gray
         if self.erase:
             area = uniform(_TRIES_ERASE, low=self.erase_area[0], high=self.erase_area[1]) * math.prod(size)
             aspect = uniform(_TRIES_ERASE, low=self.erase_aspect[0], high=self.erase_aspect[1])
             smaller = (size[0] - 1, size[1] - 1)  # a rectangle leaves at least one row and one column
             box = _first_fit(area, aspect, uniform(2), size, (0, 0, 0, 0), largest=smaller)
-            draws["erase"] = box * (uniform(1) < self.erase)
-        return draws
+            parameters["erase"] = box * (uniform(1) < self.erase)
+        return parameters
 
-    def __call__(self, images: Tensor, draws: dict[str, Tensor]) -> Tensor:
+    def __call__(self, images: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """The changed images.
 
         Args:
             images: (B,3,H,W) uint8 on any device; stays as it is.
-            draws: of `draw`, B rows each, on the CPU.
+            parameters: of `sample_parameters`, B rows each, on the CPU.
 
         Returns:
             (B,3,H,W) float32 in 0..1 on the device of `images`.
         """
-        if "warp" in draws:
-            images = _warp(images.float(), draws["warp"])
-        if "flip" in draws or "shift" in draws:
+        if "warp" in parameters:
+            images = _warp(images.float(), parameters["warp"])
+        if "flip" in parameters or "shift" in parameters:
             none = torch.zeros((len(images), 2), dtype=torch.int64)
-            offset = draws["shift"] - self.pad if "shift" in draws else none
-            images = _flip_shift_scale(images, draws.get("flip", none[:, 0].bool()), offset)
+            offset = parameters["shift"] - self.pad if "shift" in parameters else none
+            images = _flip_shift_scale(images, parameters.get("flip", none[:, 0].bool()), offset)
         else:
             images = images.float().div_(255) if images.dtype == torch.uint8 else images.div_(255)
         blur = functools.partial(_blur, reach=math.ceil(3 * self.blur_sigma[1]))
-        for name, change in (("jitter", _jitter), ("blur", blur), ("grey", _grey)):
-            if name in draws:
-                chosen = draws[name].reshape(len(images), -1)[:, 0].nonzero().flatten()
+        for name, change in (("jitter", _jitter), ("blur", blur), ("gray", _gray)):
+            if name in parameters:
+                chosen = parameters[name].reshape(len(images), -1)[:, 0].nonzero().flatten()
                 if len(chosen):
                     rows = to_device(chosen, images.device)
-                    images[rows] = change(images[rows], draws[name][chosen])
-        if "erase" in draws:
-            _erase(images, draws["erase"], self.fill)
+                    images[rows] = change(images[rows], parameters[name][chosen])
+        if "erase" in parameters:
+            _erase(images, parameters["erase"], self.fill)
         return images
 
 
 def _check(name: str, value: object, good: bool, accepted: str) -> None:
     if not good:
-        raise ValueError(f"INPUT.AUGMENTS: {name.upper()} is {value!r}; {accepted} is accepted. Change the preset.")
+        raise InvalidValue(f"INPUT.AUGMENTS: {name.upper()} is {value!r}; {accepted} is accepted. Change the preset.")
 
 
 def _check_range(name: str, value: Sequence[float], limit: float = math.inf) -> None:
@@ -275,16 +276,18 @@ def _luma(images: Tensor) -> Tensor:
     return red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]
 
 
-def _grey(images: Tensor, chosen: Tensor) -> Tensor:
+def _gray(images: Tensor, chosen: Tensor) -> Tensor:
     return _luma(images).expand_as(images)
 
 
-def _jitter(images: Tensor, draws: Tensor) -> Tensor:
-    brightness, contrast, saturation, hue = to_device(draws[:, 1:], images.device)[:, :, None, None, None].unbind(1)
+def _jitter(images: Tensor, parameters: Tensor) -> Tensor:
+    brightness, contrast, saturation, hue = to_device(parameters[:, 1:], images.device)[:, :, None, None, None].unbind(
+        1
+    )
     images = (images * brightness).clamp(0, 1)
     images = torch.lerp(_luma(images).mean((1, 2, 3), keepdim=True), images, contrast).clamp(0, 1)
     images = torch.lerp(_luma(images), images, saturation).clamp(0, 1)
-    return _turn_hue(images, hue) if bool((draws[:, 4] != 0).any()) else images
+    return _turn_hue(images, hue) if bool((parameters[:, 4] != 0).any()) else images
 
 
 def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:

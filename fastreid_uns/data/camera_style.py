@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from fastreid_uns.data.image_set import ImageSet, to_device
+from fastreid_uns.errors import InvalidValue, MissingFile
 from fastreid_uns.structures import Record
-from fastreid_uns.utils.dist import gather_objects, rank, world
+from fastreid_uns.utils.comm import gather_objects, rank, world
 from fastreid_uns.utils.paths import path_manager
 from fastreid_uns.utils.progress import progress
 
-KINDS = ("colours", "images")
-_INSTEAD = "INPUT.CAMERA_STYLE.KIND: colours needs no files; CAMERA_STYLE: 0 in INPUT.AUGMENTS switches styles off."
+KINDS = ("colors", "images")
+_INSTEAD = "INPUT.CAMERA_STYLE.KIND: colors needs no files; CAMERA_STYLE: 0 in INPUT.AUGMENTS switches styles off."
 _BATCH = 64
 _FRACTION = 16  # bits after the point
 _MOST = 8.0  # a larger gain of contrast is that of an almost uniform camera
@@ -45,7 +46,7 @@ class CameraStyle(ABC):
         self.numbers: list[int] = own[own >= 0].unique().tolist()
         if len(self.numbers) < 2:
             known = f"camera {self.numbers[0]} only" if self.numbers else "no camera at all"
-            raise ValueError(
+            raise InvalidValue(
                 f"INPUT.AUGMENTS: a preset has CAMERA_STYLE above 0, but of the {count:,} training images {known} is "
                 f"known; two or more are needed. Set CAMERA_STYLE to 0, or give the data set its cameras."
             )
@@ -213,16 +214,16 @@ def generated_images(records: Sequence[Record], folder: str) -> tuple[list[Recor
     """
     where = "INPUT.CAMERA_STYLE.FOLDER"
     if not folder:
-        raise ValueError(f"{where} is empty; KIND images reads a folder of generated pictures. Name it. {_INSTEAD}")
+        raise InvalidValue(f"{where} is empty; KIND images reads a folder of generated pictures. Name it. {_INSTEAD}")
     if not path_manager.isdir(folder):
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{where}: there is no folder {folder}; KIND images reads pictures such as "
             f"0002_c1s1_000451_03_fake_1to2.jpg from it. Put them there, or name another FOLDER. {_INSTEAD}"
         )
     stems = [splitext(basename(record.path))[0] for record in records]
     double = [stem for stem, times in Counter(stems).items() if times > 1]
     if double:
-        raise ValueError(
+        raise InvalidValue(
             f"{where}: {len(double):,} names of training images occur more than once, the first: {double[0]}; the "
             f"picture of which image is meant, its name cannot say. Rename the images. {_INSTEAD}"
         )
@@ -243,7 +244,7 @@ def generated_images(records: Sequence[Record], folder: str) -> tuple[list[Recor
                 found.append(Record(join(folder, name), -1, other))
                 origins.append(index)
     if missing:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{where}: {len(missing):,} of {len(missing) + len(found):,} pictures are missing in {folder}, the first: "
             f"{', '.join(missing[:3])}; every image is needed in the style of every other camera, cameras counted "
             f"from 1. Add them. {_INSTEAD}"

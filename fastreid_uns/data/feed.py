@@ -12,6 +12,7 @@ from fastreid_uns.data.augment import Augment
 from fastreid_uns.data.camera_style import CameraStyle
 from fastreid_uns.data.image_set import ImageSet, to_device
 from fastreid_uns.data.samplers import Sampler
+from fastreid_uns.errors import InvalidState, InvalidValue
 from fastreid_uns.structures import Batch
 
 _NO_LABELS = "feed: there are no labels yet; a batch needs them. Write feed.labels after clustering."
@@ -52,16 +53,18 @@ class Feed:
         style: CameraStyle | None = None,
     ) -> None:
         if not views:
-            raise ValueError("INPUT.VIEWS is empty; a batch needs at least one view. Name a preset of INPUT.AUGMENTS.")
+            raise InvalidValue(
+                "INPUT.VIEWS is empty; a batch needs at least one view. Name a preset of INPUT.AUGMENTS."
+            )
         if style is None and any(view.camera_style for view in views):
-            raise ValueError(
+            raise InvalidValue(
                 "feed: a view has CAMERA_STYLE above 0 but no style is given. Pass style=ColourStyle(...)."
             )
         none = torch.zeros(0, dtype=torch.int64)
         self._source_labels = none if source_labels is None else source_labels.cpu()
         domains = none if source_domains is None else source_domains.cpu()
         if len(cameras) != len(images) or len(domains) != len(self._source_labels) or len(domains) > len(images):
-            raise ValueError(
+            raise InvalidValue(
                 f"feed: {len(images)} images, {len(cameras)} cameras, {len(self._source_labels)} source labels and "
                 f"{len(domains)} source domains; each image needs a camera, each source image a label and a domain."
             )
@@ -88,13 +91,13 @@ class Feed:
             ValueError: written with another length.
         """
         if self._labels is None:
-            raise RuntimeError(_NO_LABELS)
+            raise InvalidState(_NO_LABELS)
         return self._labels
 
     @labels.setter
     def labels(self, labels: Tensor) -> None:
         if labels.shape != (self._count,):
-            raise ValueError(
+            raise InvalidValue(
                 f"feed: labels of shape {tuple(labels.shape)} for {self._count} unlabelled images; one for each is "
                 f"needed, -1 for outliers."
             )
@@ -115,7 +118,7 @@ class Feed:
             FileNotFoundError, ValueError: an image is missing or unreadable.
         """
         if self._labels is None:
-            raise RuntimeError(_NO_LABELS)
+            raise InvalidState(_NO_LABELS)
         plan = list(self.sampler)
         for step, (batch, shown) in enumerate(zip(plan, self._shown(plan, epoch), strict=True)):
             host = torch.tensor(batch)
@@ -147,8 +150,10 @@ class Feed:
         return torch.stack(styles)
 
     def _view(self, number: int, pixels: Tensor, epoch: int, step: int) -> Tensor:
-        draws = self.views[number].draw(self.sampler.batch_size, self.images.size, self._generator(epoch, step, number))
-        return self.views[number](pixels, {name: value[self.sampler.rows] for name, value in draws.items()})
+        parameters = self.views[number].sample_parameters(
+            self.sampler.batch_size, self.images.size, self._generator(epoch, step, number)
+        )
+        return self.views[number](pixels, {name: value[self.sampler.rows] for name, value in parameters.items()})
 
     def _generator(self, *moment: int) -> torch.Generator:
         """Random numbers of a moment: drawn for the batch of all processes, so that their count changes nothing."""

@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile
 from fastreid_uns.structures import Record
-from fastreid_uns.utils.dist import barrier, broadcast_object, gather_objects, rank, world
+from fastreid_uns.utils.comm import barrier, broadcast_object, gather_objects, rank, world
 from fastreid_uns.utils.paths import path_manager
 from fastreid_uns.utils.progress import progress
 
@@ -103,7 +104,7 @@ class ImageSet:
         for pixels in self._loader:
             yield pixels.to(device, non_blocking=pin)
             if turn != self._turn:
-                raise RuntimeError(
+                raise InvalidState(
                     f"image set: stream {turn} is read on after stream {self._turn} has begun; a set gives one stream "
                     f"at a time. Finish the first, or make a second ImageSet."
                 )
@@ -138,11 +139,11 @@ class CachedImageSet(ImageSet):
         folder: str | Path = "",
     ) -> None:
         if where not in PLACES:
-            raise ValueError(f"DATALOADER.CACHE: {where!r} is unknown; accepted: {', '.join(PLACES)}.")
+            raise InvalidValue(f"DATALOADER.CACHE: {where!r} is unknown; accepted: {', '.join(PLACES)}.")
         if where == "disk" and not str(folder):
-            raise ValueError("DATALOADER.CACHE disk: no folder is given; name one for the file of pixels.")
+            raise InvalidValue("DATALOADER.CACHE disk: no folder is given; name one for the file of pixels.")
         if len(images) == 0:
-            raise ValueError("DATALOADER.FEED cached: the set has no images; nothing can be cached. Check its root.")
+            raise InvalidValue("DATALOADER.FEED cached: the set has no images; nothing can be cached. Check its root.")
         self.paths, self.cameras, self.size, self.workers = images.paths, images.cameras, images.size, 0
         if where == "disk":
             self.pixels = _mapped(images, Path(folder))
@@ -197,7 +198,7 @@ def check_images(records: Sequence[Record], *, on_bad: str, what: str) -> list[R
         ValueError: unreadable images under `stop`, or an unknown `on_bad`.
     """
     if on_bad not in ("stop", "skip"):
-        raise ValueError(f"INPUT.ON_BAD_IMAGE: {on_bad!r} is unknown; accepted: stop, skip.")
+        raise InvalidValue(f"INPUT.ON_BAD_IMAGE: {on_bad!r} is unknown; accepted: stop, skip.")
     mine = unreadable_images(records[rank() :: world()], threads=os.cpu_count() or 1)
     bad = dict(sorted(pair for share in gather_objects(mine) for pair in share))
     if not bad:
@@ -205,7 +206,7 @@ def check_images(records: Sequence[Record], *, on_bad: str, what: str) -> list[R
     first = "; ".join(f"{path} ({reason})" for path, reason in list(bad.items())[:3])
     found = f"{what}: {len(bad):,} of {len(records):,} images cannot be read, the first: {first}."
     if on_bad == "stop":
-        raise ValueError(
+        raise InvalidValue(
             f"{found} All must be readable. tools/prepare_data.py lists them; replace them, or leave them out with "
             f"INPUT.ON_BAD_IMAGE: skip."
         )
@@ -259,9 +260,9 @@ def _decode(path: str, size: tuple[int, int]) -> np.ndarray:
         with path_manager.open(path, "rb") as file, Image.open(file) as image:
             resized = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: the image is missing; the list of the data set names it. {_ADVICE}") from None
+        raise MissingFile(f"{path}: the image is missing; the list of the data set names it. {_ADVICE}") from None
     except _BROKEN as error:
-        raise ValueError(f"{path}: the file is no readable image ({error}). {_ADVICE}") from error
+        raise InvalidValue(f"{path}: the file is no readable image ({error}). {_ADVICE}") from error
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
 
@@ -290,7 +291,7 @@ def _filled(images: ImageSet, where: str, device: torch.device) -> Tensor:
         pixels = torch.empty(shape, dtype=torch.uint8, device=device)
     except RuntimeError as error:  # out of memory, on either kind of device
         other = "host or disk" if where == "device" else "disk"
-        raise RuntimeError(
+        raise InvalidState(
             f"DATALOADER.CACHE {where}: {len(images):,} images need {_gib(shape)}, which {device} does not have free. "
             f"Set DATALOADER.CACHE to {other}, or DATALOADER.FEED to loader."
         ) from error
@@ -331,7 +332,7 @@ def _together(action: Callable[[], None]) -> None:
     finally:
         all_done = all(gather_objects(done))
     if not all_done:
-        raise RuntimeError("DATALOADER.CACHE disk: another process could not write its share; its message says why.")
+        raise InvalidState("DATALOADER.CACHE disk: another process could not write its share; its message says why.")
 
 
 def _reserve(partial: Path, shape: tuple[int, ...]) -> None:
@@ -347,7 +348,7 @@ def _reserve(partial: Path, shape: tuple[int, ...]) -> None:
 
 def _write_share(images: ImageSet, partial: Path, shape: tuple[int, ...]) -> None:
     if not partial.is_file():
-        raise RuntimeError(
+        raise InvalidState(
             f"DATALOADER.CACHE disk: process {rank()} does not see {partial.parent}, where process 0 writes; the "
             f"folder must lie on a file system that all processes share. Set DATALOADER.CACHE to host otherwise."
         )
@@ -382,6 +383,6 @@ def _fingerprint(images: ImageSet) -> str:
         try:
             stat = os.stat(path_manager.get_local_path(path))
         except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: the image is missing; the data set lists it. {_ADVICE}") from None
+            raise MissingFile(f"{path}: the image is missing; the data set lists it. {_ADVICE}") from None
         digest.update(f"\n{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]

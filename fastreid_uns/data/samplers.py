@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastreid_uns.errors import InvalidState, InvalidValue
 from fastreid_uns.registry import SAMPLER_REGISTRY
 from fastreid_uns.structures import PseudoLabels
 
@@ -37,7 +38,7 @@ class Sampler(ABC):
     def __init__(self, length: int, seed: int, rank: int, world: int, *, batch_size: int, group: int = 1) -> None:
         if batch_size < 1 or batch_size % (group * world):
             parts, numbers = ("NUM_INSTANCES x ", f"{group} x ") if group > 1 else ("", "")
-            raise ValueError(
+            raise InvalidValue(
                 f"DATALOADER.SAMPLER.BATCH_SIZE {batch_size} is no multiple of {parts}processes ({numbers}{world})."
             )
         self.length = length
@@ -64,7 +65,7 @@ class Sampler(ABC):
             ValueError: as many cameras as labels are needed.
         """
         if len(pseudo.labels) != len(cameras):
-            raise ValueError(
+            raise InvalidValue(
                 f"sampler: {len(pseudo.labels):,} labels and {len(cameras):,} cameras; one of each is needed for each "
                 f"image. Use -1 for unknown cameras."
             )
@@ -92,7 +93,7 @@ class Sampler(ABC):
 
     def _planned(self) -> np.ndarray:
         if self._plan is None:
-            raise RuntimeError(f"{type(self).__name__}: there is no plan yet; call set_epoch after clustering.")
+            raise InvalidState(f"{type(self).__name__}: there is no plan yet; call set_epoch after clustering.")
         return self._plan
 
 
@@ -128,7 +129,7 @@ class ClusterSampler(Sampler):
         short_groups: bool = False,
     ) -> None:
         if num_instances < 1:
-            raise ValueError(f"DATALOADER.SAMPLER.NUM_INSTANCES is {num_instances}; 1 or more is accepted. Raise it.")
+            raise InvalidValue(f"DATALOADER.SAMPLER.NUM_INSTANCES is {num_instances}; 1 or more is accepted. Raise it.")
         super().__init__(length, seed, rank, world, batch_size=batch_size, group=num_instances)
         self.num_instances = num_instances
         self.camera_aware = camera_aware
@@ -200,18 +201,18 @@ class JointSampler(Sampler):
         self, target: Sampler, sources: Sequence[Sampler], labels: Tensor, domains: Tensor, cameras: Tensor
     ) -> None:
         if domains.unique().tolist() != list(range(1, len(sources) + 1)):
-            raise ValueError(
+            raise InvalidValue(
                 f"JointSampler: {len(sources)} source samplers for the domains {domains.unique().tolist()}; domains "
                 f"must count 1..{len(sources)}. Give one sampler for each source set."
             )
         if not len(labels) == len(domains) == len(cameras):
-            raise ValueError(
+            raise InvalidValue(
                 f"JointSampler: {len(labels)} labels, {len(domains)} domains and {len(cameras)} cameras; there must be "
                 f"one of each for each source image."
             )
         lengths = [len(sampler) for sampler in (target, *sources)]
         if len(set(lengths)) > 1:
-            raise ValueError(f"JointSampler: the samplers have {lengths} batches in an epoch; they must be equal.")
+            raise InvalidValue(f"JointSampler: the samplers have {lengths} batches in an epoch; they must be equal.")
         self._parts = [*sources, target]
         self.length = len(target)
         self.seed = target.seed

@@ -26,6 +26,7 @@ from fastreid_uns.engine.hooks import (
 from fastreid_uns.engine.log import build_writers
 from fastreid_uns.engine.solver import build_optimizer, build_schedule, precision
 from fastreid_uns.engine.trainer import Trainer
+from fastreid_uns.errors import InvalidValue, UnknownName
 from fastreid_uns.evaluation.evaluator import Evaluator
 from fastreid_uns.hook import HookBase
 from fastreid_uns.modeling.encoder import Encoder
@@ -33,8 +34,8 @@ from fastreid_uns.modeling.meta_arch import MetaArch, build_model, check_domains
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator
 from fastreid_uns.registry import DATASET_REGISTRY, HOOK_REGISTRY, PSEUDO_LABEL_REGISTRY, SAMPLER_REGISTRY
 from fastreid_uns.structures import Record
-from fastreid_uns.utils import dist
-from fastreid_uns.utils.allocator import keep_freed_memory
+from fastreid_uns.utils import comm
+from fastreid_uns.utils.allocator import raise_malloc_thresholds
 from fastreid_uns.utils.environment import environment
 from fastreid_uns.utils.seed import seed_everything
 
@@ -64,12 +65,12 @@ class DefaultTrainer(Trainer):
     folder: Path
 
     def __init__(self, cfg: Any) -> None:
-        device = dist.init_from_environment(cfg.MODEL.DEVICE)
+        device = comm.init_from_environment(cfg.MODEL.DEVICE)
         if device.type == "cpu":
-            keep_freed_memory()
+            raise_malloc_thresholds()
         self.cfg = cfg
         self.folder = Path(cfg.OUTPUT_DIR)
-        if dist.rank() == 0:
+        if comm.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(cfg.dump(), encoding="utf-8")
             lines = [f"{name}: {value}\n" for name, value in environment(device).items()]
@@ -98,9 +99,9 @@ class DefaultTrainer(Trainer):
         )
         for hook in self.build_hooks(cfg, self):
             self.add_hook(hook)
-        if cfg.PROTOCOL:
-            logger.info("Departures from the paper's protocol: %s", "; ".join(deviations(cfg)) or "none")
-        seed_everything(cfg.SEED + dist.rank(), cfg.DETERMINISTIC)
+        if cfg.PAPER:
+            logger.info("Departures from the paper's settings: %s", "; ".join(deviations(cfg)) or "none")
+        seed_everything(cfg.SEED + comm.rank(), cfg.DETERMINISTIC)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logger.info(
             "%s on %s, precision %s, %s trainable parameters, %d images a step in norm groups of %d",
@@ -109,7 +110,7 @@ class DefaultTrainer(Trainer):
             self.amp or torch.float32,
             f"{count:,}",
             cfg.DATALOADER.SAMPLER.get("BATCH_SIZE", 0),
-            cfg.MODEL.NORM_GROUP or cfg.DATALOADER.SAMPLER.get("BATCH_SIZE", 0) // dist.world(),
+            cfg.MODEL.GHOST_BATCH or cfg.DATALOADER.SAMPLER.get("BATCH_SIZE", 0) // comm.world(),
         )
 
     @classmethod
@@ -121,11 +122,11 @@ class DefaultTrainer(Trainer):
         """
         check_domains(cfg)
         if not cfg.DATASETS.TRAIN.NAME:
-            raise ValueError("DATASETS.TRAIN has no NAME; name a data set, such as {NAME: folder, ROOT: my/images}.")
+            raise InvalidValue("DATASETS.TRAIN has no NAME; name a data set, such as {NAME: folder, ROOT: my/images}.")
         target = DATASET_REGISTRY.build(cfg.DATASETS.TRAIN).train
         target = check_images(target, on_bad=cfg.INPUT.ON_BAD_IMAGE, what="DATASETS.TRAIN")
         if len(target) < 2:
-            raise ValueError(
+            raise InvalidValue(
                 f"DATASETS.TRAIN: {cfg.DATASETS.TRAIN.NAME} has {len(target)} training image(s); clustering needs at "
                 f"least two. Check its ROOT."
             )
@@ -136,7 +137,7 @@ class DefaultTrainer(Trainer):
             what = f"DATASETS.SOURCES.{name}"
             records = check_images(DATASET_REGISTRY.build(section).train, on_bad=cfg.INPUT.ON_BAD_IMAGE, what=what)
             if any(record.identity < 0 for record in records):
-                raise ValueError(f"{what} has images without identity; a source set must be labelled throughout.")
+                raise InvalidValue(f"{what} has images without identity; a source set must be labelled throughout.")
             classes = {
                 identity: len(set(labels)) + i for i, identity in enumerate(sorted({r.identity for r in records}))
             }
@@ -155,7 +156,7 @@ class DefaultTrainer(Trainer):
     def build_feed(cls, cfg: Any, data: TrainData, device: torch.device) -> Feed:
         """Images, sampler and augmentation of training."""
         section = cfg.DATALOADER.SAMPLER
-        where = (cfg.SOLVER.ITERS_PER_EPOCH, cfg.SEED, dist.rank(), dist.world())
+        where = (cfg.SOLVER.ITERS_PER_EPOCH, cfg.SEED, comm.rank(), comm.world())
         sampler = SAMPLER_REGISTRY.build(section, *where)
         if data.source:
             sources = [SAMPLER_REGISTRY.build(cfg.DATALOADER.SOURCE_SAMPLER, *where) for _ in cfg.DATASETS.SOURCES]
@@ -167,7 +168,9 @@ class DefaultTrainer(Trainer):
         }
         for view in cfg.INPUT.VIEWS:
             if view not in augments:
-                raise KeyError(f"INPUT.VIEWS: {view!r} is no preset of INPUT.AUGMENTS; known: {', '.join(augments)}.")
+                raise UnknownName(
+                    f"INPUT.VIEWS: {view!r} is no preset of INPUT.AUGMENTS; known: {', '.join(augments)}."
+                )
         return Feed(
             images,
             sampler,
@@ -193,10 +196,10 @@ class DefaultTrainer(Trainer):
         if not any(cfg.INPUT.AUGMENTS[view].get("CAMERA_STYLE") for view in cfg.INPUT.VIEWS):
             return None
         kind, count = cfg.INPUT.CAMERA_STYLE.KIND, len(data.target)
-        if kind == "colours":
+        if kind == "colors":
             return ColourStyle(images, count, device=device)
         if kind != "images":
-            raise ValueError(f"INPUT.CAMERA_STYLE.KIND: {kind!r} is unknown; accepted: {', '.join(KINDS)}.")
+            raise InvalidValue(f"INPUT.CAMERA_STYLE.KIND: {kind!r} is unknown; accepted: {', '.join(KINDS)}.")
         found, origins = generated_images(data.target, cfg.INPUT.CAMERA_STYLE.FOLDER)
         good = check_images(found, on_bad=cfg.INPUT.ON_BAD_IMAGE, what="INPUT.CAMERA_STYLE.FOLDER")
         if len(good) < len(found):
@@ -217,7 +220,7 @@ class DefaultTrainer(Trainer):
         if feed == "cached":
             folder = cfg.DATALOADER.CACHE_DIR or Path(cfg.OUTPUT_DIR) / "cache"
             return CachedImageSet(images, where=cfg.DATALOADER.CACHE, device=device, folder=folder)
-        raise ValueError(f"DATALOADER.FEED: {feed!r} is unknown; accepted: loader, cached.")
+        raise InvalidValue(f"DATALOADER.FEED: {feed!r} is unknown; accepted: loader, cached.")
 
     @classmethod
     def build_optimizer(cls, cfg: Any, model: MetaArch) -> torch.optim.Optimizer:
@@ -236,7 +239,7 @@ class DefaultTrainer(Trainer):
         for name, section in cfg.DATASETS.TESTS.items():
             data = DATASET_REGISTRY.build(section)
             if not data.query or not data.gallery:
-                raise ValueError(
+                raise InvalidValue(
                     f"DATASETS.TESTS.{name}: {section.NAME} has {len(data.query)} query and {len(data.gallery)} "
                     f"gallery images; evaluation needs both. Drop it with `DATASETS.TESTS.{name} null`, or add a split."
                 )
@@ -276,7 +279,9 @@ class DefaultTrainer(Trainer):
                 keep=cfg.CHECKPOINT.KEEP,
                 improved=lambda: evaluate.improved,
             ),
-            LogHook(build_writers(cfg.LOG.WRITERS, trainer.folder) if dist.rank() == 0 else [], period=cfg.LOG.PERIOD),
+            LogHook(
+                build_writers(cfg.LOG.WRITERS, trainer.folder) if comm.rank() == 0 else [], period=cfg.LOG.PERIOD_STEPS
+            ),
         ]
         if cfg.MODEL.get("MOMENTUM_ENCODER"):
             hooks.append(MomentumEncoderHook(cfg.MODEL.ENCODER_MOMENTUM))

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastreid_uns.data.feed import Feed
 from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.engine.log import Writer
+from fastreid_uns.errors import InvalidState
 from fastreid_uns.evaluation.clusters import cluster_quality
 from fastreid_uns.evaluation.evaluator import Evaluator
 from fastreid_uns.evaluation.extract import extract_features
@@ -21,7 +22,7 @@ from fastreid_uns.hook import HookBase
 from fastreid_uns.modeling.memory import Memory
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
 from fastreid_uns.structures import FeatureBank, NoClusters, PseudoLabels
-from fastreid_uns.utils import checkpoint, dist
+from fastreid_uns.utils import checkpoint, comm
 from fastreid_uns.utils.seed import random_state, set_random_state
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class ReclusterHook(HookBase):
         with trainer.timed("extract"):
             bank = self._bank()
         self.pseudo = pseudo = self._cluster(bank)
-        trainer.model.refit(pseudo.to(trainer.device), bank)
+        trainer.model.update_memory(pseudo.to(trainer.device), bank)
         self.feed.labels = pseudo.labels
         self.feed.sampler.set_epoch(trainer.epoch, pseudo, bank.cameras)
         if isinstance(trainer.model.memory, Memory):
@@ -105,17 +106,17 @@ class ReclusterHook(HookBase):
         """The labels of rank 0 on every rank; an error of rank 0 as well, lest the others wait for ever."""
         result: PseudoLabels | Exception | None = None
         seconds: dict[str, float] = {}
-        if dist.rank() == 0:
+        if comm.rank() == 0:
             try:
                 result = self._generate(bank).to("cpu")
                 seconds = self.generator.seconds
             except (ValueError, RuntimeError, ImportError, OSError, MemoryError) as error:
-                if dist.world() == 1:
+                if comm.world() == 1:
                     raise
                 result = error
-        result, seconds = dist.broadcast_object((result, seconds))
+        result, seconds = comm.broadcast_object((result, seconds))
         if not isinstance(result, PseudoLabels):
-            raise RuntimeError(f"pseudo labels failed on rank 0: {result}") from result
+            raise InvalidState(f"pseudo labels failed on rank 0: {result}") from result
         for stage, spent in seconds.items():
             self.trainer.metrics[f"seconds_{stage}"] = spent
         return result
@@ -265,12 +266,12 @@ class CheckpointHook(HookBase):
         trainer = self.trainer
         content = {
             **trainer.state_dict(),
-            "random": dist.gather_objects(random_state()),
+            "random": comm.gather_objects(random_state()),
             "metrics": trainer.metrics,
             "num_images": trainer.model.num_images,
             "config": self.config,
         }
-        if dist.rank() == 0:
+        if comm.rank() == 0:
             file = self.folder / f"checkpoint_{trainer.epochs_done:04d}.pth"
             checkpoint.save_checkpoint(content, file)
             checkpoint.point_to_last(file)
@@ -291,14 +292,14 @@ class CheckpointHook(HookBase):
         content = checkpoint.load_checkpoint(file)
         checkpoint.refuse_other_config(content["config"], self.config, file)
         self.trainer.load_state_dict(content)
-        if len(content["random"]) == dist.world():
-            set_random_state(content["random"][dist.rank()])
+        if len(content["random"]) == comm.world():
+            set_random_state(content["random"][comm.rank()])
         else:
             logger.warning(
                 "checkpoint: %s was written by %d processes, now there are %d; random numbers start anew.",
                 file,
                 len(content["random"]),
-                dist.world(),
+                comm.world(),
             )
         logger.info("Resumed from %s after %d epochs", file, self.trainer.epochs_done)
 
@@ -343,7 +344,7 @@ class LogHook(HookBase):
         steps, start = trainer.iter - self._since[0], self._since[1]
         means = {name: float((s - self._window.get(name, 0.0)) / steps) for name, s in self._sums.items()}
         trainer.check_finite()
-        rate = steps * trainer.batch_size * dist.world() / (time.perf_counter() - start)
+        rate = steps * trainer.batch_size * comm.world() / (time.perf_counter() - start)
         numbers = {**means, "lr": trainer.optimizer.param_groups[0]["lr"], "images_per_second": rate}
         for writer in self.writers:
             writer.step(trainer.iter, numbers)
@@ -354,7 +355,7 @@ class LogHook(HookBase):
         """One line for the epoch."""
         trainer = self.trainer
         names = sorted(self._sums)
-        means = dist.mean_over_ranks([float(self._sums[name]) / max(1, self._count) for name in names])
+        means = comm.mean_over_ranks([float(self._sums[name]) / max(1, self._count) for name in names])
         trainer.metrics = {**dict(zip(names, means, strict=True)), **trainer.metrics}
         trainer.metrics["seconds_epoch"] = time.perf_counter() - trainer.epoch_began
         for writer in self.writers:

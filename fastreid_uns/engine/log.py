@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from fastreid_uns.errors import UnknownName
 from fastreid_uns.registry import did_you_mean
-from fastreid_uns.utils import dist
+from fastreid_uns.utils import comm
 
 logger = logging.getLogger("fastreid_uns")
 
@@ -21,9 +22,9 @@ def setup_logging(folder: Path | None) -> None:
     logger.propagate = False
     logger.setLevel(logging.DEBUG)
     console = logging.StreamHandler(sys.stdout)
-    console.setLevel(logging.INFO if dist.rank() == 0 else logging.WARNING)
+    console.setLevel(logging.INFO if comm.rank() == 0 else logging.WARNING)
     handlers: list[logging.Handler] = [console]
-    if folder is not None and dist.rank() == 0:
+    if folder is not None and comm.rank() == 0:
         handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
@@ -155,7 +156,7 @@ def build_writers(names: list[str], folder: Path) -> list[Writer]:
     }
     for name in names:
         if name not in known:
-            raise KeyError(f"LOG.WRITERS: {name!r} is unknown{did_you_mean(name, known)} Known: {', '.join(known)}.")
+            raise UnknownName(f"LOG.WRITERS: {name!r} is unknown{did_you_mean(name, known)} Known: {', '.join(known)}.")
     return [known[name](folder) for name in names]
 
 

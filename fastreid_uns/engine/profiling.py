@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.hook import HookBase
 from fastreid_uns.registry import HOOK_REGISTRY
-from fastreid_uns.utils import dist
+from fastreid_uns.utils import comm
 
 logger = logging.getLogger(__name__)
 _ROWS = 40  # operations in the table
@@ -37,7 +38,7 @@ class ProfileHook(HookBase):
 
     def __init__(self, *, wait: int = 5, warmup: int = 2, active: int = 3, folder: str = "") -> None:
         if wait < 0 or warmup < 0 or active < 1:
-            raise ValueError(
+            raise InvalidValue(
                 f"HOOKS: ProfileHook has WAIT {wait}, WARMUP {warmup} and ACTIVE {active}; steps from 0 are accepted, "
                 f"and ACTIVE from 1. Change them."
             )
@@ -49,7 +50,7 @@ class ProfileHook(HookBase):
     def before_train(self) -> None:
         """Begin to count steps."""
         if not self.folder and self.trainer.folder is None:
-            raise ValueError("HOOKS: ProfileHook has no FOLDER and the trainer none of its own. Name one.")
+            raise InvalidValue("HOOKS: ProfileHook has no FOLDER and the trainer none of its own. Name one.")
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.trainer.device.type == "cuda" else [])]
         self._profile = profile(
             activities=kinds, schedule=schedule(**self.steps, repeat=1), on_trace_ready=self._write, record_shapes=True
@@ -72,9 +73,9 @@ class ProfileHook(HookBase):
     def _write(self, done: profile) -> None:
         folder = Path(self.folder) if self.folder else Path(self.trainer.folder or ".") / "profile"
         folder.mkdir(parents=True, exist_ok=True)
-        trace = folder / f"trace_rank{dist.rank()}.json.gz"
+        trace = folder / f"trace_rank{comm.rank()}.json.gz"
         done.export_chrome_trace(str(trace))
-        table = folder / f"operations_rank{dist.rank()}.txt"
+        table = folder / f"operations_rank{comm.rank()}.txt"
         key = "self_device_time_total" if self.trainer.device.type == "cuda" else "self_cpu_time_total"
         table.write_text(done.key_averages().table(sort_by=key, row_limit=_ROWS), encoding="utf-8")
         self.written = [trace, table]

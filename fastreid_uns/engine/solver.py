@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastreid_uns.errors import InvalidValue, UnknownName
 from fastreid_uns.registry import did_you_mean
 
 SCHEDULES = ("step", "milestones", "cosine", "constant")
@@ -35,7 +36,7 @@ def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
     accepted = inspect.signature(kind).parameters
     for name in options:
         if name not in accepted:
-            raise KeyError(
+            raise UnknownName(
                 f"SOLVER.OPTIMIZER_ARGS: {cfg.SOLVER.OPTIMIZER} takes no {name!r}{did_you_mean(name, accepted)} "
                 f"Accepted: {', '.join(accepted)}."
             )
@@ -54,7 +55,7 @@ def _optimizer_class(name: str) -> Any:
         return timm.optim.get_optimizer_class(name, bind_defaults=False)
     from_timm: list[str] = timm.optim.list_optimizers()  # type: ignore[assignment]
     known = [n for n, v in vars(torch.optim).items() if inspect.isclass(v) and n != "Optimizer"]
-    raise KeyError(
+    raise UnknownName(
         f"SOLVER.OPTIMIZER: {name!r} is unknown{did_you_mean(name, [*known, *from_timm])} "
         f"A class of torch.optim ({', '.join(known)}) or a name of timm.optim is accepted."
     )
@@ -81,7 +82,7 @@ def learning_rate_factor(cfg: Any, step: int) -> float:
         return warm * (lowest + (1.0 - lowest) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, after))))
     if solver.SCHEDULE == "constant":
         return warm
-    raise ValueError(
+    raise InvalidValue(
         f"SOLVER.SCHEDULE: {solver.SCHEDULE!r} is unknown{did_you_mean(solver.SCHEDULE, SCHEDULES)} "
         f"Accepted: {', '.join(SCHEDULES)}."
     )
@@ -104,7 +105,7 @@ def precision(name: str, device: torch.device) -> torch.dtype | None:
     if name == "auto":
         return torch.bfloat16 if _has_bfloat16(device) else None
     if name not in PRECISIONS:
-        raise ValueError(f"SOLVER.AMP: {name!r} is unknown; accepted: auto, {', '.join(PRECISIONS)}.")
+        raise InvalidValue(f"SOLVER.AMP: {name!r} is unknown; accepted: auto, {', '.join(PRECISIONS)}.")
     return PRECISIONS[name]
 
 

@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastreid_uns.errors import InvalidState, InvalidValue
 from fastreid_uns.hook import HookBase
 from fastreid_uns.modeling.meta_arch import MetaArch
 from fastreid_uns.structures import Batch
-from fastreid_uns.utils import dist
+from fastreid_uns.utils import comm
 from fastreid_uns.utils.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.stop_reason: str | None = None
         self._first_bad = torch.full((), -1, device=self.device)
-        self._parallel = dist.wrap(model, self.device, find_unused)
+        self._parallel = comm.wrap(model, self.device, find_unused)
         self._hooks: list[HookBase] = []
         for hook in hooks:
             self.add_hook(hook)
@@ -106,7 +107,7 @@ class Trainer:
         """
         hook.name = hook.name or type(hook).__name__
         if any(held.name == hook.name for held in self._hooks):
-            raise ValueError(f"trainer: two hooks are named {hook.name}; set `name` of one of them.")
+            raise InvalidValue(f"trainer: two hooks are named {hook.name}; set `name` of one of them.")
         hook.trainer = self
         self._hooks.append(hook)
         self._hooks.sort(key=lambda held: held.order)
@@ -165,7 +166,7 @@ class Trainer:
             outputs = self._parallel(batch)
             losses = [value for name, value in outputs.items() if name.startswith("loss")]
             if not losses:
-                raise RuntimeError(
+                raise InvalidState(
                     f"{type(self.model).__name__}.forward returned {', '.join(outputs) or 'nothing'}; at least one "
                     f"key must begin with 'loss'."
                 )
@@ -184,7 +185,7 @@ class Trainer:
         first = int(self._first_bad)
         if first >= 0:
             losses = ", ".join(f"{k} {float(v):.3g}" for k, v in self.last.items() if k.startswith("loss"))
-            raise RuntimeError(
+            raise InvalidState(
                 f"training: the loss is not finite since step {first} (epoch {self.epoch}; now {losses}). The "
                 f"checkpoints of earlier epochs are kept. Lower SOLVER.BASE_LR or set SOLVER.CLIP_NORM."
             )
@@ -239,7 +240,9 @@ def _split(batch: Batch, parts: int) -> list[Batch]:
         return [batch]
     rows = len(batch.index)
     if rows % parts:
-        raise ValueError(f"SOLVER.ACCUMULATE {parts} does not divide the {rows} images of a process. Choose a divisor.")
+        raise InvalidValue(
+            f"SOLVER.ACCUMULATE {parts} does not divide the {rows} images of a process. Choose a divisor."
+        )
     views = zip(*(view.chunk(parts) for view in batch.views), strict=True)
     rest = zip(*(value.chunk(parts) for value in batch[1:]), strict=True)
     return [Batch(view, *values) for view, values in zip(views, rest, strict=True)]

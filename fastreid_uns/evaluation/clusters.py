@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastreid_uns.errors import InvalidValue
+
 
 def cluster_quality(labels: Tensor, identities: Tensor) -> dict[str, float]:
     """Agreement of a clustering with the truth.
@@ -24,7 +26,7 @@ def cluster_quality(labels: Tensor, identities: Tensor) -> dict[str, float]:
         ValueError: row counts that disagree.
     """
     if len(labels) != len(identities):
-        raise ValueError(
+        raise InvalidValue(
             f"cluster_quality: {len(labels)} labels for {len(identities)} identities; both count the training images. "
             f"Pass labels in the order of the training set."
         )

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from fastreid_uns.data.image_set import ImageSet
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.evaluation.extract import extract_features, share
 from fastreid_uns.evaluation.rerank import rerank_blocks
 from fastreid_uns.evaluation.retrieval import QueryScores, Ranker, block_rows, distance_blocks
 from fastreid_uns.structures import ReIDData
-from fastreid_uns.utils.dist import all_gather
+from fastreid_uns.utils.comm import all_gather
 
 
 class Evaluator:
@@ -41,7 +42,7 @@ class Evaluator:
         amp: torch.dtype | None = None,
     ) -> None:
         if len(images) != len(data.query) + len(data.gallery):
-            raise ValueError(
+            raise InvalidValue(
                 f"evaluation: {len(images)} images for {len(data.query)} queries and {len(data.gallery)} gallery "
                 f"images. Make the image set of [*data.query, *data.gallery]."
             )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastreid_uns.data.image_set import ImageSet
-from fastreid_uns.utils.dist import all_gather, broadcast_buffers, broadcast_object, rank, world
+from fastreid_uns.errors import InvalidState, InvalidValue
+from fastreid_uns.utils.comm import all_gather, broadcast_buffers, broadcast_object, rank, world
 from fastreid_uns.utils.progress import progress
 
 T = TypeVar("T")
@@ -59,7 +60,7 @@ def extract_features(
         RuntimeError: some `feats` are not finite.
     """
     if len(images) == 0:
-        raise ValueError(f"{what}: the image set is empty; features need at least one image. Check the data root.")
+        raise InvalidValue(f"{what}: the image set is empty; features need at least one image. Check the data root.")
     device = torch.device(device) if device is not None else _device_of(model)
     batches = [list(range(i, min(i + batch_size, len(images)))) for i in range(0, len(images), batch_size)]
     mine = share(batches)
@@ -104,7 +105,7 @@ def _gather(outputs: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
 def _check_finite(feats: Tensor, images: ImageSet, what: str) -> None:
     bad = (~feats.isfinite()).flatten(1).any(1).nonzero().flatten()
     if len(bad) > 0:
-        raise RuntimeError(
+        raise InvalidState(
             f"{what}: {len(bad):,} of {len(feats):,} images have features that are not finite, the first is "
             f"{images.paths[int(bad[0])]}. The weights have diverged or are broken: lower SOLVER.BASE_LR, or compute "
             f"without half precision."

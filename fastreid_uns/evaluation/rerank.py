@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.evaluation.retrieval import block_rows
 from fastreid_uns.pseudo_labels.neighbours import encode, encoding_distance, full_precision, neighbours_and_farthest
 
@@ -38,11 +39,11 @@ def rerank_blocks(
     Memory: O((Q + G) * k1) beside one block. Time: one k-NN search over query and gallery together.
     """
     if k1 < 1 or k2 < 1 or not 0 <= weight <= 1:
-        raise ValueError(
+        raise InvalidValue(
             f"rerank: k1 is {k1}, k2 is {k2} and weight is {weight}; k1 and k2 must be at least 1 and weight 0..1."
         )
     if not len(query) or not len(gallery):
-        raise ValueError(f"rerank: {len(query)} query and {len(gallery)} gallery images; there must be some of both.")
+        raise InvalidValue(f"rerank: {len(query)} query and {len(gallery)} gallery images; there must be some of both.")
     joint = torch.cat([query, gallery])
     sq, index, farthest = neighbours_and_farthest(joint, min(k1 + 1, len(joint)))
     farthest.clamp_(min=torch.finfo(torch.float32).tiny)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.pseudo_labels.neighbours import full_precision
 from fastreid_uns.structures import PROTOCOLS, Record, ReIDData
 
@@ -88,11 +89,11 @@ class Ranker:
         protocol: str,
     ) -> None:
         if protocol not in PROTOCOLS:
-            raise ValueError(f"evaluation: protocol {protocol!r} is unknown. Use one of {', '.join(PROTOCOLS)}.")
+            raise InvalidValue(f"evaluation: protocol {protocol!r} is unknown. Use one of {', '.join(PROTOCOLS)}.")
         query, gallery = query_identities.cpu(), gallery_identities.cpu()
         for split, identities, cameras in (("query", query, query_cameras), ("gallery", gallery, gallery_cameras)):
             if len(identities) != len(cameras):
-                raise ValueError(
+                raise InvalidValue(
                     f"evaluation: the {split} has {len(identities)} identities and {len(cameras)} cameras; there must "
                     f"be one of each for an image. Use camera -1 where it is unknown."
                 )
@@ -158,7 +159,7 @@ class Ranker:
     def _numbered(self, blocks: Iterable[Tensor], first: int) -> Iterator[tuple[int, Tensor]]:
         for block in blocks:
             if block.shape[1] != self.gallery_size or first + len(block) > self.query_size:
-                raise ValueError(
+                raise InvalidValue(
                     f"evaluation: distances of queries {first}..{first + len(block) - 1} to {block.shape[1]} gallery "
                     f"images do not fit {self.query_size} queries and {self.gallery_size} gallery images. "
                     f"Features and records must come from the same split."
@@ -173,11 +174,11 @@ class Ranker:
 
     def _raise_without_match(self, query: Tensor, gallery: Tensor) -> None:
         if len(self._rows) > 0:
-            raise ValueError(
+            raise InvalidValue(
                 f"evaluation: 0 of {len(query)} queries have a match in the gallery: all matches are from the query's "
                 f'own camera. Set protocol "plain" if cameras are unknown.'
             )
-        raise ValueError(
+        raise InvalidValue(
             f"evaluation: 0 of {len(query)} queries have a match in the gallery: none of {len(query.unique())} query "
             f"identities is among the {len(gallery.unique())} of the gallery. Number identities alike in both splits."
         )
@@ -282,7 +283,7 @@ def _score(before: Tensor, rows: Tensor, removed: Tensor, offsets: Tensor) -> Qu
 def _check_one_per_identity(gallery: Tensor) -> None:
     identities, count = gallery[gallery >= 0].unique(return_counts=True)
     if len(count) > 0 and int(count.max()) > 1:
-        raise ValueError(
+        raise InvalidValue(
             f"evaluation: the gallery has {int(count.max())} images of identity {int(identities[count.argmax()])}; "
             f'protocol "one_per_identity" expects one of each. Set protocol "plain", or draw one.'
         )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.norm import rows_of_domains
 from fastreid_uns.registry import BACKBONE_REGISTRY, HEAD_REGISTRY
 from fastreid_uns.structures import HeadOutput
@@ -34,7 +35,7 @@ class Encoder(nn.Module):
     def __init__(self, backbone: nn.Module, head: nn.Module, *, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(
+            raise InvalidValue(
                 f"INPUT.MEAN {list(mean)}, INPUT.STD {list(std)}; three numbers each are accepted, deviations above 0. "
                 f"Change them."
             )

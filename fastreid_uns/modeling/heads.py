@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.backbones.base import Tokens, feature_map
 from fastreid_uns.registry import HEAD_REGISTRY
 from fastreid_uns.structures import HeadOutput
@@ -46,7 +47,7 @@ class Pool(nn.Module):
         """
         height = x.shape[2]
         if height < self.rows:
-            raise ValueError(
+            raise InvalidValue(
                 f"MODEL.HEAD.PARTS is {self.rows} but the feature map has {height} lines; a stripe needs a line of its "
                 f"own. Lower PARTS, raise the height in INPUT.SIZE, or set MODEL.BACKBONE.LAST_STRIDE to 1."
             )
@@ -79,7 +80,7 @@ class Embedding(nn.Module):
         super().__init__()
         _check("NECK", neck, NECKS)
         if dim < 0:
-            raise ValueError(f"MODEL.HEAD.DIM is {dim}; 0 (no projection) or more is accepted. Change it.")
+            raise InvalidValue(f"MODEL.HEAD.DIM is {dim}; 0 (no projection) or more is accepted. Change it.")
         self.dim = dim or in_channels
         self.project: nn.Module = nn.Identity()
         if dim:
@@ -123,8 +124,8 @@ class EmbeddingHead(nn.Module):
         x = feature_map(output)
         with torch.autocast(x.device.type, enabled=False):
             pooled = self.pool(x).squeeze(1)
-            raw = self.embed(pooled)
-            return HeadOutput(pooled, F.normalize(raw), raw=raw)
+            unnormalized = self.embed(pooled)
+            return HeadOutput(pooled, F.normalize(unnormalized), unnormalized=unnormalized)
 
 
 @HEAD_REGISTRY.register()
@@ -145,7 +146,7 @@ class PartHead(EmbeddingHead):
     ) -> None:
         super().__init__(in_channels, pooling=pooling, dim=dim, neck=neck)
         if parts < 2:
-            raise ValueError(f"MODEL.HEAD.PARTS is {parts}; 2 or more are accepted. Take EmbeddingHead for none.")
+            raise InvalidValue(f"MODEL.HEAD.PARTS is {parts}; 2 or more are accepted. Take EmbeddingHead for none.")
         self.part_pool = Pool(pooling, parts)
         self.part_embed = nn.ModuleList(Embedding(in_channels, dim, neck) for _ in range(parts))
 
@@ -156,8 +157,8 @@ class PartHead(EmbeddingHead):
         with torch.autocast(x.device.type, enabled=False):
             stripes = self.part_pool(x).unbind(1)
             parts = [embed(stripe) for embed, stripe in zip(self.part_embed, stripes, strict=True)]
-            raw = torch.stack(parts, dim=1)
-            return whole._replace(parts=F.normalize(raw, dim=2), raw_parts=raw)
+            unnormalized = torch.stack(parts, dim=1)
+            return whole._replace(parts=F.normalize(unnormalized, dim=2), unnormalized_parts=unnormalized)
 
 
 @HEAD_REGISTRY.register()
@@ -186,20 +187,20 @@ class TokenHead(nn.Module):
     def forward(self, output: Tensor | Tokens) -> HeadOutput:
         """What the backbone gives → `HeadOutput` without parts."""
         if not isinstance(output, Tokens):
-            raise ValueError(
+            raise InvalidValue(
                 "TokenHead: the backbone gives a feature map without tokens; a transformer with a class token is "
                 "needed. Set MODEL.HEAD.NAME to EmbeddingHead, or MODEL.BACKBONE.NAME to ViT."
             )
         tokens = output.tokens
         if self.fuse != "class" and tokens.shape[1] == 1:
-            raise ValueError(
+            raise InvalidValue(
                 f"TokenHead: FUSE is {self.fuse} but the backbone gives no part tokens. Set MODEL.BACKBONE.PART_TOKENS "
                 f"(3 for PASS), or FUSE to class."
             )
         with torch.autocast(tokens.device.type, enabled=False):
             pooled = self._fuse(tokens.to(torch.promote_types(tokens.dtype, torch.float32)))
-            raw = self.embed(pooled)
-            return HeadOutput(pooled, F.normalize(raw), raw=raw)
+            unnormalized = self.embed(pooled)
+            return HeadOutput(pooled, F.normalize(unnormalized), unnormalized=unnormalized)
 
     def _fuse(self, tokens: Tensor) -> Tensor:
         whole = tokens[:, 0]
@@ -211,4 +212,4 @@ class TokenHead(nn.Module):
 
 def _check(key: str, value: str, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
-        raise ValueError(f"MODEL.HEAD.{key}: {value!r} is unknown; accepted: {', '.join(accepted)}. Change it.")
+        raise InvalidValue(f"MODEL.HEAD.{key}: {value!r} is unknown; accepted: {', '.join(accepted)}. Change it.")

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastreid_uns.errors import UnknownName
 from fastreid_uns.registry import LOSS_REGISTRY
-from fastreid_uns.utils.dist import all_gather, all_gather_with_gradient
+from fastreid_uns.utils.comm import all_gather, all_gather_with_gradient
 
 
 def at_least_float32(value: Tensor) -> Tensor:
@@ -81,24 +82,26 @@ class LossSet(nn.Module):
         super().__init__()
         self.losses = nn.ModuleDict({name: loss for name, (loss, _) in losses.items()})
         self.weights = {name: weight for name, (_, weight) in losses.items()}
-        self.wanted = {name: list(inspect.signature(loss.forward).parameters) for name, (loss, _) in losses.items()}
+        self.input_names = {
+            name: list(inspect.signature(loss.forward).parameters) for name, (loss, _) in losses.items()
+        }
 
-    def forward(self, offer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`loss_<name>` → weighted scalar.
 
         Args:
-            offer: every tensor that the model has at hand, by name.
+            inputs: every tensor that the model has at hand, by name.
 
         Raises:
-            KeyError: a loss wants a tensor that is not offered; the message lists the offer.
+            KeyError: a loss asks for a tensor that the model does not have; the message lists those that it has.
         """
         outputs = {}
         for name, loss in self.losses.items():
-            missing = [want for want in self.wanted[name] if want not in offer]
+            missing = [key for key in self.input_names[name] if key not in inputs]
             if missing:
-                raise KeyError(
-                    f"MODEL.LOSSES.{name}: {type(loss).__name__} wants {', '.join(missing)}; this model offers "
-                    f"{', '.join(offer)}. Use another loss, or a MODEL.NAME that offers it."
+                raise UnknownName(
+                    f"MODEL.LOSSES.{name}: {type(loss).__name__} asks for {', '.join(missing)}; this model has "
+                    f"{', '.join(inputs)}. Use another loss, or a MODEL.NAME that has it."
                 )
-            outputs[f"loss_{name}"] = self.weights[name] * loss(*(offer[want] for want in self.wanted[name]))
+            outputs[f"loss_{name}"] = self.weights[name] * loss(*(inputs[key] for key in self.input_names[name]))
         return outputs

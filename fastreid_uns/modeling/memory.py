@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.registry import MEMORY_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
-from fastreid_uns.utils import dist
+from fastreid_uns.utils import comm
 
 
 class Memory(nn.Module):
@@ -37,9 +38,9 @@ class Memory(nn.Module):
     def __init__(self, dim: int, *, momentum: float = 0.1, temperature: float = 0.05) -> None:
         super().__init__()
         if not 0 <= momentum <= 1:
-            raise ValueError(f"MODEL.MEMORY.MOMENTUM is {momentum}; a share in [0, 1] is accepted.")
+            raise InvalidValue(f"MODEL.MEMORY.MOMENTUM is {momentum}; a share in [0, 1] is accepted.")
         if temperature <= 0:
-            raise ValueError(f"MODEL.MEMORY.TEMPERATURE is {temperature}; a number above 0 is accepted.")
+            raise InvalidValue(f"MODEL.MEMORY.TEMPERATURE is {temperature}; a number above 0 is accepted.")
         self.momentum = momentum
         self.temperature = temperature
         self.register_buffer("features", torch.zeros(0, dim))
@@ -72,7 +73,7 @@ class Memory(nn.Module):
     def update(self, feats: Tensor, labels: Tensor) -> None:
         """Gather the images of all ranks, equally many each, and replace `features` by the moved rows."""
         with torch.autocast(feats.device.type, enabled=False):
-            self.features = self._moved(dist.all_gather(feats.float(), equal=True), dist.all_gather(labels, equal=True))
+            self.features = self._moved(comm.all_gather(feats.float(), equal=True), comm.all_gather(labels, equal=True))
 
     def expect(self, most: int, images: int) -> None:
         """Before an epoch: of the `images` in a batch of all processes at most `most` have the same label."""

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.encoder import Encoder, build_encoder
 from fastreid_uns.modeling.losses import LossSet
 from fastreid_uns.modeling.memory import Memory
 from fastreid_uns.modeling.momentum import momentum_copy, update_momentum
-from fastreid_uns.modeling.norm import domain_norm, group_norm_statistics
+from fastreid_uns.modeling.norm import domain_batch_norm, ghost_batch_norm
 from fastreid_uns.modeling.weights import load_weights
 from fastreid_uns.registry import LOSS_REGISTRY, MEMORY_REGISTRY, META_ARCH_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, HeadOutput, PseudoLabels
@@ -62,7 +63,7 @@ class MetaArch(nn.Module):
         """
         return {"feats": self.deploy(images).feats}
 
-    def refit(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:
+    def update_memory(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:
         """Take over a new clustering; the memory is reset."""
         if self.memory is not None:
             self.memory.reset(pseudo, bank)
@@ -87,52 +88,52 @@ class MetaArch(nn.Module):
 class Baseline(MetaArch):
     """Cluster Contrast: features of the first view against the memory; further losses come from the config.
 
-    Losses are offered `feats, pooled, labels, index, cameras, domains`, what else the head gives (`raw`, and of a part
-    head `parts` and `raw_parts`), with a memory `logits`, and with a momentum encoder `teacher_feats` of the last view
-    (and `teacher_logits`).
+    Loss inputs: `feats, pooled, labels, index, cameras, domains`; what else the head gives (`unnormalized`, and of a
+    part head `parts` and `unnormalized_parts`); with a memory `logits`; with a momentum encoder `teacher_feats` of the
+    last view (and `teacher_logits`).
 
     Source: Dai et al. 2022 (Cluster Contrast), eq. 4.
     """
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`loss_<name>` for each configured loss, and `accuracy` of the memory's nearest row."""
-        offer = self.offer(batch)
-        outputs = self.losses(offer)
-        if "logits" in offer:
-            outputs["accuracy"] = (offer["logits"].detach().argmax(1) == offer["labels"]).float().mean()
+        inputs = self.loss_inputs(batch)
+        outputs = self.losses(inputs)
+        if "logits" in inputs:
+            outputs["accuracy"] = (inputs["logits"].detach().argmax(1) == inputs["labels"]).float().mean()
         return outputs
 
-    def offer(self, batch: Batch) -> dict[str, Tensor]:
+    def loss_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Every tensor that a loss can ask for, by name; in training the memory is updated."""
         out: HeadOutput = self.encoder(batch.views[0], batch.domains)
-        offer = offered(out, batch)
+        inputs = named_loss_inputs(out, batch)
         if self.teacher is not None:
             with torch.no_grad():
-                offer["teacher_feats"] = self.teacher(batch.views[-1], batch.domains).feats
+                inputs["teacher_feats"] = self.teacher(batch.views[-1], batch.domains).feats
         if self.memory is not None:
             rows = self.memory.rows(batch)
             if self.teacher is not None:
-                offer["teacher_logits"] = offer["teacher_feats"] @ self.memory.features.T / self.memory.temperature
-            offer["logits"] = self.memory(out.feats, rows)
-            offer["labels"] = rows
-        return offer
+                inputs["teacher_logits"] = inputs["teacher_feats"] @ self.memory.features.T / self.memory.temperature
+            inputs["logits"] = self.memory(out.feats, rows)
+            inputs["labels"] = rows
+        return inputs
 
 
 def check_domains(cfg: Any) -> None:
     """Refuse norm layers for each domain where there is one domain only, before anything is read or fetched.
 
     Raises:
-        ValueError: `MODEL.DOMAIN_NORM` without `DATASETS.SOURCES`.
+        ValueError: `MODEL.DOMAIN_BN` without `DATASETS.SOURCES`.
     """
-    if cfg.MODEL.DOMAIN_NORM and not cfg.DATASETS.SOURCES:
-        raise ValueError(
-            "MODEL.DOMAIN_NORM is true but DATASETS.SOURCES names no set; a labelled source is needed beside the "
-            "unlabelled images. Name one, or set MODEL.DOMAIN_NORM to false."
+    if cfg.MODEL.DOMAIN_BN and not cfg.DATASETS.SOURCES:
+        raise InvalidValue(
+            "MODEL.DOMAIN_BN is true but DATASETS.SOURCES names no set; a labelled source is needed beside the "
+            "unlabelled images. Name one, or set MODEL.DOMAIN_BN to false."
         )
 
 
-def offered(out: HeadOutput, batch: Batch) -> dict[str, Tensor]:
-    """What the output of a head and a batch offer to losses, on the device: all but the views."""
+def named_loss_inputs(out: HeadOutput, batch: Batch) -> dict[str, Tensor]:
+    """What the output of a head and a batch inputs to losses, on the device: all but the views."""
     rows = {
         name: value.to(batch.index.device, non_blocking=True)
         for name, value in zip(batch._fields[1:], batch[1:], strict=True)
@@ -151,9 +152,9 @@ def build_model(cfg: Any, num_images: int) -> MetaArch:
     encoder = build_encoder(cfg)
     if cfg.MODEL.WEIGHTS:
         load_weights(encoder, cfg.MODEL.WEIGHTS)
-    if cfg.MODEL.DOMAIN_NORM:
-        domain_norm(encoder, 1 + len(cfg.DATASETS.SOURCES))
-    group_norm_statistics(encoder, cfg.MODEL.NORM_GROUP)
+    if cfg.MODEL.DOMAIN_BN:
+        domain_batch_norm(encoder, 1 + len(cfg.DATASETS.SOURCES))
+    ghost_batch_norm(encoder, cfg.MODEL.GHOST_BATCH)
     memory = MEMORY_REGISTRY.build(cfg.MODEL.MEMORY, encoder.dim) if cfg.MODEL.MEMORY.NAME else None
     losses = LossSet(
         {name: (LOSS_REGISTRY.build(section), section.WEIGHT) for name, section in cfg.MODEL.LOSSES.items()}

@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from fastreid_uns.errors import InvalidValue
+
 Module = TypeVar("Module", bound=nn.Module)
 
 BUFFER_POLICIES = ("own", "copy", "average")
@@ -35,7 +37,7 @@ def update_momentum(teacher: nn.Module, online: nn.Module, momentum: float, buff
     Source: He et al. 2020 (MoCo), eq. 2.
     """
     if buffers not in BUFFER_POLICIES:
-        raise ValueError(f"MODEL.MOMENTUM_BUFFERS: {buffers!r} is unknown; accepted: {', '.join(BUFFER_POLICIES)}.")
+        raise InvalidValue(f"MODEL.MOMENTUM_BUFFERS: {buffers!r} is unknown; accepted: {', '.join(BUFFER_POLICIES)}.")
     torch._foreach_lerp_(list(teacher.parameters()), [p.detach() for p in online.parameters()], 1.0 - momentum)
     if buffers == "own":
         return

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastreid_uns.utils import dist
+from fastreid_uns.errors import InvalidValue
+from fastreid_uns.utils import comm
 
 
-class GroupedBatchNorm(_BatchNorm):
+class GhostBatchNorm(_BatchNorm):
     """Batch norm that, in training, normalises each `group` consecutive images by their own statistics.
 
     The running statistics follow the first group only, as `nn.DataParallel` leaves them with one group on each
@@ -60,12 +61,12 @@ class GroupedBatchNorm(_BatchNorm):
                 *(F.batch_norm(part, None, None, self.weight, self.bias, True, 0.0, self.eps) for part in rest),
             ]
         ranks = group // batch
-        if group % batch == 0 and dist.world() % ranks == 0:
+        if group % batch == 0 and comm.world() % ranks == 0:
             return [self._shared(x, ranks)]
-        raise ValueError(
-            f"MODEL.NORM_GROUP is {group} and a norm layer got {batch} images in each of {dist.world()} processes; the "
-            f"images must be a multiple of the group, or the group a multiple of the images that divides into the "
-            f"processes. Change NORM_GROUP (0 = whole batch) or DATALOADER.SAMPLER.BATCH_SIZE."
+        raise InvalidValue(
+            f"MODEL.GHOST_BATCH is {group} and a norm layer got {batch} images in each of {comm.world()} processes; "
+            f"the images must be a multiple of the group, or the group a multiple of the images that divides into the "
+            f"processes. Change GHOST_BATCH (0 = whole batch) or DATALOADER.SAMPLER.BATCH_SIZE."
         )
 
     def after(self, x: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ class _SharedBatchNorm(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = torch.var_mean(wide, _positions(x), correction=0)
         every = _gather(torch.stack([mean, var]))
-        start = dist.rank() // ranks * ranks
+        start = comm.rank() // ranks * ranks
         mean, var = _combine(every[start : start + ranks])
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
         ctx.span = slice(start, start + ranks)
@@ -137,7 +138,7 @@ def _positions(x: Tensor) -> list[int]:
 
 def _gather(value: Tensor) -> Tensor:
     """(world, ...) the values of all processes."""
-    every = value.new_empty((dist.world(), *value.shape))
+    every = value.new_empty((comm.world(), *value.shape))
     torch.distributed.all_gather(list(every.unbind()), value.contiguous())
     return every
 
@@ -152,7 +153,7 @@ def _join(pieces: list[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def group_norm_statistics(model: nn.Module, group: int) -> nn.Module:
+def ghost_batch_norm(model: nn.Module, group: int) -> nn.Module:
     """Let every batch norm of a model share its statistics among `group` images.
 
     Instance and layer norms stay as they are, also that `requires_grad` of a parameter, and all names in the
@@ -169,13 +170,15 @@ def group_norm_statistics(model: nn.Module, group: int) -> nn.Module:
         ValueError: negative, or a single image, which has no variance in the neck.
     """
     if group < 0 or group == 1:
-        raise ValueError(f"MODEL.NORM_GROUP is {group}; 0 (whole batch) and 2 or more images are accepted. Change it.")
+        raise InvalidValue(
+            f"MODEL.GHOST_BATCH is {group}; 0 (whole batch) and 2 or more images are accepted. Change it."
+        )
 
     def convert(norm: _BatchNorm) -> nn.Module:
-        if isinstance(norm, GroupedBatchNorm):
+        if isinstance(norm, GhostBatchNorm):
             norm.group = group
             return norm
-        return GroupedBatchNorm(norm, group) if group else norm
+        return GhostBatchNorm(norm, group) if group else norm
 
     return _replace(model, convert)
 
@@ -190,10 +193,10 @@ class _Rows:
 class DomainBatchNorm(nn.Module):
     """One batch norm for each domain; in evaluation, and for rows of unknown domain, that of the target.
 
-    Made by `domain_norm`; `rows_of_domains` says which rows are whose.
+    Made by `domain_batch_norm`; `rows_of_domains` says which rows are whose.
     """
 
-    def __init__(self, norm: GroupedBatchNorm, num_domains: int, rows: _Rows) -> None:
+    def __init__(self, norm: GhostBatchNorm, num_domains: int, rows: _Rows) -> None:
         super().__init__()
         self.domains = nn.ModuleList([norm, *(copy.deepcopy(norm) for _ in range(num_domains - 1))])
         self.rows = rows
@@ -212,11 +215,11 @@ class DomainBatchNorm(nn.Module):
         return self.domains[0].after(_join(pieces))  # type: ignore[operator]
 
 
-def domain_norm(model: nn.Module, num_domains: int) -> nn.Module:
+def domain_batch_norm(model: nn.Module, num_domains: int) -> nn.Module:
     """Give every batch norm of a model statistics and parameters of its own for each domain.
 
     Each copy starts from the given layer and keeps its `requires_grad`, so weights are loaded before this call.
-    `group_norm_statistics` may come before or after; the groups are then counted within each domain.
+    `ghost_batch_norm` may come before or after; the groups are then counted within each domain.
 
     Args:
         model: changed in place.
@@ -231,16 +234,16 @@ def domain_norm(model: nn.Module, num_domains: int) -> nn.Module:
     Source: Chang et al. 2019 (Domain-Specific Batch Normalization); differs from SpCL: a frozen bias stays frozen.
     """
     if num_domains < 2:
-        raise ValueError(
-            f"MODEL.DOMAIN_NORM: {num_domains} domain; a target and at least one source are needed. Name a set in "
-            f"DATASETS.SOURCES or switch DOMAIN_NORM off."
+        raise InvalidValue(
+            f"MODEL.DOMAIN_BN: {num_domains} domain; a target and at least one source are needed. Name a set in "
+            f"DATASETS.SOURCES or switch DOMAIN_BN off."
         )
     if any(isinstance(module, DomainBatchNorm) for module in model.modules()):
-        raise ValueError("domain_norm: the model has norm layers for each domain already. Call it once.")
+        raise InvalidValue("domain_batch_norm: the model has norm layers for each domain already. Call it once.")
     rows = _Rows()
 
     def convert(norm: _BatchNorm) -> nn.Module:
-        grouped = norm if isinstance(norm, GroupedBatchNorm) else GroupedBatchNorm(norm, 0)
+        grouped = norm if isinstance(norm, GhostBatchNorm) else GhostBatchNorm(norm, 0)
         return DomainBatchNorm(grouped, num_domains, rows)
 
     return _replace(model, convert)
@@ -248,7 +251,7 @@ def domain_norm(model: nn.Module, num_domains: int) -> nn.Module:
 
 @contextlib.contextmanager
 def rows_of_domains(model: nn.Module, domains: Tensor | None) -> Iterator[None]:
-    """While it lasts, the norm layers of `domain_norm` read which rows of the batch belong to which domain.
+    """While it lasts, the norm layers of `domain_batch_norm` read which rows of the batch belong to which domain.
 
     Args:
         model: without such layers nothing happens.
@@ -267,12 +270,12 @@ def rows_of_domains(model: nn.Module, domains: Tensor | None) -> Iterator[None]:
     runs = [(domain, len(list(rows))) for domain, rows in itertools.groupby(domains.tolist())]
     found = [domain for domain, _ in runs]
     if len(set(found)) < len(found):
-        raise ValueError(
+        raise InvalidValue(
             f"domain norm: the rows of a domain are scattered, domains change {len(found) - 1} times in a batch of "
             f"{len(domains)}; those of one domain must stand together. Join the batch with source rows first."
         )
     if not set(found) <= set(range(len(layer.domains))):
-        raise ValueError(
+        raise InvalidValue(
             f"domain norm: the batch has domains {sorted(found)}, the model knows 0 to {len(layer.domains) - 1}. Build "
             f"it with one domain for each of DATASETS.SOURCES."
         )

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidState, MissingFile
 from fastreid_uns.utils.paths import path_manager
 
 _CONTAINERS = ("model", "state_dict", "teacher", "student", "net")
@@ -56,7 +57,7 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9) -> We
     Known by their names: torchvision, timm, IBN-Net and Torchreid (plain), MoCo (LUPerson), DINO (TransReID-SSL, PASS),
     fast-reid, the SpCL and Cluster Contrast family, Bag of Tricks and TransReID, and our own checkpoints, of which the
     encoder for evaluation is taken. Position embeddings are resized; classifiers are ignored. Files are read as tensors
-    and plain values only: code in them is refused. Load before `domain_norm`.
+    and plain values only: code in them is refused. Load before `domain_batch_norm`.
 
     Args:
         model: an `Encoder`, or any other module, which is then taken for a backbone.
@@ -80,7 +81,7 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9) -> We
     report, chosen = _match(model.state_dict(), targets, found, getattr(backbone, "grid", None))
     report.source, report.family = source, family
     if report.share < min_share:
-        raise RuntimeError(
+        raise InvalidState(
             f"MODEL.WEIGHTS {source}: {report.share:.1%} of the backbone's tensors are in the file; at least "
             f"{min_share:.0%} are needed. Set MODEL.BACKBONE to the network that the weights were made for, or "
             f"MODEL.WEIGHTS to weights of {type(backbone).__name__}.\n{report}"
@@ -103,7 +104,7 @@ def _read_file(path: Path) -> Any:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise RuntimeError(f"{path}: no readable safetensors file ({error}). Download it again.") from error
+            raise InvalidState(f"{path}: no readable safetensors file ({error}). Download it again.") from error
     with path.open("rb") as file:
         start = file.read(4)
     try:
@@ -114,8 +115,8 @@ def _read_file(path: Path) -> Any:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
         if culprit is None:
-            raise RuntimeError(f"{path}: no readable torch file, perhaps cut short. Download it again.") from error
-        raise RuntimeError(
+            raise InvalidState(f"{path}: no readable torch file, perhaps cut short. Download it again.") from error
+        raise InvalidState(
             f"{path}: refused, because it holds {culprit[1]} and reading that could run code; tensors, plain values "
             f"and NumPy numbers are accepted. If you trust the file, open it where it was made and save only its "
             f"state dict with torch.save."
@@ -142,13 +143,13 @@ def _fetch(source: str) -> Path:
             return Path(hf_hub_download(f"{user}/{name}", *(file or ["model.safetensors"])))
         path = Path(path_manager.get_local_path(source))
     except ImportError as error:
-        raise RuntimeError(
+        raise InvalidState(
             f"MODEL.WEIGHTS {source}: needs huggingface_hub; install the extra [hub]. {advice}"
         ) from error
     except OSError as error:
-        raise RuntimeError(f"MODEL.WEIGHTS {source}: the download failed ({error}). {advice}") from error
+        raise InvalidState(f"MODEL.WEIGHTS {source}: the download failed ({error}). {advice}") from error
     if not path.is_file():
-        raise FileNotFoundError(f"MODEL.WEIGHTS {source}: there is no such file. Change MODEL.WEIGHTS, or '' for none.")
+        raise MissingFile(f"MODEL.WEIGHTS {source}: there is no such file. Change MODEL.WEIGHTS, or '' for none.")
     return path
 
 
@@ -162,7 +163,7 @@ def _unwrap(content: Any, source: str) -> dict[str, Tensor]:
     items = content.items() if isinstance(content, Mapping) else ()
     state = {key: value for key, value in items if isinstance(value, Tensor)}
     if not state:
-        raise RuntimeError(
+        raise InvalidState(
             f"MODEL.WEIGHTS {source}: no tensors found; a state dict is needed, plain or under one of the keys "
             f"{', '.join(_CONTAINERS)}. Save it so."
         )

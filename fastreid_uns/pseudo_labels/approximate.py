@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastreid_uns.errors import MissingPackage
 from fastreid_uns.pseudo_labels.candidates import nearest_of_listed
 from fastreid_uns.pseudo_labels.neighbours import checked
 
@@ -65,7 +66,7 @@ def _found_by_faiss(rows: np.ndarray, k: int, search: str, effort: int) -> np.nd
     try:
         import faiss
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackage(
             f"PSEUDO_LABELS: SEARCH is {search!r}, which needs faiss, and faiss is not installed. Run `pip install "
             f"faiss-cpu`, or set SEARCH: exact."
         ) from error

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.pseudo_labels.approximate import APPROXIMATE, approximate_neighbours
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids, singletons
 from fastreid_uns.pseudo_labels.neighbours import encoding_distance, nearest_neighbours, reciprocal_encoding
@@ -89,7 +90,7 @@ class DBSCANLabels(PseudoLabelGenerator):
     ) -> None:
         super().__init__()
         if not 0 < eps < 1:
-            raise ValueError(
+            raise InvalidValue(
                 f"PSEUDO_LABELS: EPS is {eps}; it must lie between 0 and 1, both excluded, because images that share "
                 f"no neighbour have distance 1. The papers use 0.4 to 0.7."
             )
@@ -100,11 +101,11 @@ class DBSCANLabels(PseudoLabelGenerator):
             ("SEARCH_EFFORT", search_effort, 1),
         ):
             if value < least:
-                raise ValueError(f"PSEUDO_LABELS: {key} is {value}; it must be at least {least}.")
+                raise InvalidValue(f"PSEUDO_LABELS: {key} is {value}; it must be at least {least}.")
         if outliers not in OUTLIERS:
-            raise ValueError(f"PSEUDO_LABELS: OUTLIERS is {outliers!r}; accepted: {', '.join(OUTLIERS)}. Change it.")
+            raise InvalidValue(f"PSEUDO_LABELS: OUTLIERS is {outliers!r}; accepted: {', '.join(OUTLIERS)}. Change it.")
         if search not in SEARCHES:
-            raise ValueError(f"PSEUDO_LABELS: SEARCH is {search!r}; accepted: {', '.join(SEARCHES)}. Change it.")
+            raise InvalidValue(f"PSEUDO_LABELS: SEARCH is {search!r}; accepted: {', '.join(SEARCHES)}. Change it.")
         self.eps, self.min_samples, self.k1, self.k2, self.outliers = eps, min_samples, k1, k2, outliers
         self.search, self.search_effort = search, search_effort
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
 from fastreid_uns.pseudo_labels.neighbours import check_finite, full_precision
 from fastreid_uns.registry import PSEUDO_LABEL_REGISTRY
@@ -33,14 +34,14 @@ class KMeansLabels(PseudoLabelGenerator):
         super().__init__()
         for key, value in (("NUM_CLUSTERS", num_clusters), ("ITERATIONS", iterations)):
             if value < 1:
-                raise ValueError(f"PSEUDO_LABELS: {key} is {value}; it must be at least 1.")
+                raise InvalidValue(f"PSEUDO_LABELS: {key} is {value}; it must be at least 1.")
         self.num_clusters, self.iterations, self.seed = num_clusters, iterations, seed
 
     @torch.no_grad()
     def __call__(self, bank: FeatureBank, epoch: int) -> PseudoLabels:
         feats = bank.feats
         if len(feats) < self.num_clusters:
-            raise ValueError(
+            raise InvalidValue(
                 f"PSEUDO_LABELS: NUM_CLUSTERS is {self.num_clusters:,} for {len(feats):,} images; there cannot be "
                 f"more clusters than images. Lower NUM_CLUSTERS."
             )

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.pseudo_labels.candidates import search_by_candidates
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def checked(feats: Tensor, k: int) -> Tensor:
         ValueError: as `nearest_neighbours`.
     """
     if not 1 <= k <= len(feats):
-        raise ValueError(f"nearest_neighbours: k is {k}; it must lie in 1..{len(feats):,}, the number of images.")
+        raise InvalidValue(f"nearest_neighbours: k is {k}; it must lie in 1..{len(feats):,}, the number of images.")
     check_finite(feats)
     return feats.detach().float().contiguous()
 
@@ -107,7 +108,7 @@ def reciprocal_encoding(
     it is by default.
     """
     if k1 < 2 or k2 < 1:
-        raise ValueError(f"jaccard distance: k1 is {k1} and k2 is {k2}; k1 must be at least 2 and k2 at least 1.")
+        raise InvalidValue(f"jaccard distance: k1 is {k1} and k2 is {k2}; k1 must be at least 2 and k2 at least 1.")
     k = min(k1, len(feats))
     if k < k1:
         warnings.warn(f"k1 {k1} exceeds the {k} images there are; {k} neighbours are used. Lower K1.", stacklevel=2)
@@ -284,7 +285,7 @@ def check_finite(feats: Tensor) -> None:
     """
     broken = torch.cat([~rows.float().square().sum(1).isfinite() for rows in feats.split(8192)]).nonzero().flatten()
     if len(broken):
-        raise ValueError(
+        raise InvalidValue(
             f"features: {len(broken):,} of {len(feats):,} rows hold NaN or infinity, the first is row "
             f"{int(broken[0]):,}; all must be finite, and their squares too. Look for a diverged loss or a bad image."
         )

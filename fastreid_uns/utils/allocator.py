@@ -8,7 +8,7 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of glibc's malloc.h
 _KEPT = 2**31 - 1  # bytes, the largest value that it takes
 
 
-def keep_freed_memory() -> bool:
+def raise_malloc_thresholds() -> bool:
     """Let malloc reuse large blocks that were freed, instead of giving them back to the system each time.
 
     A training step on a CPU frees and asks for hundreds of megabytes, which the system would clear page by page before

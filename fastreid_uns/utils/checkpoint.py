@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import nn
 
+from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile
 from fastreid_uns.utils.paths import path_manager
 
 LAST = "last"
@@ -55,7 +56,7 @@ def save_checkpoint(content: Mapping[str, Any], file: Path) -> None:
         part.replace(file)
     except (OSError, RuntimeError) as error:  # torch wraps a failed write into a RuntimeError
         part.unlink(missing_ok=True)
-        raise RuntimeError(
+        raise InvalidState(
             f"checkpoint: {file} could not be written ({error}); earlier checkpoints are untouched. Free some space "
             f"or set OUTPUT_DIR to another disk, then run again with --resume."
         ) from error
@@ -69,19 +70,19 @@ def load_checkpoint(file: str | Path) -> dict[str, Any]:
         ValueError: the file holds code or objects, is damaged, or is not a checkpoint of this framework.
     """
     if not path_manager.isfile(str(file)):
-        raise FileNotFoundError(f"checkpoint: {file} does not exist. Check the path.")
+        raise MissingFile(f"checkpoint: {file} does not exist. Check the path.")
     try:
         with path_manager.open(str(file), "rb") as stream:
             content = torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise InvalidValue(
             f"checkpoint: {file} holds more than tensors and plain values and could run code when loaded; it is "
             f"refused ({str(error).splitlines()[0]}). Use a file that this framework or a trusted converter wrote."
         ) from error
     except (RuntimeError, EOFError) as error:
-        raise ValueError(f"checkpoint: {file} is damaged or cut off ({error}). Take an earlier one.") from error
+        raise InvalidValue(f"checkpoint: {file} is damaged or cut off ({error}). Take an earlier one.") from error
     if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
-        raise ValueError(
+        raise InvalidValue(
             f"checkpoint: {file} is not a checkpoint of this framework (it lacks 'model' or 'config'). To start from "
             f"foreign weights set MODEL.WEIGHTS; tools/convert_weights.py converts them."
         )
@@ -96,7 +97,7 @@ def last_checkpoint(folder: Path) -> Path:
     """
     pointer = folder / LAST
     if not pointer.is_file():
-        raise FileNotFoundError(f"{folder}: no checkpoint was found. Train first, or set OUTPUT_DIR or MODEL.WEIGHTS.")
+        raise MissingFile(f"{folder}: no checkpoint was found. Train first, or set OUTPUT_DIR or MODEL.WEIGHTS.")
     return folder / pointer.read_text().strip()
 
 
@@ -117,7 +118,7 @@ def load_model(model: nn.Module, content: Mapping[str, Any], file: str | Path) -
         model.load_state_dict(content["model"])
     except RuntimeError as error:
         detail = " ".join(str(error).split())
-        raise ValueError(
+        raise InvalidValue(
             f"checkpoint: {file} was made with another model: {detail[:400]}. Use the config.yaml beside it."
         ) from error
 
@@ -141,7 +142,7 @@ def refuse_other_config(saved: str, now: str, file: str | Path) -> None:
         and not any(key == name or key.startswith(f"{name}.") for name in free)
     ]
     if differ:
-        raise ValueError(
+        raise InvalidValue(
             f"checkpoint: {file} was made with another config; these keys differ: {'; '.join(differ)}. Resume with the "
             f"old values, or start anew in another OUTPUT_DIR with MODEL.WEIGHTS {file}."
         )

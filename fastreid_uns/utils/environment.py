@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fastreid_uns import __version__
-from fastreid_uns.utils import dist
+from fastreid_uns.utils import comm
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "numba", "pillow")
 
@@ -30,7 +30,7 @@ def environment(device: torch.device) -> dict[str, str]:
             found[library] = "not installed"
     found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     found["cores"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    found["processes"] = str(dist.world())
+    found["processes"] = str(comm.world())
     return found
 
 

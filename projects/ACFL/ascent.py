@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastreid_uns.errors import InvalidValue
+
 SIDES = ("both", "positive", "negative", "none")
 SPHERES = ("none", "step", "tangent", "end")
 
@@ -147,13 +149,13 @@ def own_column(labels: Tensor, products: Tensor) -> Tensor:
 def check_word(key: str, value: str, accepted: tuple[str, ...]) -> None:
     """Raise a ValueError unless a key of `MODEL` has one of the accepted words."""
     if value not in accepted:
-        raise ValueError(f"MODEL.{key}: {value!r} is unknown; accepted: {', '.join(accepted)}. Change it.")
+        raise InvalidValue(f"MODEL.{key}: {value!r} is unknown; accepted: {', '.join(accepted)}. Change it.")
 
 
 def check_least(key: str, value: float, least: float = 0) -> None:
     """Raise a ValueError if a number of `MODEL` is too small."""
     if not value >= least:
-        raise ValueError(f"MODEL.{key} is {value}; {least} or more is accepted. Raise it.")
+        raise InvalidValue(f"MODEL.{key} is {value}; {least} or more is accepted. Raise it.")
 
 
 def _length(scale: Tensor, shift: Tensor, easy: Tensor, square: Tensor, centroids: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.projects.ICE.proxies import AXES, CameraProxies, camera_proxy_loss, sum_over_cameras
 from fastreid_uns.registry import META_ARCH_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
@@ -27,7 +28,7 @@ class ACFLCamera(ACFL):
         camera_axis: `cosine`, or `coordinates`, the normalisation of ICE's released code.
 
     Raises:
-        ValueError: as `ACFL`; in `refit`, fewer than two cameras are known.
+        ValueError: as `ACFL`; in `update_memory`, fewer than two cameras are known.
 
     Source: ACFL, table 6 (ACFL-C); the contrast: Chen et al. 2021 (ICE).
     """
@@ -46,7 +47,7 @@ class ACFLCamera(ACFL):
         check_word("CAMERA_AXIS", camera_axis, AXES)
         check_least("CAMERA_NEGATIVES", camera_negatives, 1)
         if camera_temperature <= 0:
-            raise ValueError(
+            raise InvalidValue(
                 f"MODEL.CAMERA_TEMPERATURE is {camera_temperature}; a number above 0 is accepted. Raise it."
             )
         self.proxies = CameraProxies(self.encoder.dim)
@@ -54,9 +55,9 @@ class ACFLCamera(ACFL):
         self.camera_keys: dict[str, Any] = {"temperature": camera_temperature, "negatives": camera_negatives}
         self.camera_keys["axis"] = camera_axis
 
-    def refit(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:
+    def update_memory(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:
         """Take over a new clustering; the proxies are made anew as well."""
-        super().refit(pseudo, bank)
+        super().update_memory(pseudo, bank)
         self.proxies.reset(bank.feats, pseudo.labels, bank.cameras)
 
     def further_losses(self, queries: Batch, feats: Tensor) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.memory import Memory
 from fastreid_uns.registry import MEMORY_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
@@ -42,7 +43,7 @@ class ReplacedMemory(Memory):
     def __init__(self, dim: int, *, temperature: float = 0.05, fraction: float = 1.0, unit: bool = False) -> None:
         super().__init__(dim, momentum=0.0, temperature=temperature)
         if not 0 < fraction <= 1:
-            raise ValueError(f"MODEL.MEMORY.FRACTION is {fraction}; a share in (0, 1] is accepted. Change it.")
+            raise InvalidValue(f"MODEL.MEMORY.FRACTION is {fraction}; a share in (0, 1] is accepted. Change it.")
         self.fraction = fraction
         self.unit = unit
         self.register_buffer("labels", torch.zeros(0, dtype=torch.int64))  # (N,) -1 = in no cluster
@@ -53,7 +54,7 @@ class ReplacedMemory(Memory):
     def reset(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:
         """Rows = features of the bank; sums and counts of the new clusters."""
         if bank.source_feats is not None:
-            raise ValueError(
+            raise InvalidValue(
                 "ReplacedMemory: the bank has labelled source images; this memory holds unlabelled ones only. Drop "
                 "DATASETS.SOURCES, or take another MODEL.MEMORY."
             )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.meta_arch import MetaArch
 from fastreid_uns.modeling.norm import frozen_statistics
 from fastreid_uns.registry import META_ARCH_REGISTRY
@@ -88,25 +89,25 @@ class ACFL(MetaArch):
         check_least("IMAGE_RATE", image_rate)
         name = type(self).__name__
         if not isinstance(self.memory, ReplacedMemory):
-            raise ValueError(
+            raise InvalidValue(
                 f"{name}: MODEL.MEMORY is {type(self.memory).__name__}; means of an instance memory are needed. Set "
                 f"MODEL.MEMORY.NAME to ReplacedMemory."
             )
         if self.losses.losses:
-            raise ValueError(
+            raise InvalidValue(
                 f"{name}: MODEL.LOSSES names {', '.join(self.losses.losses)}; this model brings its own losses. Drop "
                 f"each entry with null, as in `LOSSES: {{contrast: null}}`."
             )
         if mining and partner == "drawn":
-            raise ValueError(f"{name}: MODEL.MINING takes its partners from the batch. Set MODEL.PARTNER to batch.")
+            raise InvalidValue(f"{name}: MODEL.MINING takes its partners from the batch. Set MODEL.PARTNER to batch.")
         self.instance, self.direction, self.partner = instance, direction, partner
         self.image_steps, self.image_rate, self.image_norm = image_steps, image_rate, image_norm
         self.mining = mining
         self._pairs_checked = False
 
-    def refit(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:
+    def update_memory(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:
         """Take over a new clustering; the memory is filled with the features that were clustered."""
-        super().refit(pseudo, bank)
+        super().update_memory(pseudo, bank)
         self._pairs_checked = False
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -220,7 +221,7 @@ class ACFL(MetaArch):
         )
         if not self._pairs_checked:
             if len(batch.index) % 2 or not torch.equal(first.labels, second.labels):
-                raise ValueError(
+                raise InvalidValue(
                     f"{type(self).__name__}: MODEL.PARTNER is drawn but the rows of the batch are no pairs of one "
                     f"cluster. Set DATALOADER.SAMPLER.NAME to PartnerSampler, or MODEL.PARTNER to batch."
                 )

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.losses import at_least_float32
 from fastreid_uns.registry import LOSS_REGISTRY
-from fastreid_uns.utils import dist
+from fastreid_uns.utils import comm
 
 
 class SparsePairs(NamedTuple):
@@ -111,18 +112,18 @@ class SparseContrastiveLoss(nn.Module):
     def __init__(self, *, temperature: float = 0.05, composite: float = 0.25, weighted: float = 0.25) -> None:
         super().__init__()
         if temperature <= 0:
-            raise ValueError(f"SparseContrastiveLoss: TEMPERATURE is {temperature}; a number above 0 is accepted.")
+            raise InvalidValue(f"SparseContrastiveLoss: TEMPERATURE is {temperature}; a number above 0 is accepted.")
         for key, value in (("COMPOSITE", composite), ("WEIGHTED", weighted)):
             if value < 0:
-                raise ValueError(f"SparseContrastiveLoss: {key} is {value}; a weight from 0 is accepted. Change it.")
+                raise InvalidValue(f"SparseContrastiveLoss: {key} is {value}; a weight from 0 is accepted. Change it.")
         self.temperature = temperature
         self.composite = composite
         self.weighted = weighted
 
     def forward(self, feats: Tensor, labels: Tensor) -> Tensor:
         """Scalar; feats (B,D) unit length, labels (B,)."""
-        feats = dist.all_gather_with_gradient(at_least_float32(feats))
-        groups = full_groups(dist.all_gather(labels, equal=True))
+        feats = comm.all_gather_with_gradient(at_least_float32(feats))
+        groups = full_groups(comm.all_gather(labels, equal=True))
         if len(groups) < 2:
             return feats.sum() * 0.0
         with torch.autocast(feats.device.type, enabled=False):

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.losses import at_least_float32
 from fastreid_uns.projects.ICE.proxies import CameraProxies, camera_proxy_loss, check_proxy_keys, sum_over_cameras
 from fastreid_uns.registry import LOSS_REGISTRY
-from fastreid_uns.utils import dist
+from fastreid_uns.utils import comm
 
 
 @LOSS_REGISTRY.register()
@@ -37,7 +38,7 @@ class HardInstanceLoss(nn.Module):
         """Scalar, with gradient to `feats` only; both features (B,D) unit length, labels (B,)."""
         with torch.autocast(feats.device.type, enabled=False):
             logits = similarity(feats, all_keys(teacher_feats)) / self.temperature
-            same = labels[:, None] == dist.all_gather(labels, equal=True)
+            same = labels[:, None] == comm.all_gather(labels, equal=True)
             hardest = logits.masked_fill(~same, torch.inf).amin(1, keepdim=True)
             against = torch.cat([hardest, logits.masked_fill(same, -torch.inf)], dim=1).logsumexp(1)
             return (against - hardest[:, 0]).mean()
@@ -113,10 +114,10 @@ def similarity(feats: Tensor, keys: Tensor) -> Tensor:
 
 def all_keys(teacher_feats: Tensor) -> Tensor:
     """(K,D) momentum features of the batches of all processes, in order of rank, without gradient."""
-    return dist.all_gather(teacher_feats.detach(), equal=True)
+    return comm.all_gather(teacher_feats.detach(), equal=True)
 
 
 def _above_zero(loss: str, temperature: float) -> float:
     if temperature <= 0:
-        raise ValueError(f"{loss}: TEMPERATURE is {temperature}; a number above 0 is accepted. Change MODEL.LOSSES.")
+        raise InvalidValue(f"{loss}: TEMPERATURE is {temperature}; a number above 0 is accepted. Change MODEL.LOSSES.")
     return temperature

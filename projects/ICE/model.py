@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from fastreid_uns.data.image_set import to_device
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.memory import Memory
-from fastreid_uns.modeling.meta_arch import Baseline, offered
+from fastreid_uns.modeling.meta_arch import Baseline, named_loss_inputs
 from fastreid_uns.projects.ICE.proxies import CameraProxies
 from fastreid_uns.registry import META_ARCH_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
-from fastreid_uns.utils import dist
+from fastreid_uns.utils import comm
 
 
 @META_ARCH_REGISTRY.register()
@@ -32,8 +33,8 @@ class ICEModel(Baseline):
             features in any case.
 
     Raises:
-        ValueError: no momentum encoder, no memory, or raw queries for one whose rows move; in `refit`, proxies on data
-            without cameras, or labelled source sets; in `forward`, fewer views than the losses need.
+        ValueError: no momentum encoder, no memory, or raw queries for one whose rows move; in `update_memory`,
+            proxies on data without cameras, or labelled source sets; in `forward`, fewer views than the losses need.
 
     Source: Chen et al. 2021 (ICE), official trainer; differs: its forward pass of the key through the online encoder,
     whose features it does not use, is left out.
@@ -44,14 +45,14 @@ class ICEModel(Baseline):
 
     def __init__(self, *parts: Any, momentum_encoder: bool = True, raw_queries: bool = True, **keys: Any) -> None:
         if not momentum_encoder:
-            raise ValueError(
+            raise InvalidValue(
                 "MODEL.MOMENTUM_ENCODER is false; ICEModel takes its keys from the momentum encoder. Set it to true."
             )
         super().__init__(*parts, momentum_encoder=True, **keys)
         if self.memory is None:
-            raise ValueError("MODEL.MEMORY has no NAME; ICEModel contrasts with centroids. Name CentroidMemory.")
+            raise InvalidValue("MODEL.MEMORY has no NAME; ICEModel contrasts with centroids. Name CentroidMemory.")
         if raw_queries and self.memory.moves:
-            raise ValueError(
+            raise InvalidValue(
                 f"MODEL.RAW_QUERIES is true and MODEL.MEMORY is {type(self.memory).__name__}, whose rows move towards "
                 f"queries of unit length. Set RAW_QUERIES to false, or name CentroidMemory."
             )
@@ -60,34 +61,34 @@ class ICEModel(Baseline):
         self.wants_weak = "weak_feats" in wanted
         self.proxies = CameraProxies(self.encoder.dim) if "proxies" in wanted else None
 
-    def refit(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:
+    def update_memory(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:
         """Make centroids and proxies anew from the features of the momentum encoder."""
         if bank.source_labels is not None:
-            raise ValueError(
+            raise InvalidValue(
                 "ICEModel: DATASETS.SOURCES names labelled sets; ICE is for unlabelled images only. Drop the section."
             )
-        super().refit(pseudo, bank)
+        super().update_memory(pseudo, bank)
         if self.proxies is not None:
             self.proxies.reset(bank.feats, pseudo.labels, bank.cameras)
 
-    def offer(self, batch: Batch) -> dict[str, Any]:
+    def loss_inputs(self, batch: Batch) -> dict[str, Any]:
         """Every tensor that a loss can ask for, by name, and the proxies."""
         needed = 3 if self.wants_weak else 1
         if len(batch.views) < needed:
-            raise ValueError(
+            raise InvalidValue(
                 f"INPUT.VIEWS names {len(batch.views)} view(s); the losses of this model need {needed}: query, key and "
                 f"weak view. Name that many presets of INPUT.AUGMENTS."
             )
         out = self.encoder(batch.views[0])
-        offer: dict[str, Any] = offered(out, batch)
-        offer["teacher_feats"] = self.keys(batch.views[min(1, len(batch.views) - 1)])
+        inputs: dict[str, Any] = named_loss_inputs(out, batch)
+        inputs["teacher_feats"] = self.keys(batch.views[min(1, len(batch.views) - 1)])
         if self.wants_weak:
-            offer["weak_feats"] = self.keys(batch.views[2])
+            inputs["weak_feats"] = self.keys(batch.views[2])
         if self.proxies is not None:
-            offer["proxies"] = self.proxies
-        offer["labels"] = self.memory.rows(batch)
-        offer["logits"] = self.memory(offer["raw"] if self.raw_queries else out.feats, offer["labels"])
-        return offer
+            inputs["proxies"] = self.proxies
+        inputs["labels"] = self.memory.rows(batch)
+        inputs["logits"] = self.memory(inputs["raw"] if self.raw_queries else out.feats, inputs["labels"])
+        return inputs
 
     @torch.no_grad()
     def keys(self, images: Tensor) -> Tensor:
@@ -97,9 +98,9 @@ class ICEModel(Baseline):
         those that its query shared them with (shuffled batch norm).
         """
         count = len(images)
-        every = dist.all_gather(images, equal=True)
+        every = comm.all_gather(images, equal=True)
         order = to_device(torch.randperm(len(every)), images.device)
-        order = dist.all_gather(order, equal=True)[: len(every)]  # that of rank 0 everywhere
-        own = slice(dist.rank() * count, (dist.rank() + 1) * count)
-        feats = dist.all_gather(self.teacher(every[order[own]]).feats, equal=True)
+        order = comm.all_gather(order, equal=True)[: len(every)]  # that of rank 0 everywhere
+        own = slice(comm.rank() * count, (comm.rank() + 1) * count)
+        feats = comm.all_gather(self.teacher(every[order[own]]).feats, equal=True)
         return feats[order.argsort()[own]]

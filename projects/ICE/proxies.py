@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.losses import at_least_float32
 from fastreid_uns.modeling.memory import take_shapes
-from fastreid_uns.utils import dist
+from fastreid_uns.utils import comm
 
 POSITIVES = ("all", "other")
 AXES = ("cosine", "coordinates")
@@ -57,7 +58,7 @@ class CameraProxies(nn.Module):
         kept = (labels >= 0) & (cameras >= 0)
         known = cameras[kept].unique()
         if len(known) < 2:
-            raise ValueError(
+            raise InvalidValue(
                 f"camera proxies: the {int((labels >= 0).sum()):,} clustered images are of {len(known)} known "
                 f"camera(s); two or more are needed. Train on a data set with cameras, or drop the camera loss: "
                 f"MODEL.LOSSES.camera null, MODEL.CAMERA_WEIGHT 0, or another MODEL.NAME than ACFLCamera."
@@ -138,12 +139,12 @@ def check_proxy_keys(temperature: float, negatives: int, positives: str, axis: s
         ValueError: with the key and what it accepts.
     """
     if temperature <= 0:
-        raise ValueError(f"camera proxy loss: TEMPERATURE is {temperature}; a number above 0 is accepted. Change it.")
+        raise InvalidValue(f"camera proxy loss: TEMPERATURE is {temperature}; a number above 0 is accepted. Change it.")
     if negatives < 1:
-        raise ValueError(f"camera proxy loss: NEGATIVES is {negatives}; 1 or more is accepted. Raise it.")
+        raise InvalidValue(f"camera proxy loss: NEGATIVES is {negatives}; 1 or more is accepted. Raise it.")
     for key, value, accepted in (("POSITIVES", positives, POSITIVES), ("AXIS", axis, AXES)):
         if value not in accepted:
-            raise ValueError(
+            raise InvalidValue(
                 f"camera proxy loss: {key} is {value!r}; accepted: {', '.join(accepted)}. Change MODEL.LOSSES."
             )
 
@@ -162,6 +163,6 @@ def sum_over_cameras(losses: Tensor, cameras: Tensor) -> Tensor:
 
     Source: Chen et al. 2021 (ICE), official trainer.
     """
-    every = dist.all_gather(cameras, equal=True)
+    every = comm.all_gather(cameras, equal=True)
     images = (cameras[:, None] == every).sum(1)
-    return (losses / images).sum() * dist.world()
+    return (losses / images).sum() * comm.world()

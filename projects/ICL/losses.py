@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.projects.ICE.losses import all_keys, similarity
 from fastreid_uns.registry import LOSS_REGISTRY
-from fastreid_uns.utils import dist
+from fastreid_uns.utils import comm
 
 REDUCTIONS = ("sum", "row", "mean")
 
@@ -32,7 +33,7 @@ class CorrelationLoss(nn.Module):
     def __init__(self, *, reduction: str = "row") -> None:
         super().__init__()
         if reduction not in REDUCTIONS:
-            raise ValueError(
+            raise InvalidValue(
                 f"CorrelationLoss: REDUCTION is {reduction!r}; accepted: {', '.join(REDUCTIONS)}. Change MODEL.LOSSES."
             )
         self.reduction = reduction
@@ -44,9 +45,9 @@ class CorrelationLoss(nn.Module):
         """
         with torch.autocast(feats.device.type, enabled=False):
             cosine = similarity(feats, all_keys(teacher_feats))
-            same = labels[:, None] == dist.all_gather(labels, equal=True)
+            same = labels[:, None] == comm.all_gather(labels, equal=True)
             squared = (cosine - torch.where(same, 1.0, -1.0).to(cosine)).square()
             if self.reduction == "mean":
                 return squared.mean()
             rows = squared.sum(1)
-            return rows.mean() if self.reduction == "row" else rows.sum() * dist.world()
+            return rows.mean() if self.reduction == "row" else rows.sum() * comm.world()

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.projects.ICE.sampler import OnePerCameraSampler
 from fastreid_uns.registry import SAMPLER_REGISTRY
 
@@ -31,7 +32,7 @@ class IrregularSampler(OnePerCameraSampler):
 
     def __init__(self, *where: Any, batch_size: int = 32, clusters: int = 12, camera_aware: bool = True) -> None:
         if not 1 <= clusters <= batch_size:
-            raise ValueError(
+            raise InvalidValue(
                 f"DATALOADER.SAMPLER.CLUSTERS is {clusters} for a BATCH_SIZE of {batch_size}; 1 to that many clusters "
                 f"are accepted. Change one of them."
             )

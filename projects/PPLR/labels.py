@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.pseudo_labels.dbscan import DBSCANLabels
 from fastreid_uns.pseudo_labels.neighbours import nearest_neighbours
 from fastreid_uns.registry import PSEUDO_LABEL_REGISTRY
@@ -39,7 +40,7 @@ def cross_agreement(feats: Tensor, parts: Tensor, neighbours: int = 20, search: 
     Memory: O(N * k) beside one block of products. Time: 1 + P searches.
     """
     if len(feats) < 2:
-        raise ValueError(f"PSEUDO_LABELS: {len(feats)} image has no neighbours to agree on; two or more are needed.")
+        raise InvalidValue(f"PSEUDO_LABELS: {len(feats)} image has no neighbours to agree on; two or more are needed.")
     k = min(neighbours, len(feats) - 1)
     whole, *found = (search(branch, k + 1)[1][:, 1:] for branch in (feats, *parts.unbind(1)))
     common = torch.stack([_common(whole, part) for part in found], dim=1).to(feats.device, torch.float32)
@@ -68,7 +69,7 @@ class AgreementLabels(DBSCANLabels):
     def __init__(self, *, neighbours: int = 20, **keys: Any) -> None:
         super().__init__(**keys)
         if neighbours < 1:
-            raise ValueError(f"PSEUDO_LABELS: NEIGHBOURS is {neighbours}; it must be at least 1. The paper uses 20.")
+            raise InvalidValue(f"PSEUDO_LABELS: NEIGHBOURS is {neighbours}; it must be at least 1. The paper uses 20.")
         self.neighbours = neighbours
 
     def __call__(self, bank: FeatureBank, epoch: int) -> PseudoLabels:

@@ -7,6 +7,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.losses import SoftTripletLoss, at_least_float32
 from fastreid_uns.registry import LOSS_REGISTRY
 
@@ -49,7 +50,7 @@ class RefinedLabelLoss(nn.Module):
     def __init__(self, *, beta: float = 0.5) -> None:
         super().__init__()
         if not 0 <= beta <= 1:
-            raise ValueError(f"RefinedLabelLoss: BETA is {beta}; a share in [0, 1] is accepted. The paper uses 0.5.")
+            raise InvalidValue(f"RefinedLabelLoss: BETA is {beta}; a share in [0, 1] is accepted. The paper uses 0.5.")
         self.beta = beta
 
     def forward(self, logits: Tensor, part_logits: Tensor, agreement: Tensor, labels: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ class PartCrossEntropyLoss(nn.Module):
     def __init__(self, *, smoothing: float = 0.0) -> None:
         super().__init__()
         if not 0 <= smoothing < 1:
-            raise ValueError(f"{type(self).__name__}: SMOOTHING is {smoothing}; a share in [0, 1) is accepted.")
+            raise InvalidValue(f"{type(self).__name__}: SMOOTHING is {smoothing}; a share in [0, 1) is accepted.")
         self.smoothing = smoothing
 
     def forward(self, part_logits: Tensor, labels: Tensor) -> Tensor:
@@ -100,9 +101,9 @@ class AgreementSmoothingLoss(nn.Module):
     def __init__(self, *, smoothing: float = 0.1, first_epochs: int = 5) -> None:
         super().__init__()
         if not 0 <= smoothing < 1:
-            raise ValueError(f"{type(self).__name__}: SMOOTHING is {smoothing}; a share in [0, 1) is accepted.")
+            raise InvalidValue(f"{type(self).__name__}: SMOOTHING is {smoothing}; a share in [0, 1) is accepted.")
         if first_epochs < 0:
-            raise ValueError(f"AgreementSmoothingLoss: FIRST_EPOCHS is {first_epochs}; 0 or more are accepted.")
+            raise InvalidValue(f"AgreementSmoothingLoss: FIRST_EPOCHS is {first_epochs}; 0 or more are accepted.")
         self.smoothing = smoothing
         self.first_epochs = first_epochs
 
@@ -119,15 +120,15 @@ class AgreementSmoothingLoss(nn.Module):
 
 
 @LOSS_REGISTRY.register()
-class RawTripletLoss(SoftTripletLoss):
+class UnnormalizedTripletLoss(SoftTripletLoss):
     """`SoftTripletLoss` on the features before unit length.
 
     Source: Hermans et al. 2017, as Cho et al. 2022 (PPLR) use it.
     """
 
-    def forward(self, raw: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
-        """Scalar; raw (B,D), labels (B,)."""
-        return super().forward(raw, labels)
+    def forward(self, unnormalized: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+        """Scalar; unnormalized (B,D), labels (B,)."""
+        return super().forward(unnormalized, labels)
 
 
 def _part_cross_entropy(part_logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.losses import LossSet
 from fastreid_uns.modeling.memory import Memory
@@ -16,7 +17,7 @@ from fastreid_uns.projects.ICE.proxies import CameraProxies, camera_proxy_loss
 from fastreid_uns.pseudo_labels.base import centroids
 from fastreid_uns.registry import META_ARCH_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
-from fastreid_uns.utils import dist
+from fastreid_uns.utils import comm
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,8 @@ class PPLR(Baseline):
         keys: those of `Baseline`.
 
     Raises:
-        ValueError: a parameter out of range, a head without parts, or a memory; in `refit`, more clusters than rows,
-            labels without agreement, labelled sources, or camera proxies without camera labels.
+        ValueError: a parameter out of range, a head without parts, or a memory; in `update_memory`, more clusters than
+            rows, labels without agreement, labelled sources, or camera proxies without camera labels.
 
     Source: Cho et al. 2022 (PPLR), section 3.
     """
@@ -84,24 +85,24 @@ class PPLR(Baseline):
         return {"feats": out.feats, "parts": out.parts}
 
     @torch.no_grad()
-    def refit(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:
+    def update_memory(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:
         """Aim the classifiers at the clusters, make the camera proxies anew, keep the agreement."""
         if bank.source_feats is not None:
-            raise ValueError("PPLR: labelled sources were found, but its classifiers know clusters only. Drop them.")
+            raise InvalidValue("PPLR: labelled sources were found, but its classifiers know clusters only. Drop them.")
         if "agreement" not in pseudo.extras:
-            raise ValueError(
+            raise InvalidValue(
                 f"PPLR: the labels hold {', '.join(pseudo.extras) or 'nothing'} beside the clusters; the agreement of "
                 f"each part is needed. Set PSEUDO_LABELS.NAME to AgreementLabels."
             )
         if pseudo.num_clusters > self.capacity:
-            raise ValueError(
+            raise InvalidValue(
                 f"PPLR: {pseudo.num_clusters:,} clusters for classifiers of {self.capacity:,} rows; each cluster needs "
                 f"a row. Raise MODEL.CAPACITY, or raise PSEUDO_LABELS.EPS for fewer clusters."
             )
         branches = [bank.feats, *bank.extras["parts"].unbind(1)]
         rows = torch.stack([centroids(feats, pseudo.labels) for feats in branches])
         # sums on CUDA differ in the last bit from process to process, parameters must not
-        rows = dist.broadcast_object(rows.cpu()).to(self.classifiers.device)
+        rows = comm.broadcast_object(rows.cpu()).to(self.classifiers.device)
         self.clusters = pseudo.num_clusters
         self.classifiers[:, : self.clusters] = rows
         self.agreement = pseudo.extras["agreement"].to(self.agreement.device)
@@ -117,25 +118,25 @@ class PPLR(Baseline):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`loss_<name>` for each configured loss, `loss_camera` if it has a weight, and `accuracy`."""
-        offer = self.offer(batch)
-        outputs = self.losses(offer)
+        inputs = self.loss_inputs(batch)
+        outputs = self.losses(inputs)
         if self.camera_weight:
-            outputs["loss_camera"] = self.camera_weight * self._camera_loss(offer)
-        outputs["accuracy"] = (offer["logits"].detach().argmax(1) == batch.labels).float().mean()
-        outputs["agreement"] = offer["agreement"].mean()
+            outputs["loss_camera"] = self.camera_weight * self._camera_loss(inputs)
+        outputs["accuracy"] = (inputs["logits"].detach().argmax(1) == batch.labels).float().mean()
+        outputs["agreement"] = inputs["agreement"].mean()
         return outputs
 
-    def offer(self, batch: Batch) -> dict[str, Tensor]:
+    def loss_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """See the class."""
-        offer = super().offer(batch)
-        raw = torch.cat([offer["raw"][:, None], offer["raw_parts"]], dim=1)
-        with torch.autocast(raw.device.type, enabled=False):
-            logits = torch.einsum("bpd,pkd->bpk", raw, self.classifiers[:, : self.clusters])
-        offer |= {"logits": logits[:, 0], "part_logits": logits[:, 1:]}
-        offer |= {"agreement": self.agreement[batch.index], "epoch": self.epoch}
-        return offer
+        inputs = super().loss_inputs(batch)
+        unnormalized = torch.cat([inputs["unnormalized"][:, None], inputs["unnormalized_parts"]], dim=1)
+        with torch.autocast(unnormalized.device.type, enabled=False):
+            logits = torch.einsum("bpd,pkd->bpk", unnormalized, self.classifiers[:, : self.clusters])
+        inputs |= {"logits": logits[:, 0], "part_logits": logits[:, 1:]}
+        inputs |= {"agreement": self.agreement[batch.index], "epoch": self.epoch}
+        return inputs
 
-    def _camera_loss(self, offer: dict[str, Tensor]) -> Tensor:
+    def _camera_loss(self, inputs: dict[str, Tensor]) -> Tensor:
         """Contrast with the camera proxies: that of the whole image and the mean of those of the parts.
 
         Source: Cho et al. 2022 (PPLR), camera-aware variant, with the inter-camera loss of Wang et al. 2021 (CAP).
@@ -143,26 +144,26 @@ class PPLR(Baseline):
         losses = [
             camera_proxy_loss(
                 feats,
-                offer["labels"],
-                offer["cameras"],
+                inputs["labels"],
+                inputs["cameras"],
                 proxies,
                 temperature=self.camera_temperature,
                 negatives=self.camera_negatives,
                 positives="other",
             ).mean()
-            for feats, proxies in zip([offer["feats"], *offer["parts"].unbind(1)], self.proxies, strict=True)
+            for feats, proxies in zip([inputs["feats"], *inputs["parts"].unbind(1)], self.proxies, strict=True)
         ]
         return losses[0] + torch.stack(losses[1:]).mean()
 
 
 def _check_options(model: PPLR, capacity: int, weight: float, temperature: float, negatives: int) -> None:
     if not model.parts:
-        raise ValueError(
+        raise InvalidValue(
             f"PPLR: MODEL.HEAD.NAME {type(model.encoder.head).__name__} gives no parts, which refine the labels. Set "
             f"MODEL.HEAD.NAME to PartHead."
         )
     if model.memory is not None:
-        raise ValueError("PPLR: it trains classifiers and reads no memory. Set MODEL.MEMORY to null.")
+        raise InvalidValue("PPLR: it trains classifiers and reads no memory. Set MODEL.MEMORY to null.")
     for key, value, good, accepted in (
         ("CAPACITY", capacity, capacity >= 1, "1 or more rows are"),
         ("CAMERA_WEIGHT", weight, weight >= 0, "0 (off) or more is"),
@@ -170,4 +171,4 @@ def _check_options(model: PPLR, capacity: int, weight: float, temperature: float
         ("CAMERA_NEGATIVES", negatives, negatives >= 1, "1 or more are"),
     ):
         if not good:
-            raise ValueError(f"PPLR: MODEL.{key} is {value}; {accepted} accepted. Change it.")
+            raise InvalidValue(f"PPLR: MODEL.{key} is {value}; {accepted} accepted. Change it.")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.pseudo_labels.base import centroids, singletons
 from fastreid_uns.pseudo_labels.dbscan import DBSCANLabels, dbscan
 from fastreid_uns.pseudo_labels.neighbours import encoding_distance
@@ -55,12 +56,12 @@ class SelfPacedLabels(DBSCANLabels):
     ) -> None:
         super().__init__(outliers=outliers, **keys)
         if not (gap > 0 and self.eps - gap > 0 and self.eps + gap < 1):
-            raise ValueError(
+            raise InvalidValue(
                 f"PSEUDO_LABELS: GAP is {gap} and EPS {self.eps}; EPS - GAP and EPS + GAP must lie between 0 and 1, "
                 f"both excluded, and GAP above 0. The paper uses 0.02."
             )
         if not 0 < share <= 1:
-            raise ValueError(f"PSEUDO_LABELS: SHARE is {share}; a share in (0, 1] is accepted. The paper uses 0.9.")
+            raise InvalidValue(f"PSEUDO_LABELS: SHARE is {share}; a share in (0, 1] is accepted. The paper uses 0.9.")
         self.gap, self.share, self.independence, self.compactness = gap, share, independence, compactness
         self.bound: float | None = None
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.losses import at_least_float32
 from fastreid_uns.registry import LOSS_REGISTRY
 
@@ -33,7 +34,7 @@ class UnifiedContrastLoss(nn.Module):
     def __init__(self, *, epsilon: float = 0.0) -> None:
         super().__init__()
         if not 0 <= epsilon < 1:
-            raise ValueError(f"UnifiedContrastLoss: EPSILON is {epsilon}; a number in [0, 1) is accepted. Change it.")
+            raise InvalidValue(f"UnifiedContrastLoss: EPSILON is {epsilon}; a number in [0, 1) is accepted. Change it.")
         self.epsilon = epsilon
 
     def forward(self, logits: Tensor, labels: Tensor, domains: Tensor) -> Tensor:

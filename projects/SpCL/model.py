@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.meta_arch import Baseline
 from fastreid_uns.registry import META_ARCH_REGISTRY
 from fastreid_uns.structures import Batch
@@ -31,18 +32,18 @@ class SpCLModel(Baseline):
         super().__init__(*parts, **keys)
         if not isinstance(self.memory, HybridMemory):
             found = "none" if self.memory is None else type(self.memory).__name__
-            raise ValueError(
+            raise InvalidValue(
                 f"MODEL.MEMORY.NAME: SpCLModel got {found}; it clusters its memory and needs HybridMemory. Change it."
             )
 
-    def offer(self, batch: Batch) -> dict[str, Tensor]:
+    def loss_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Every tensor that a loss can ask for, by name; in training the memory is updated."""
-        offer = super().offer(batch)
+        inputs = super().loss_inputs(batch)
         for name in ("logits", "teacher_logits"):
-            if name in offer:
-                offer[name] = self.memory.label_logits(offer[name])
-        offer["labels"] = batch.labels
-        return offer
+            if name in inputs:
+                inputs[name] = self.memory.label_logits(inputs[name])
+        inputs["labels"] = batch.labels
+        return inputs
 
     def memory_bank(self) -> Tensor | None:
         """(N,D) rows of the unlabelled images; None before the first clustering, which needs fresh features."""

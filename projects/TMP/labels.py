@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.pseudo_labels.base import centroids, singletons
 from fastreid_uns.pseudo_labels.kmeans import KMeansLabels
 from fastreid_uns.registry import PSEUDO_LABEL_REGISTRY
@@ -29,7 +30,7 @@ class ReliableKMeansLabels(KMeansLabels):
     def __init__(self, *, similarity: float = 0.5, **keys: Any) -> None:
         super().__init__(**keys)
         if not -1 <= similarity <= 1:
-            raise ValueError(f"PSEUDO_LABELS: SIMILARITY is {similarity}; a cosine in -1..1 is accepted. Change it.")
+            raise InvalidValue(f"PSEUDO_LABELS: SIMILARITY is {similarity}; a cosine in -1..1 is accepted. Change it.")
         self.similarity = similarity
 
     @torch.no_grad()

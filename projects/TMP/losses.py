@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.losses import at_least_float32
 from fastreid_uns.registry import LOSS_REGISTRY
-from fastreid_uns.utils.dist import all_gather, all_gather_with_gradient
+from fastreid_uns.utils.comm import all_gather, all_gather_with_gradient
 
 REDUCTIONS = ("mean", "sum")
 
@@ -35,7 +36,7 @@ class MorePositivesLoss(nn.Module):
         super().__init__()
         _check_temperature(self, temperature)
         if positives not in REDUCTIONS:
-            raise ValueError(
+            raise InvalidValue(
                 f"MorePositivesLoss: POSITIVES is {positives!r}; accepted: {', '.join(REDUCTIONS)}. Change it."
             )
         self.temperature = temperature
@@ -87,7 +88,7 @@ class SinglePairLoss(nn.Module):
 
 def _check_temperature(loss: nn.Module, temperature: float) -> None:
     if temperature <= 0:
-        raise ValueError(
+        raise InvalidValue(
             f"{type(loss).__name__}: TEMPERATURE is {temperature}; a number above 0 is accepted. Raise it."
         )
 

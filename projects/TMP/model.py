@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastreid_uns.modeling.meta_arch import MetaArch, offered
+from fastreid_uns.modeling.meta_arch import MetaArch, named_loss_inputs
 from fastreid_uns.registry import META_ARCH_REGISTRY
 from fastreid_uns.structures import Batch
-from fastreid_uns.utils.dist import all_gather
+from fastreid_uns.utils.comm import all_gather
 
 
 @META_ARCH_REGISTRY.register()
@@ -16,7 +16,7 @@ class InBatchModel(MetaArch):
     """All V views of an image go through the encoder, and each is a row of the batch that the losses see.
 
     The rows of an image stand side by side, so that images that share norm statistics share those of all their views:
-    `MODEL.NORM_GROUP` counts rows, V for each image. Losses are offered `feats, pooled, labels, index, cameras,
+    `MODEL.GHOST_BATCH` counts rows, V for each image. Losses are offered `feats, pooled, labels, index, cameras,
     domains` of the rows, and what else the head gives (`raw`, `parts`, `raw_parts`); `index` tells which rows show the
     same image.
 
@@ -25,15 +25,15 @@ class InBatchModel(MetaArch):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`loss_<name>` for each configured loss, and `positives`, the mean number of positives of a row."""
-        offer = self.offer(batch)
-        outputs = self.losses(offer)
-        labels = all_gather(offer["labels"], equal=True)
+        inputs = self.loss_inputs(batch)
+        outputs = self.losses(inputs)
+        labels = all_gather(inputs["labels"], equal=True)
         outputs["positives"] = (labels[:, None] == labels[None]).sum(1).float().mean() - 1
         return outputs
 
-    def offer(self, batch: Batch) -> dict[str, Tensor]:
+    def loss_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Every tensor that a loss can ask for, by name, with V x B rows."""
         views = len(batch.views)
         images = torch.stack(batch.views, dim=1).flatten(0, 1)
         rows = Batch((images,), *(value.repeat_interleave(views, output_size=len(images)) for value in batch[1:]))
-        return offered(self.encoder(images, rows.domains), rows)
+        return named_loss_inputs(self.encoder(images, rows.domains), rows)

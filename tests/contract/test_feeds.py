@@ -85,7 +85,7 @@ def test_slices_of_two_processes_make_up_the_batch_of_one(records, joint):
 def test_cpu_and_gpu_give_the_same_views(records):
     images, cached = ImageSet(records, SIZE), CachedImageSet(ImageSet(records, SIZE), where="device", device="cuda")
     for name, view in {"plain": Augment(pad=3), "full": Augment(**FULL)}.items():
-        draws = view.draw(8, SIZE, torch.Generator().manual_seed(0))
+        draws = view.sample_parameters(8, SIZE, torch.Generator().manual_seed(0))
         ids = [list(range(8))]
         (host,), (device,), (copied,) = (
             images.stream(ids, "cpu"),

@@ -12,7 +12,7 @@ from fastreid_uns.registry import LOSS_REGISTRY
 NAMES = [name for name, _ in LOSS_REGISTRY]
 
 
-def offer(dtype: torch.dtype = torch.float32, clusters: int = 3) -> dict[str, torch.Tensor]:
+def loss_inputs(dtype: torch.dtype = torch.float32, clusters: int = 3) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     feats = F.normalize(torch.randn(12, 8, generator=generator))
     return {
@@ -34,7 +34,7 @@ def arguments(loss, tensors):
 @pytest.mark.parametrize("name", NAMES)
 def test_scalar_that_does_not_depend_on_the_order_of_the_batch(name):
     loss = LOSS_REGISTRY.get(name)()
-    values = arguments(loss, offer())
+    values = arguments(loss, loss_inputs())
     mixed = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     result = loss(**values)
     assert result.shape == ()
@@ -44,7 +44,7 @@ def test_scalar_that_does_not_depend_on_the_order_of_the_batch(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_equals_finite_differences(name):
     loss = LOSS_REGISTRY.get(name)()
-    values = arguments(loss, offer(torch.float64))
+    values = arguments(loss, loss_inputs(torch.float64))
     first = next(key for key, value in values.items() if value.is_floating_point())
     values[first].requires_grad_()
     loss(**values).backward()
@@ -60,11 +60,11 @@ def test_gradient_equals_finite_differences(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_near_float32(name, dtype):
     loss = LOSS_REGISTRY.get(name)()
-    exact = loss(**arguments(loss, offer()))
-    torch.testing.assert_close(loss(**arguments(loss, offer(dtype))).float(), exact, rtol=0.03, atol=0.03)
+    exact = loss(**arguments(loss, loss_inputs()))
+    torch.testing.assert_close(loss(**arguments(loss, loss_inputs(dtype))).float(), exact, rtol=0.03, atol=0.03)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_cluster_is_finite(name):
     loss = LOSS_REGISTRY.get(name)()
-    assert torch.isfinite(loss(**arguments(loss, offer(clusters=1))))
+    assert torch.isfinite(loss(**arguments(loss, loss_inputs(clusters=1))))

@@ -20,7 +20,7 @@ EVERYTHING = {
     "saturation": 0.4,
     "hue": 0.2,
     "blur": 0.5,
-    "grey": 0.3,
+    "gray": 0.3,
 }
 
 
@@ -38,16 +38,16 @@ def normal_range(p: float, n: int) -> float:
 
 def test_a_preset_without_operations_only_scales():
     view = Augment(**NOTHING)
-    assert view.draw(8, SIZE, generator()) == {}
+    assert view.sample_parameters(8, SIZE, generator()) == {}
     assert torch.equal(view(images(), {}), images() / 255)
 
 
 def test_the_same_seed_gives_the_same_view_and_nothing_else_is_touched():
     view = Augment(**EVERYTHING)
     given, state = images(), torch.get_rng_state()
-    first = view(given, view.draw(8, SIZE, generator(1)))
-    assert torch.equal(first, view(given, view.draw(8, SIZE, generator(1))))
-    assert not torch.equal(first, view(given, view.draw(8, SIZE, generator(2))))
+    first = view(given, view.sample_parameters(8, SIZE, generator(1)))
+    assert torch.equal(first, view(given, view.sample_parameters(8, SIZE, generator(1))))
+    assert not torch.equal(first, view(given, view.sample_parameters(8, SIZE, generator(2))))
     assert torch.equal(given, images())
     assert torch.equal(torch.get_rng_state(), state)
     assert first.dtype == torch.float32
@@ -56,7 +56,7 @@ def test_the_same_seed_gives_the_same_view_and_nothing_else_is_touched():
 
 def test_each_image_depends_on_its_own_numbers_alone():
     view = Augment(**EVERYTHING)
-    draws = view.draw(8, SIZE, generator())
+    draws = view.sample_parameters(8, SIZE, generator())
     whole = view(images(), draws)
     parts = [view(images()[i : i + 3], {k: v[i : i + 3] for k, v in draws.items()}) for i in (0, 3, 6)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)
@@ -66,12 +66,12 @@ def test_flip_mirrors_at_its_rate():
     assert torch.equal(
         Augment(**{**NOTHING, "flip": 1.0})(images(), {"flip": torch.ones(8).bool()}), images().flip(3) / 255
     )
-    share = Augment(flip=0.3, pad=0, erase=0).draw(20_000, SIZE, generator())["flip"].float().mean()
+    share = Augment(flip=0.3, pad=0, erase=0).sample_parameters(20_000, SIZE, generator())["flip"].float().mean()
     assert abs(share - 0.3) < normal_range(0.3, 20_000)
 
 
 def test_shift_is_uniform_over_the_padding():
-    shift = Augment(pad=3).draw(20_000, SIZE, generator())["shift"]
+    shift = Augment(pad=3).sample_parameters(20_000, SIZE, generator())["shift"]
     assert shift.shape == (20_000, 2)
     joint = np.bincount((shift[:, 0] * 7 + shift[:, 1]).numpy(), minlength=49)
     assert len(joint) == 49
@@ -85,7 +85,7 @@ def padded_crop(image, mirror, row, column, pad):
 
 def test_pad_and_crop_equals_the_plain_form():
     view = Augment(pad=10, erase=0)
-    draws = view.draw(8, SIZE, generator(3))
+    draws = view.sample_parameters(8, SIZE, generator(3))
     draws["shift"][:4] = torch.tensor([[0, 0], [20, 20], [10, 10], [0, 20]])
     steps = zip(images(), draws["flip"].tolist(), draws["shift"].tolist(), strict=True)
     expected = torch.stack([padded_crop(image, mirror, *shift, 10) for image, mirror, shift in steps])
@@ -99,14 +99,14 @@ def test_pad_and_crop_equals_the_plain_form():
 def test_both_ways_to_shift_are_equal(dtype, threads, monkeypatch):
     """Also by more than the image is large, and of images that are no block of memory."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    draws = Augment(pad=40).draw(96, SIZE, generator())
+    draws = Augment(pad=40).sample_parameters(96, SIZE, generator())
     given = images(96)[:, :, :, : SIZE[1] - 1].to(dtype)
     args = (given, draws["flip"], draws["shift"] - 40)
     assert torch.equal(_flip_shift_scale(*args), _flip_and_shift_by_index(*args).float() / 255)
 
 
 def test_both_ways_to_erase_are_equal():
-    boxes = Augment(erase=0.7, erase_area=(0.1, 0.9)).draw(64, SIZE, generator())["erase"]
+    boxes = Augment(erase=0.7, erase_area=(0.1, 0.9)).sample_parameters(64, SIZE, generator())["erase"]
     by_loops, by_masks = images(64) / 255, images(64) / 255
     _erase(by_loops, boxes, [0.1, 0.2, 0.3])
     _erase_by_masks(by_masks, boxes, [0.1, 0.2, 0.3])
@@ -117,7 +117,7 @@ def test_both_ways_to_erase_are_equal():
 def test_erased_boxes_lie_inside_and_have_the_size_asked_for():
     height, width = 256, 128
     view = Augment(erase=0.5, erase_area=(0.02, 0.4), erase_aspect=(0.3, 3.33))
-    top, left, h, w = view.draw(20_000, (height, width), generator())["erase"].double().unbind(1)
+    top, left, h, w = view.sample_parameters(20_000, (height, width), generator())["erase"].double().unbind(1)
     hit = h > 0
     assert abs(hit.double().mean() - 0.5) < normal_range(0.5, 20_000)
     assert ((h + w + top + left)[~hit] == 0).all()
@@ -169,7 +169,7 @@ def test_colour_changes_equal_those_of_torchvision():
 
 def test_jitter_draws_its_range_and_changes_only_the_chosen():
     view = Augment(**NOTHING, jitter=0.25, brightness=0.4, contrast=0.3, saturation=0.2, hue=0.1)
-    draws = view.draw(10_000, SIZE, generator())["jitter"]
+    draws = view.sample_parameters(10_000, SIZE, generator())["jitter"]
     assert abs(draws[:, 0].mean() - 0.25) < normal_range(0.25, 10_000)
     low, high = torch.tensor([0.6, 0.7, 0.8, -0.1]), torch.tensor([1.4, 1.3, 1.2, 0.1])
     assert stats.kstest(((draws[:, 1:] - low) / (high - low)).flatten().numpy(), "uniform").pvalue > 1e-3
@@ -180,12 +180,12 @@ def test_jitter_draws_its_range_and_changes_only_the_chosen():
 
 
 def test_grey_images_have_their_luma_in_each_channel():
-    result = Augment(**NOTHING, grey=0.5)(images(2), {"grey": torch.tensor([False, True])})
+    result = Augment(**NOTHING, gray=0.5)(images(2), {"gray": torch.tensor([False, True])})
     red, green, blue = images(2)[1].double() / 255
     luma = (0.299 * red + 0.587 * green + 0.114 * blue).float()
     torch.testing.assert_close(result[1], luma.expand(3, -1, -1))
     assert torch.equal(result[0], images(2)[0] / 255)
-    share = Augment(grey=0.2).draw(20_000, SIZE, generator())["grey"].float().mean()
+    share = Augment(gray=0.2).sample_parameters(20_000, SIZE, generator())["gray"].float().mean()
     assert abs(share - 0.2) < normal_range(0.2, 20_000)
 
 
@@ -199,7 +199,7 @@ def test_blur_is_gaussian():
 
 
 def test_blur_draws_sigma_at_its_rate():
-    sigma = Augment(blur=0.5, blur_sigma=(0.1, 2.0)).draw(10_000, SIZE, generator())["blur"]
+    sigma = Augment(blur=0.5, blur_sigma=(0.1, 2.0)).sample_parameters(10_000, SIZE, generator())["blur"]
     assert abs((sigma > 0).float().mean() - 0.5) < normal_range(0.5, 10_000)
     assert stats.kstest(((sigma[sigma > 0] - 0.1) / 1.9).numpy(), "uniform").pvalue > 1e-3
 
@@ -207,7 +207,7 @@ def test_blur_draws_sigma_at_its_rate():
 def test_a_quarter_turn_turns_the_pixels():
     view = Augment(**NOTHING, rotation=90.0)
     square = images(1, (12, 12))
-    draws = view.draw(1, (12, 12), generator())
+    draws = view.sample_parameters(1, (12, 12), generator())
     draws["warp"] = torch.tensor([[[0.0, -1.0, 0.0], [1.0, 0.0, 0.0]]])
     turned = view(square, draws)
     both = [torch.rot90(square / 255, k, (2, 3)) for k in (1, 3)]
@@ -220,7 +220,7 @@ def test_rotation_keeps_shapes_in_an_oblong_image():
     y, x = torch.meshgrid(torch.arange(height) - 31.5, torch.arange(width) - 15.5, indexing="ij")
     disc = (255 * (13 - (y**2 + x**2).sqrt()).clamp(0, 1)).to(torch.uint8).expand(16, 3, -1, -1)
     view = Augment(**NOTHING, rotation=180.0)
-    draws = view.draw(16, (height, width), generator())
+    draws = view.sample_parameters(16, (height, width), generator())
     assert (view(disc, draws) - disc / 255).abs().mean() < 0.01
     angles = torch.atan2(draws["warp"][:, 1, 0] * height / width, draws["warp"][:, 0, 0])
     assert angles.abs().max() > 1.5
@@ -239,7 +239,7 @@ def test_a_resized_crop_shows_its_part_of_the_image():
 def test_resized_crops_have_the_area_and_aspect_asked_for():
     height, width = 256, 128
     view = Augment(**NOTHING, resized_crop=(0.64, 1.0), resized_crop_aspect=(0.33, 0.5))
-    warp = view.draw(5000, (height, width), generator())["warp"].double()
+    warp = view.sample_parameters(5000, (height, width), generator())["warp"].double()
     scale_x, scale_y = warp[:, 0, 0], warp[:, 1, 1]
     assert (warp[:, 0, 1] == 0).all()
     h, w = scale_y * height, scale_x * width
@@ -255,7 +255,7 @@ def test_resized_crops_have_the_area_and_aspect_asked_for():
 def test_a_crop_that_never_fits_is_the_largest_in_the_middle():
     """A square of 60 pixels and width / height of 2 to 3: 60 x 30 in the middle, no larger area has that aspect."""
     view = Augment(**NOTHING, resized_crop=(1.0, 1.0), resized_crop_aspect=(2.0, 3.0))
-    warp = view.draw(1, (60, 60), generator())["warp"]
+    warp = view.sample_parameters(1, (60, 60), generator())["warp"]
     torch.testing.assert_close(warp, torch.tensor([[[1.0, 0.0, 0.0], [0.0, 0.5, 0.0]]]))
 
 

@@ -61,7 +61,7 @@ def fakes(records, tmp_path_factory) -> Path:
 
 
 def style_of(kind: str, images: ImageSet, fakes: Path, cached: bool = False, workers: int = 0) -> CameraStyle:
-    if kind == "colours":
+    if kind == "colors":
         return ColourStyle(images, COUNT)
     found, origins = generated_images(
         [Record(p, -1, c) for p, c in zip(images.paths, images.cameras.tolist(), strict=True)][:COUNT], str(fakes)
@@ -200,7 +200,7 @@ def test_the_picture_of_the_image_and_the_camera_is_shown(records, fakes):
     assert seen == {(i, c) for i in range(COUNT) for c in (0, 1, 3) if CAMERAS[i] >= 0} | {(10, -1)}
 
 
-@pytest.mark.parametrize("kind", ["colours", "images"])
+@pytest.mark.parametrize("kind", ["colors", "images"])
 def test_feed_workers_and_resume_change_nothing(records, fakes, kind):
     views = [Augment(camera_style=0.5, pad=3), Augment(camera_style=0.5, **PLAIN)]
 
@@ -216,7 +216,7 @@ def test_feed_workers_and_resume_change_nothing(records, fakes, kind):
     assert not any(torch.equal(*batch.views) for batch in expected)
 
 
-@pytest.mark.parametrize("kind", ["colours", "images"])
+@pytest.mark.parametrize("kind", ["colors", "images"])
 def test_slices_of_two_processes_make_up_the_batch_of_one(records, fakes, kind):
     images = ImageSet(records, SIZE)
     views = [Augment(camera_style=0.5, **PLAIN)] * 2
@@ -232,7 +232,7 @@ def test_slices_of_two_processes_make_up_the_batch_of_one(records, fakes, kind):
 def test_a_view_without_styles_is_that_of_a_feed_without_them(records, fakes):
     images = ImageSet(records, SIZE)
     views = [Augment(pad=3), Augment(camera_style=1.0, pad=3)]
-    for kind in ("colours", "images"):
+    for kind in ("colors", "images"):
         found = batches(images, style_of(kind, images, fakes), views)
         without = batches(images, None, [Augment(pad=3)] * 2)
         for batch, other in zip(found, without, strict=True):

@@ -22,7 +22,7 @@ from fastreid_uns.data.datasets import (  # noqa: F401  (importing registers the
     veri776,
     veriwild,
 )
-from fastreid_uns.data.datasets.layout import Known, count, counted, known_counts
+from fastreid_uns.data.datasets.layout import PublishedCounts, check_counts, count, known_counts
 from fastreid_uns.registry import DATASET_REGISTRY
 from fastreid_uns.structures import Record, ReIDData
 
@@ -553,7 +553,7 @@ def test_counts_other_than_the_known_ones_are_a_warning(tmp_path, caplog):
 
 
 def test_known_counts_give_no_warning(tmp_path, caplog):
-    @counted(Known(train=(2, 1), cameras=1))
+    @check_counts(PublishedCounts(train=(2, 1), cameras=1))
     def two(*, root: str) -> ReIDData:
         return ReIDData([Record("a", 4, 0), Record("b", 4, -1)], [], [], "plain")
 

@@ -30,10 +30,10 @@ RECIPES = {
     "instance memory": {"MODEL.MEMORY.NAME": "InstanceMemory", "MODEL.LOSSES.contrast": None},
     "momentum encoder": {"MODEL.MOMENTUM_ENCODER": True},
     "bfloat16, clipped, in parts": {"SOLVER.AMP": "bfloat16", "SOLVER.CLIP_NORM": 1.0, "SOLVER.ACCUMULATE": 2},
-    "norm groups": {"MODEL.NORM_GROUP": 8},
+    "norm groups": {"MODEL.GHOST_BATCH": 8},
     "layer-wise rates": {"SOLVER.OPTIMIZER": "lars"},
     "labelled source": {
-        "MODEL.DOMAIN_NORM": True,
+        "MODEL.DOMAIN_BN": True,
         "MODEL.MEMORY.NAME": "InstanceMemory",
         "MODEL.LOSSES.contrast": None,
     },
@@ -64,7 +64,7 @@ def trainer(tiny, tiny_set, request) -> DefaultTrainer:
         recipe["DATASETS.SOURCES.drawn"] = {**tiny_set, "SEED": 5}
         recipe["DATALOADER.SOURCE_SAMPLER"] = {"NAME": "ClusterSampler", "BATCH_SIZE": 16, "NUM_INSTANCES": 4}
     overrides = [f"{key}={json.dumps(value)}" for key, value in recipe.items()]
-    labels = ["PSEUDO_LABELS.MIN_SAMPLES=2", "PSEUDO_LABELS.K1=8", "LOG.PERIOD=0", "DATALOADER.FEED=cached"]
+    labels = ["PSEUDO_LABELS.MIN_SAMPLES=2", "PSEUDO_LABELS.K1=8", "LOG.PERIOD_STEPS=0", "DATALOADER.FEED=cached"]
     trainer = DefaultTrainer(load_config(overrides=[*tiny, *labels, *overrides]))
     trainer._call("before_train")
     trainer._call("before_epoch")

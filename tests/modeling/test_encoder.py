@@ -9,7 +9,7 @@ from torch import nn
 from fastreid_uns.modeling.backbones.small_net import SmallNet
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.heads import EmbeddingHead, Pool
-from fastreid_uns.modeling.norm import domain_norm, group_norm_statistics
+from fastreid_uns.modeling.norm import domain_batch_norm, ghost_batch_norm
 from fastreid_uns.structures import HeadOutput
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -78,8 +78,8 @@ def test_autocast_gives_float32_features_near_the_exact_ones() -> None:
 
 def test_domains_reach_the_norm_layers_and_leave_again() -> None:
     encoder = small()
-    domain_norm(encoder, 2)
-    group_norm_statistics(encoder, 2)
+    domain_batch_norm(encoder, 2)
+    ghost_batch_norm(encoder, 2)
     stem, neck = encoder.backbone.stem[0][1], encoder.head.embed.neck
     encoder(torch.rand(6, 3, 32, 16), torch.tensor([1, 1, 0, 0, 0, 0]))
     for layer in (stem, neck):

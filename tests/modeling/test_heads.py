@@ -64,13 +64,13 @@ def test_embedding_head(dim: int, neck: str, channels_last: bool) -> None:
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     out = head(x)
-    raw = pooled = x.mean((2, 3))
+    unnormalized = pooled = x.mean((2, 3))
     if dim:
-        raw = raw @ head.embed.project.weight.T + head.embed.project.bias
+        unnormalized = unnormalized @ head.embed.project.weight.T + head.embed.project.bias
     if neck == "bnneck":
-        raw = (raw - raw.mean(0)) / (raw.var(0, correction=0) + 1e-5).sqrt()
+        unnormalized = (unnormalized - unnormalized.mean(0)) / (unnormalized.var(0, correction=0) + 1e-5).sqrt()
     torch.testing.assert_close(out.pooled, pooled)
-    torch.testing.assert_close(out.feats, raw / raw.norm(dim=1, keepdim=True), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(out.feats, unnormalized / unnormalized.norm(dim=1, keepdim=True), atol=1e-5, rtol=1e-4)
     assert out.feats.shape == (5, head.dim)
     assert head.dim == (dim or 6)
     assert out.parts is None
@@ -171,8 +171,8 @@ def test_token_head_says_what_the_backbone_lacks() -> None:
 @pytest.mark.parametrize("head", [EmbeddingHead(4), PartHead(4, parts=2)])
 def test_raw_features_point_where_the_unit_features_point(head: nn.Module) -> None:
     out = head(torch.randn(6, 4, 4, 2, generator=torch.Generator().manual_seed(0)))
-    torch.testing.assert_close(out.raw / out.raw.norm(dim=1, keepdim=True), out.feats)
-    assert (out.raw.norm(dim=1) - 1).abs().min() > 0.01
-    assert (out.raw_parts is None) == (out.parts is None)
+    torch.testing.assert_close(out.unnormalized / out.unnormalized.norm(dim=1, keepdim=True), out.feats)
+    assert (out.unnormalized.norm(dim=1) - 1).abs().min() > 0.01
+    assert (out.unnormalized_parts is None) == (out.parts is None)
     if out.parts is not None:
-        torch.testing.assert_close(out.raw_parts / out.raw_parts.norm(dim=2, keepdim=True), out.parts)
+        torch.testing.assert_close(out.unnormalized_parts / out.unnormalized_parts.norm(dim=2, keepdim=True), out.parts)

@@ -14,10 +14,10 @@ from torch import nn
 
 from fastreid_uns.modeling.norm import (
     DomainBatchNorm,
-    GroupedBatchNorm,
-    domain_norm,
+    GhostBatchNorm,
+    domain_batch_norm,
     frozen_statistics,
-    group_norm_statistics,
+    ghost_batch_norm,
     rows_of_domains,
 )
 
@@ -53,7 +53,7 @@ def test_groups_equal_separate_layers(shape: tuple[int, ...], flat: bool, group:
     wanted, first = slow_groups(norm, x, group)
     wanted_grads = torch.autograd.grad((wanted * upstream).sum(), (x, norm.weight, norm.bias))
 
-    grouped = group_norm_statistics(copy.deepcopy(norm), group)
+    grouped = ghost_batch_norm(copy.deepcopy(norm), group)
     got = grouped(x)
     grads = torch.autograd.grad((got * upstream).sum(), (x, grouped.weight, grouped.bias))
 
@@ -66,18 +66,18 @@ def test_groups_equal_separate_layers(shape: tuple[int, ...], flat: bool, group:
 def test_evaluation_is_plain_batch_norm_of_any_size() -> None:
     norm = a_norm().eval()
     x = torch.randn(7, 5, 3, 2, dtype=torch.float64)
-    torch.testing.assert_close(GroupedBatchNorm(norm, 4)(x), norm(x))
+    torch.testing.assert_close(GhostBatchNorm(norm, 4)(x), norm(x))
 
 
 def test_zero_leaves_plain_layers() -> None:
-    model = group_norm_statistics(nn.Sequential(nn.BatchNorm2d(3)), 0)
+    model = ghost_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), 0)
     assert type(model[0]) is nn.BatchNorm2d
 
 
 def test_a_second_call_changes_the_group() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3))
-    layer = group_norm_statistics(model, 4)[0]
-    assert group_norm_statistics(model, 8)[0] is layer
+    layer = ghost_batch_norm(model, 4)[0]
+    assert ghost_batch_norm(model, 8)[0] is layer
     assert layer.group == 8
     assert "group=8" in repr(layer)
 
@@ -87,7 +87,7 @@ def test_conversion_keeps_names_parameters_and_flags() -> None:
     model[3].bias.requires_grad_(False)
     model[1].eval()
     before, parameters = model.state_dict(), list(model.parameters())
-    group_norm_statistics(model, 4)
+    ghost_batch_norm(model, 4)
     assert list(model.state_dict()) == list(before)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert not model[3].bias.requires_grad
@@ -99,7 +99,7 @@ def test_conversion_keeps_names_parameters_and_flags() -> None:
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_statistics_over_several_steps(momentum: float | None) -> None:
     plain = nn.BatchNorm2d(3, momentum=momentum)
-    grouped = GroupedBatchNorm(copy.deepcopy(plain), 2)
+    grouped = GhostBatchNorm(copy.deepcopy(plain), 2)
     for _ in range(3):
         x = torch.randn(6, 3, 4, 4)
         plain(x[:2])
@@ -110,7 +110,7 @@ def test_statistics_over_several_steps(momentum: float | None) -> None:
 def test_layer_without_parameters_or_statistics() -> None:
     norm = nn.BatchNorm2d(3, affine=False, track_running_stats=False)
     x = torch.randn(6, 3, 4, 4)
-    torch.testing.assert_close(GroupedBatchNorm(norm, 3)(x), torch.cat([norm(x[:3]), norm(x[3:])]))
+    torch.testing.assert_close(GhostBatchNorm(norm, 3)(x), torch.cat([norm(x[:3]), norm(x[3:])]))
 
 
 def test_activation_inside_a_timm_layer_survives() -> None:
@@ -119,30 +119,30 @@ def test_activation_inside_a_timm_layer_survives() -> None:
     norm = BatchNormAct2d(3)
     x = torch.randn(8, 3, 4, 4)
     wanted = torch.cat([norm(x[:4]), norm(x[4:])])
-    torch.testing.assert_close(group_norm_statistics(norm, 4)(x), wanted)
+    torch.testing.assert_close(ghost_batch_norm(norm, 4)(x), wanted)
     assert (wanted >= 0).all()
 
 
 def test_channels_last_and_half_precision_stay() -> None:
-    grouped = GroupedBatchNorm(nn.BatchNorm2d(4), 2)
+    grouped = GhostBatchNorm(nn.BatchNorm2d(4), 2)
     x = torch.randn(6, 4, 5, 3).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
     out = grouped(x)
     assert out.dtype == torch.bfloat16
     assert out.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(out.float(), GroupedBatchNorm(nn.BatchNorm2d(4), 2)(x.float()), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(out.float(), GhostBatchNorm(nn.BatchNorm2d(4), 2)(x.float()), atol=0.02, rtol=0.02)
 
 
 def test_batch_that_does_not_fit_names_the_numbers() -> None:
-    with pytest.raises(ValueError, match=r"NORM_GROUP is 4 and a norm layer got 6 images in each of 1 processes"):
-        GroupedBatchNorm(nn.BatchNorm2d(3), 4)(torch.zeros(6, 3, 2, 2))
-    with pytest.raises(ValueError, match=r"NORM_GROUP is 64 and a norm layer got 32"):
-        GroupedBatchNorm(nn.BatchNorm2d(3), 64)(torch.zeros(32, 3, 2, 2))
+    with pytest.raises(ValueError, match=r"GHOST_BATCH is 4 and a norm layer got 6 images in each of 1 processes"):
+        GhostBatchNorm(nn.BatchNorm2d(3), 4)(torch.zeros(6, 3, 2, 2))
+    with pytest.raises(ValueError, match=r"GHOST_BATCH is 64 and a norm layer got 32"):
+        GhostBatchNorm(nn.BatchNorm2d(3), 64)(torch.zeros(32, 3, 2, 2))
 
 
 @pytest.mark.parametrize("group", [-1, 1])
 def test_impossible_group_is_refused(group: int) -> None:
-    with pytest.raises(ValueError, match=f"NORM_GROUP is {group}; 0"):
-        group_norm_statistics(nn.BatchNorm2d(3), group)
+    with pytest.raises(ValueError, match=f"GHOST_BATCH is {group}; 0"):
+        ghost_batch_norm(nn.BatchNorm2d(3), group)
 
 
 def split_model() -> nn.Sequential:
@@ -159,9 +159,9 @@ def test_domains_equal_separate_models(group_first: bool) -> None:
     domains = torch.tensor([2] * 4 + [1] * 2 + [0] * 4)
     model = copy.deepcopy(plain)
     if group_first:
-        model = domain_norm(group_norm_statistics(model, 2), 3)
+        model = domain_batch_norm(ghost_batch_norm(model, 2), 3)
     else:
-        model = group_norm_statistics(domain_norm(model, 3), 2)
+        model = ghost_batch_norm(domain_batch_norm(model, 3), 2)
     with rows_of_domains(model, domains):
         got = model(x)
 
@@ -183,7 +183,7 @@ def test_domains_equal_separate_models(group_first: bool) -> None:
 
 def test_each_domain_starts_from_the_given_layer_and_keeps_its_flags() -> None:
     plain = split_model()
-    model = domain_norm(copy.deepcopy(plain), 2)
+    model = domain_batch_norm(copy.deepcopy(plain), 2)
     for i in (1, 4):
         for norm in model[i].domains:
             torch.testing.assert_close(norm.state_dict(), plain[i].state_dict())
@@ -192,7 +192,7 @@ def test_each_domain_starts_from_the_given_layer_and_keeps_its_flags() -> None:
 
 
 def test_evaluation_and_unnamed_rows_use_the_target() -> None:
-    model = domain_norm(nn.Sequential(a_norm()), 2)
+    model = domain_batch_norm(nn.Sequential(a_norm()), 2)
     x = torch.randn(4, 5, 2, 2, dtype=torch.float64)
     source_before = copy.deepcopy(model[0].domains[1].state_dict())
     model(x)
@@ -203,7 +203,7 @@ def test_evaluation_and_unnamed_rows_use_the_target() -> None:
 
 
 def test_batch_of_one_domain_takes_its_layer() -> None:
-    model = domain_norm(nn.Sequential(a_norm()), 3)
+    model = domain_batch_norm(nn.Sequential(a_norm()), 3)
     x = torch.randn(4, 5, 2, 2, dtype=torch.float64)
     with rows_of_domains(model, torch.tensor([2, 2, 2, 2])):
         model(x)
@@ -211,14 +211,14 @@ def test_batch_of_one_domain_takes_its_layer() -> None:
 
 
 def test_domains_end_with_their_context_even_after_an_error() -> None:
-    model = domain_norm(nn.Sequential(a_norm()), 2)
+    model = domain_batch_norm(nn.Sequential(a_norm()), 2)
     with pytest.raises(RuntimeError, match="stop"), rows_of_domains(model, torch.tensor([1, 0])):
         raise RuntimeError("stop")
     assert model[0].rows.runs is None
 
 
 def test_a_copy_has_domains_of_its_own() -> None:
-    model = domain_norm(nn.Sequential(a_norm(), a_norm()), 2)
+    model = domain_batch_norm(nn.Sequential(a_norm(), a_norm()), 2)
     teacher = copy.deepcopy(model)
     assert teacher[0].rows is teacher[1].rows
     assert teacher[0].rows is not model[0].rows
@@ -235,22 +235,22 @@ def test_domains_without_domain_layers_change_nothing() -> None:
 
 
 def test_messages_of_domains() -> None:
-    model = domain_norm(nn.Sequential(a_norm()), 2)
+    model = domain_batch_norm(nn.Sequential(a_norm()), 2)
     with pytest.raises(ValueError, match=r"scattered, domains change 2 times in a batch of 4"):
         rows_of_domains(model, torch.tensor([1, 0, 0, 1])).__enter__()
     with pytest.raises(ValueError, match=r"domains \[0, 5\], the model knows 0 to 1"):
         rows_of_domains(model, torch.tensor([5, 0])).__enter__()
     with pytest.raises(ValueError, match=r"1 domain; a target and at least one source"):
-        domain_norm(nn.BatchNorm2d(3), 1)
+        domain_batch_norm(nn.BatchNorm2d(3), 1)
     with pytest.raises(ValueError, match=r"already. Call it once"):
-        domain_norm(model, 2)
+        domain_batch_norm(model, 2)
     assert isinstance(model[0], DomainBatchNorm)
 
 
 WORKER = """
 import sys, torch
 from torch import nn
-from fastreid_uns.modeling.norm import GroupedBatchNorm
+from fastreid_uns.modeling.norm import GhostBatchNorm
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -260,14 +260,14 @@ for name, (x, upstream, group, affine) in case.items():
     norm = nn.BatchNorm2d(x.shape[1], affine=affine).double()
     if affine:
         nn.init.constant_(norm.weight, 1.7)
-    norm = GroupedBatchNorm(norm, group)
+    norm = GhostBatchNorm(norm, group)
     x = x.chunk(2)[rank].clone().requires_grad_()
     out = norm(x)
     (out * upstream.chunk(2)[rank]).sum().backward()
     results[name] = (out.detach(), x.grad, [p.grad for p in norm.parameters()], norm.state_dict())
 message = ""
 try:
-    GroupedBatchNorm(nn.BatchNorm2d(3), 12)(torch.zeros(4, 3, 2, 2))
+    GhostBatchNorm(nn.BatchNorm2d(3), 12)(torch.zeros(4, 3, 2, 2))
 except ValueError as error:
     message = str(error)
 torch.save((results, message), f"{folder}/result{rank}.pt")
@@ -303,13 +303,13 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(first[name][3], {k: v.detach() for k, v in stats.state_dict().items()})
         if group == 8:
             torch.testing.assert_close(second[name][3], first[name][3])
-    assert "NORM_GROUP is 12 and a norm layer got 4 images in each of 2 processes" in message
+    assert "GHOST_BATCH is 12 and a norm layer got 4 images in each of 2 processes" in message
 
 
 @pytest.mark.parametrize("group", [0, 4])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_frozen_statistics_normalise_by_the_batch_and_change_no_buffer(group: int, momentum: float | None) -> None:
-    model = group_norm_statistics(nn.Sequential(nn.BatchNorm1d(3, momentum=momentum)), group)
+    model = ghost_batch_norm(nn.Sequential(nn.BatchNorm1d(3, momentum=momentum)), group)
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     moved = copy.deepcopy(model)
     before = copy.deepcopy(model.state_dict())

@@ -24,7 +24,7 @@ from fastreid_uns.modeling.backbones.timm_net import TimmBackbone
 from fastreid_uns.modeling.backbones.vit import ViT
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.heads import EmbeddingHead
-from fastreid_uns.modeling.norm import domain_norm, group_norm_statistics
+from fastreid_uns.modeling.norm import domain_batch_norm, ghost_batch_norm
 from fastreid_uns.modeling.weights import load_weights
 
 SIZE = (32, 16)
@@ -187,11 +187,11 @@ def test_a_backbone_alone_can_be_loaded(tmp_path: Path) -> None:
 def test_grouped_layers_take_plain_weights(tmp_path: Path) -> None:
     net = SmallNet(SIZE, width=4)
     torch.save(other_values(net.state_dict()), tmp_path / "w.pth")
-    assert load_weights(group_norm_statistics(net, 4), str(tmp_path / "w.pth")).share == 1.0
+    assert load_weights(ghost_batch_norm(net, 4), str(tmp_path / "w.pth")).share == 1.0
 
 
 def test_the_target_domain_of_a_domain_checkpoint_is_taken(tmp_path: Path) -> None:
-    trained = domain_norm(encoder_of(SmallNet(SIZE, width=4)), 2)
+    trained = domain_batch_norm(encoder_of(SmallNet(SIZE, width=4)), 2)
     wanted = other_values(trained.state_dict())
     torch.save({"model": renamed(wanted, "encoder.")}, tmp_path / "w.pth")
     encoder = encoder_of(SmallNet(SIZE, width=4))

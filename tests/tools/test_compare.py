@@ -31,19 +31,19 @@ def test_seeds_are_run_one_after_the_other_and_only_the_core_with_true_labels():
     plan = list(compare.planned(["configs/a.yaml", "projects/P/configs/a.yaml"], [1, 2], None))
     assert [(config, kind) for config, kind, seed in plan if seed == 1] == [
         ("configs/a.yaml", "untrained"),
-        ("configs/a.yaml", "pseudo"),
-        ("configs/a.yaml", "oracle"),
-        ("projects/P/configs/a.yaml", "pseudo"),
+        ("configs/a.yaml", "unsupervised"),
+        ("configs/a.yaml", "supervised"),
+        ("projects/P/configs/a.yaml", "unsupervised"),
     ]
     assert [seed for _, _, seed in plan] == [1] * 4 + [2] * 4
 
 
-def test_held_out_identities_leave_training_and_the_test_part_is_not_read(tmp_path):
+def test_validation_identities_leave_training_and_the_test_part_is_not_read(tmp_path):
     manifest = tmp_path / "manifest.csv"
     rows = [(f"{i}_{n}.png", i, n, "train") for i in range(10) for n in range(5)] + [("t.png", 99, 0, "gallery")]
     with manifest.open("w", newline="") as file:
         csv.writer(file).writerows([("path", "identity", "camera", "split"), *rows])
-    with compare.held_out_manifest(manifest, 0.2, tmp_path / "held_out.csv").open(newline="") as file:
+    with compare.validation_manifest(manifest, 0.2, tmp_path / "validation.csv").open(newline="") as file:
         new = list(csv.DictReader(file))
     assert Counter(row["split"] for row in new) == {"train": 40, "query": 4, "gallery": 6}
     trained = {row["identity"] for row in new if row["split"] == "train"}
@@ -54,19 +54,19 @@ def test_held_out_identities_leave_training_and_the_test_part_is_not_read(tmp_pa
 
 def test_table_shows_mean_and_spread_between_the_untrained_and_the_true_labels():
     records = [
-        record("projects/P/configs/zoo.yaml", "pseudo", 1, 30.0),
-        record("configs/zoo.yaml", "oracle", 1, 50.0),
-        record("configs/zoo.yaml", "pseudo", 1, 20.0),
-        record("configs/zoo.yaml", "pseudo", 2, 23.0),
+        record("projects/P/configs/zoo.yaml", "unsupervised", 1, 30.0),
+        record("configs/zoo.yaml", "supervised", 1, 50.0),
+        record("configs/zoo.yaml", "unsupervised", 1, 20.0),
+        record("configs/zoo.yaml", "unsupervised", 2, 23.0),
         record("configs/zoo.yaml", "untrained", 1, 5.0),
     ]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in compare.table(records).splitlines()]
     assert lines[0][0] == "config, tested on zoo"
     assert lines[2:] == [
         ["configs/zoo.yaml", "untrained", "1", "5.00", "10.00", "10"],
-        ["configs/zoo.yaml", "pseudo", "2", "21.50 ± 2.12", "43.00 ± 4.24", "15"],  # 3/sqrt(2) and 6/sqrt(2)
-        ["projects/P/configs/zoo.yaml", "pseudo", "1", "30.00", "60.00", "10"],
-        ["configs/zoo.yaml", "oracle", "1", "50.00", "100.00", "10"],
+        ["configs/zoo.yaml", "unsupervised", "2", "21.50 ± 2.12", "43.00 ± 4.24", "15"],  # 3/sqrt(2) and 6/sqrt(2)
+        ["projects/P/configs/zoo.yaml", "unsupervised", "1", "30.00", "60.00", "10"],
+        ["configs/zoo.yaml", "supervised", "1", "50.00", "100.00", "10"],
     ]
 
 
@@ -82,17 +82,19 @@ def test_table_is_written_between_the_marks(tmp_path):
 
 def test_a_project_is_shown_beside_the_core_on_its_own_sets():
     records = [
-        record("configs/zoo.yaml", "pseudo", 1, 20.0),
-        {**record("configs/sea.yaml", "pseudo", 1, 9.0), "results": {"sea": {"mAP": 9.0, "rank1": 9.0}}},
-        record("projects/P/configs/zoo.yaml", "pseudo", 1, 30.0),
-        record("projects/Pike/configs/zoo.yaml", "pseudo", 1, 40.0),
+        record("configs/zoo.yaml", "unsupervised", 1, 20.0),
+        {**record("configs/sea.yaml", "unsupervised", 1, 9.0), "results": {"sea": {"mAP": 9.0, "rank1": 9.0}}},
+        record("projects/P/configs/zoo.yaml", "unsupervised", 1, 30.0),
+        record("projects/Pike/configs/zoo.yaml", "unsupervised", 1, 40.0),
     ]
     assert compare.of_one_project(records, "P") == [records[0], records[2]]
 
 
 def test_provenance_names_seeds_keys_hardware_and_commits():
     place = {"device": "Abacus", "torch": "2.0", "commit": "abc"}
-    runs = [{**record("a", "pseudo", seed, 1.0), "environment": place, "overrides": ["A=1"]} for seed in (2, 1, 2)]
+    runs = [
+        {**record("a", "unsupervised", seed, 1.0), "environment": place, "overrides": ["A=1"]} for seed in (2, 1, 2)
+    ]
     runs[2]["environment"] = {**place, "commit": "def"}
     assert compare.provenance(runs) == "Seeds 1, 2; Abacus, torch 2.0; commit abc, def; `A=1`."
 

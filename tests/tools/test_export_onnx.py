@@ -28,7 +28,7 @@ needs_onnx = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     file = tmp_path_factory.mktemp("run") / "checkpoint.pth"
-    keys = ["INPUT.SIZE=[32, 16]", "MODEL.BACKBONE.NAME=SmallNet", "MODEL.BACKBONE.WIDTH=8", "MODEL.NORM_GROUP=4"]
+    keys = ["INPUT.SIZE=[32, 16]", "MODEL.BACKBONE.NAME=SmallNet", "MODEL.BACKBONE.WIDTH=8", "MODEL.GHOST_BATCH=4"]
     cfg = load_config(None, keys)
     torch.save({"model": build_model(cfg, 5).state_dict(), "config": cfg.dump(), "num_images": 5}, file)
     return file

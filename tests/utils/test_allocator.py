@@ -3,14 +3,14 @@ import sys
 
 import pytest
 
-from fastreid_uns.utils.allocator import keep_freed_memory
+from fastreid_uns.utils.allocator import raise_malloc_thresholds
 
 FAULTS = """
 import resource, sys
 import numpy as np
-from fastreid_uns.utils.allocator import keep_freed_memory
+from fastreid_uns.utils.allocator import raise_malloc_thresholds
 if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+    assert raise_malloc_thresholds()
 for _ in range(3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     np.empty(2**27, np.uint8).fill(1)
@@ -24,6 +24,6 @@ def faults(mode: str) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not keep_freed_memory(), reason="needs glibc")
+@pytest.mark.skipif(sys.platform != "linux" or not raise_malloc_thresholds(), reason="needs glibc")
 def test_a_block_that_was_freed_is_used_again():
     assert faults("keep") < 10 < 60 < faults("leave")

@@ -6,7 +6,7 @@ import torch
 import torch.distributed
 from torch import nn
 
-from fastreid_uns.utils import dist
+from fastreid_uns.utils import comm
 
 ROWS = torch.tensor([[1.0, 2.0], [0.5, -1.0], [2.0, 0.0], [-1.0, 3.0]])
 
@@ -28,11 +28,11 @@ def work(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     linear = model()
     own = ROWS[2 * rank : 2 * rank + 2]
-    parallel = dist.wrap(linear, torch.device("cpu"), False)
-    gathered = dist.all_gather_with_gradient(parallel(own))
+    parallel = comm.wrap(linear, torch.device("cpu"), False)
+    gathered = comm.all_gather_with_gradient(parallel(own))
     loss = loss_of(gathered)
     loss.backward()
-    numbers = dist.all_gather_with_gradient(torch.tensor([rank, rank + 5]))
+    numbers = comm.all_gather_with_gradient(torch.tensor([rank, rank + 5]))
     torch.save([gathered.detach(), loss.detach(), linear.weight.grad, numbers], f"{folder}/{rank}.pth")
     torch.distributed.destroy_process_group()
 
@@ -52,4 +52,4 @@ def test_two_processes_give_the_loss_and_the_gradient_of_one(tmp_path):
 
 
 def test_one_process_keeps_its_rows():
-    assert dist.all_gather_with_gradient(ROWS) is ROWS
+    assert comm.all_gather_with_gradient(ROWS) is ROWS

@@ -95,10 +95,10 @@ def measure(form: str, device: str, images: int, batches: int) -> dict[str, Any]
     """Images a second, and seconds until the first batch (which start the workers, or fill the cache)."""
     import torch
 
-    from fastreid_uns.utils.allocator import keep_freed_memory
+    from fastreid_uns.utils.allocator import raise_malloc_thresholds
 
     if device == "cpu" and form != "pil":
-        keep_freed_memory()  # as training on a CPU does
+        raise_malloc_thresholds()  # as training on a CPU does
     paths = pictures(images)
     warm = 4 if batches > 4 else 1
     start = time.perf_counter()

@@ -55,7 +55,7 @@ KEYS = {
 SMALLER = {  # on a CPU
     "DATALOADER.SAMPLER.BATCH_SIZE": 64,
     "DATALOADER.WORKERS": 2,
-    "MODEL.NORM_GROUP": 32,
+    "MODEL.GHOST_BATCH": 32,
     "PSEUDO_LABELS.MIN_SAMPLES": 2,
 }
 PROJECTS = ("ACFL", "SpCL", "ASCL", "ICL", "TMP")
@@ -95,7 +95,7 @@ def measure(run: str, set: str, device: str, epochs: int, processes: int) -> dic
         "OUTPUT_DIR": str(output),
         **KEYS[set],
         **(SMALLER if device == "cpu" else {}),
-        **({"INPUT.CAMERA_STYLE.KIND": "colours"} if run == "TMP" else {}),
+        **({"INPUT.CAMERA_STYLE.KIND": "colors"} if run == "TMP" else {}),
     }
     __import__("fastreid_uns.builtin")
     DATASET_REGISTRY.build(images)  # rendered once, outside of the time

@@ -62,7 +62,7 @@ def build(form: str, device: str, backbone: str, batch: int, size: list[int]):
         "MODEL.DEVICE": device,
         "MODEL.WEIGHTS": "",
         "MODEL.BACKBONE.MODEL": backbone,
-        "MODEL.NORM_GROUP": min(64, batch),
+        "MODEL.GHOST_BATCH": min(64, batch),
         "DATALOADER.FEED": "loader",
         "DATALOADER.SAMPLER.BATCH_SIZE": batch,
         "DATALOADER.SAMPLER.NUM_INSTANCES": PER_CLUSTER,
@@ -78,7 +78,7 @@ def build(form: str, device: str, backbone: str, batch: int, size: list[int]):
     centroids = torch.nn.functional.normalize(feats.view(-1, PER_CLUSTER, feats.shape[1]).mean(1))
     bank = FeatureBank(feats.to(device), cameras)
     pseudo = PseudoLabels(labels, centroids)
-    trainer.model.refit(pseudo.to(device), bank)
+    trainer.model.update_memory(pseudo.to(device), bank)
     if trainer.model.memory is not None:
         trainer.model.memory.expect(PER_CLUSTER, batch)
     index = torch.arange(batch)

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from os.path import dirname, join
 from typing import NamedTuple
 
-from fastreid_uns.data.datasets.layout import HELP, counted
+from fastreid_uns.data.datasets.layout import HELP, check_counts
+from fastreid_uns.errors import InvalidValue, MissingFile
 from fastreid_uns.registry import DATASET_REGISTRY, did_you_mean
 from fastreid_uns.structures import PROTOCOLS, Record, ReIDData
 from fastreid_uns.utils.paths import path_manager
@@ -25,7 +26,7 @@ class _Row(NamedTuple):
 
 
 @DATASET_REGISTRY.register()
-@counted()
+@check_counts()
 def csv_file(*, path: str, root: str = "", protocol: str = "auto") -> ReIDData:
     """The images that a manifest lists, in its order.
 
@@ -45,7 +46,7 @@ def csv_file(*, path: str, root: str = "", protocol: str = "auto") -> ReIDData:
         ValueError: the manifest does not hold what it must; the message names the line.
     """
     if protocol not in ("auto", *PROTOCOLS):
-        raise ValueError(f"csv_file: PROTOCOL is {protocol!r}; accepted are auto, {', '.join(PROTOCOLS)}.")
+        raise InvalidValue(f"csv_file: PROTOCOL is {protocol!r}; accepted are auto, {', '.join(PROTOCOLS)}.")
     rows = [row._replace(path=join(root or dirname(path), row.path)) for row in _read(path)]
     _check(path, rows, protocol)
     identities = _numbers(row.identity for row in rows)
@@ -62,7 +63,7 @@ def csv_file(*, path: str, root: str = "", protocol: str = "auto") -> ReIDData:
 
 def _read(path: str) -> list[_Row]:
     if not path_manager.isfile(path):
-        raise FileNotFoundError(f"csv_file: there is no manifest {path}; PATH names a CSV file. {HELP}")
+        raise MissingFile(f"csv_file: there is no manifest {path}; PATH names a CSV file. {HELP}")
     with path_manager.open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
         header = [name.strip() for name in reader.fieldnames or []]
@@ -71,28 +72,28 @@ def _read(path: str) -> list[_Row]:
         rows = []
         for cells in reader:
             if None in cells or None in cells.values():
-                raise ValueError(
+                raise InvalidValue(
                     f"{path}: line {reader.line_num} has another number of cells than the header ({len(header)}: "
                     f"{', '.join(header)}). Put a path that holds a comma in double quotes."
                 )
             values = [(cells.get(name) or "").strip() for name in COLUMNS]
             rows.append(_Row(reader.line_num, *values))
     if not rows:
-        raise ValueError(f"{path}: there is a header but no line below it; each image needs one. {HELP}")
+        raise InvalidValue(f"{path}: there is a header but no line below it; each image needs one. {HELP}")
     return rows
 
 
 def _check_header(path: str, header: list[str]) -> None:
     absent = [name for name in COLUMNS if name not in header]
     if "path" in absent or "split" in absent:
-        raise ValueError(
+        raise InvalidValue(
             f"{path}: line 1 has the columns {', '.join(header) or 'none'}; path and split are needed, identity and "
             f"camera are optional for training images. Write a header line."
         )
     for name in header:
         near = did_you_mean(name, absent)
         if name not in COLUMNS and near != ".":
-            raise ValueError(f"{path}: line 1 has a column {name!r}{near} Columns are {', '.join(COLUMNS)}.")
+            raise InvalidValue(f"{path}: line 1 has a column {name!r}{near} Columns are {', '.join(COLUMNS)}.")
 
 
 def _check(path: str, rows: list[_Row], protocol: str) -> None:
@@ -100,24 +101,24 @@ def _check(path: str, rows: list[_Row], protocol: str) -> None:
     for row in rows:
         where = f"{path}: line {row.line}"
         if row.split not in SPLITS:
-            raise ValueError(f"{where} has the split {row.split!r}; accepted are {', '.join(SPLITS)}.")
+            raise InvalidValue(f"{where} has the split {row.split!r}; accepted are {', '.join(SPLITS)}.")
         earlier = first.setdefault((row.split, row.path), row.line)
         if earlier != row.line:
-            raise ValueError(
+            raise InvalidValue(
                 f"{where} lists {row.path} for {row.split} again, after line {earlier}. Remove one of them."
             )
         if row.split != "train" and not row.identity:
-            raise ValueError(f"{where} has no identity; each {row.split} image needs one (junk: -1).")
+            raise InvalidValue(f"{where} has no identity; each {row.split} image needs one (junk: -1).")
         if row.split != "train" and protocol == "cross_camera" and row.camera in ("", "-1"):
-            raise ValueError(f"{where} has no camera, which PROTOCOL cross_camera needs. Set PROTOCOL plain.")
+            raise InvalidValue(f"{where} has no camera, which PROTOCOL cross_camera needs. Set PROTOCOL plain.")
         if not path_manager.isfile(row.path):
-            raise FileNotFoundError(
+            raise MissingFile(
                 f"{where}: there is no image {row.path}; paths start at the manifest's folder, or at ROOT if it is set."
             )
     present = {row.split for row in rows}
     if len(present & {"query", "gallery"}) == 1:
         lacking = next(split for split in ("query", "gallery") if split not in present)
-        raise ValueError(f"{path}: there is no {lacking} image; a score needs query and gallery, training neither.")
+        raise InvalidValue(f"{path}: there is no {lacking} image; a score needs query and gallery, training neither.")
 
 
 def _numbers(values: Iterable[str]) -> dict[str, int]:

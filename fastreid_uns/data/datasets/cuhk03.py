@@ -7,20 +7,29 @@ from os.path import join
 
 import numpy as np
 
-from fastreid_uns.data.datasets.layout import HELP, Known, camera_index, counted, first_exists, require, three_folders
+from fastreid_uns.data.datasets.layout import (
+    HELP,
+    PublishedCounts,
+    camera_index,
+    check_counts,
+    first_exists,
+    require,
+    three_folders,
+)
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.registry import DATASET_REGISTRY
 from fastreid_uns.structures import Record, ReIDData
 from fastreid_uns.utils.paths import path_manager
 
 CAMERAS = (1, 2)
 KNOWN = {
-    "labeled": Known(train=(7_368, 767), query=(1_400, 700), gallery=(5_328, 700), cameras=2),
-    "detected": Known(train=(7_365, 767), query=(1_400, 700), gallery=(5_332, 700), cameras=2),
+    "labeled": PublishedCounts(train=(7_368, 767), query=(1_400, 700), gallery=(5_328, 700), cameras=2),
+    "detected": PublishedCounts(train=(7_365, 767), query=(1_400, 700), gallery=(5_332, 700), cameras=2),
 }
 
 
 @DATASET_REGISTRY.register()
-@counted(KNOWN, by="variant")
+@check_counts(KNOWN, by="variant")
 def cuhk03(*, root: str = "datasets/cuhk03-np", variant: str = "detected") -> ReIDData:
     """1,467 persons, each under two cameras.
 
@@ -35,7 +44,7 @@ def cuhk03(*, root: str = "datasets/cuhk03-np", variant: str = "detected") -> Re
         ValueError: unknown variant, or a file name or split file that does not parse.
     """
     if variant not in KNOWN:
-        raise ValueError(f"cuhk03: VARIANT is {variant!r}; accepted are labeled and detected.")
+        raise InvalidValue(f"cuhk03: VARIANT is {variant!r}; accepted are labeled and detected.")
     split_file = f"cuhk03_new_protocol_config_{variant}.mat"
     if path_manager.isfile(join(root, split_file)):
         require(root, [f"images_{variant}"])
@@ -52,7 +61,7 @@ def _from_split_file(path: str, images: str) -> ReIDData:
     fields = ("train_idx", "query_idx", "gallery_idx", "labels", "filelist")
     missing = [name for name in fields if name not in content]
     if missing:
-        raise ValueError(f"{path}: field {', '.join(missing)} is missing; needed are {', '.join(fields)}. {HELP}")
+        raise InvalidValue(f"{path}: field {', '.join(missing)} is missing; needed are {', '.join(fields)}. {HELP}")
     records = [
         _record(path, images, str(name), int(identity))
         for name, identity in zip(np.ravel(content["filelist"]), np.ravel(content["labels"]), strict=True)
@@ -66,7 +75,7 @@ def _from_split_file(path: str, images: str) -> ReIDData:
 def _record(path: str, images: str, name: str, identity: int) -> Record:
     match = re.fullmatch(r"[1-5]_\d+_(?P<camera>\d+)_\d+\.\w+", name)
     if match is None:
-        raise ValueError(
+        raise InvalidValue(
             f"{path}: image {name!r} in filelist; accepted are names such as 1_001_1_01.png (camera pair, person, "
             f"camera, image). {HELP}"
         )

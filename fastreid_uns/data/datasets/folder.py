@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from os.path import join
 
-from fastreid_uns.data.datasets.layout import HELP, IMAGE_SUFFIXES, counted, is_image, require
+from fastreid_uns.data.datasets.layout import HELP, IMAGE_SUFFIXES, check_counts, is_image, require
+from fastreid_uns.errors import MissingFile
 from fastreid_uns.registry import DATASET_REGISTRY
 from fastreid_uns.structures import Record, ReIDData
 from fastreid_uns.utils.paths import path_manager
 
 
 @DATASET_REGISTRY.register()
-@counted()
+@check_counts()
 def folder(*, root: str) -> ReIDData:
     """All images below a folder, at any depth, as a training set in order of path; identity and camera are -1.
 
@@ -27,7 +28,7 @@ def folder(*, root: str) -> ReIDData:
     require(root)
     train = [Record(path, -1, -1) for path in sorted(_images_below(root))]
     if not train:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{root}: there is no image below this folder; accepted are {', '.join(IMAGE_SUFFIXES)}. {HELP}"
         )
     return ReIDData(train, [], [], "plain")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os.path import join, split
 from typing import Any, NamedTuple, TypeVar
 
+from fastreid_uns.errors import InvalidValue, MissingFile
 from fastreid_uns.structures import Record, ReIDData
 from fastreid_uns.utils.paths import path_manager
 
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 Load = TypeVar("Load", bound=Callable[..., ReIDData])
 
 
-class Known(NamedTuple):
+class PublishedCounts(NamedTuple):
     """Published counts of a data set: (images, identities) of each split, and cameras over all of them."""
 
     train: tuple[int, int] = (0, 0)
@@ -29,7 +30,9 @@ class Known(NamedTuple):
     cameras: int | None = None  # None = no count on record
 
 
-def counted(known: Known | Mapping[Any, Known] | None = None, by: str = "") -> Callable[[Load], Load]:
+def check_counts(
+    known: PublishedCounts | Mapping[Any, PublishedCounts] | None = None, by: str = ""
+) -> Callable[[Load], Load]:
     """Decorator of a data-set function: logs what was found and warns where it is not what is known.
 
     Args:
@@ -60,7 +63,7 @@ def counted(known: Known | Mapping[Any, Known] | None = None, by: str = "") -> C
     return decorate
 
 
-def known_counts(load: Callable[..., ReIDData], **keywords: object) -> Known | None:
+def known_counts(load: Callable[..., ReIDData], **keywords: object) -> PublishedCounts | None:
     """The published counts of a data-set function called with these keywords; None where none are on record."""
     known, by = getattr(load, "known", (None, ""))
     if isinstance(known, Mapping):
@@ -74,19 +77,19 @@ def _arguments(load: Callable[..., ReIDData], keywords: Mapping[str, object]) ->
     return bound.arguments
 
 
-def count(data: ReIDData) -> Known:
+def count(data: ReIDData) -> PublishedCounts:
     """What is there, in the form of what is known; identity -1 and camera -1 are not counted."""
     train, query, gallery = ((len(part), len({r.identity for r in part if r.identity >= 0})) for part in data[:3])
     cameras = {record.camera for part in data[:3] for record in part if record.camera >= 0}
-    return Known(train, query, gallery, len(cameras))
+    return PublishedCounts(train, query, gallery, len(cameras))
 
 
-def splits(counts: Known) -> list[tuple[str, tuple[int, int]]]:
+def splits(counts: PublishedCounts) -> list[tuple[str, tuple[int, int]]]:
     """Name and (images, identities) of the three splits."""
     return [("train", counts.train), ("query", counts.query), ("gallery", counts.gallery)]
 
 
-def compare(found: Known, known: Known | None) -> list[str]:
+def compare(found: PublishedCounts, known: PublishedCounts | None) -> list[str]:
     """Where counts differ, in words with both numbers; empty where they agree or nothing is known."""
     if known is None:
         return []
@@ -112,7 +115,7 @@ def require(root: str, folders: Iterable[str] = (), files: Iterable[str] = ()) -
         FileNotFoundError: the root or one of them is missing; the message says what is there.
     """
     if not path_manager.isdir(root):
-        raise FileNotFoundError(f"{root}: there is no such folder; ROOT names the folder of the data set. {HELP}")
+        raise MissingFile(f"{root}: there is no such folder; ROOT names the folder of the data set. {HELP}")
     missing = [f"folder {name}" for name in folders if not path_manager.isdir(join(root, name))]
     missing += [f"file {name}" for name in files if not path_manager.isfile(join(root, name))]
     if missing:
@@ -120,7 +123,7 @@ def require(root: str, folders: Iterable[str] = (), files: Iterable[str] = ()) -
         place = join(root, parent) if parent and path_manager.isdir(join(root, parent)) else root
         found = sorted(name for name in path_manager.ls(place) if not name.startswith("."))
         shown = ", ".join(found[:12]) + (f" and {len(found) - 12} more" if len(found) > 12 else "")
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{root}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; "
             f"found{f' in {parent}' if place != root else ''}: {shown or 'nothing'}. {HELP}"
         )
@@ -149,7 +152,7 @@ def read_list(path: str, pattern: str, form: str) -> Iterator[re.Match[str]]:
                 continue
             match = parser.fullmatch(line.strip())
             if match is None:
-                raise ValueError(f"{path}: line {number} is {line.strip()!r}; accepted is {form}. {HELP}")
+                raise InvalidValue(f"{path}: line {number} is {line.strip()!r}; accepted is {form}. {HELP}")
             yield match
 
 
@@ -173,13 +176,13 @@ def named_images(
     for name in sorted(filter(is_image, path_manager.ls(folder))):
         match = parser.match(name)
         if match is None:
-            raise ValueError(
+            raise InvalidValue(
                 f"{join(folder, name)}: the name holds no identity and camera; accepted are names such as {example}. "
                 f"Move the file away."
             )
         found.append((join(folder, name), int(match["identity"]), int(match["camera"])))
     if not found:
-        raise FileNotFoundError(f"{folder}: there is no image; accepted are {', '.join(IMAGE_SUFFIXES)}. {HELP}")
+        raise MissingFile(f"{folder}: there is no image; accepted are {', '.join(IMAGE_SUFFIXES)}. {HELP}")
     numbers = tuple(cameras) or tuple(sorted({camera for _, _, camera in found}))
     return [
         Record(path, identity, camera_index(camera, numbers, path)) for path, identity, camera in found if identity >= 0
@@ -193,7 +196,7 @@ def camera_index(number: int, cameras: Sequence[int], where: str) -> int:
         ValueError: it is none of them; the message begins with `where`.
     """
     if number not in cameras:
-        raise ValueError(
+        raise InvalidValue(
             f"{where}: camera {number}; the cameras of this set are {', '.join(map(str, cameras))}. {HELP}"
         )
     return cameras.index(number)
@@ -206,7 +209,7 @@ def first_exists(records: Sequence[Record], listed_in: str) -> None:
         FileNotFoundError: it does not.
     """
     if records and not path_manager.isfile(records[0].path):
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{records[0].path}: this image is missing although {listed_in} lists it; images and lists must belong to "
             f"one release. {HELP}"
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fastreid_uns.data.datasets.layout import Known, counted, three_folders
+from fastreid_uns.data.datasets.layout import PublishedCounts, check_counts, three_folders
 from fastreid_uns.registry import DATASET_REGISTRY
 from fastreid_uns.structures import ReIDData
 
 
 @DATASET_REGISTRY.register()
-@counted(Known(train=(12_936, 751), query=(3_368, 750), gallery=(15_913, 751), cameras=6))
+@check_counts(PublishedCounts(train=(12_936, 751), query=(3_368, 750), gallery=(15_913, 751), cameras=6))
 def market1501(*, root: str = "datasets/Market-1501-v15.09.15") -> ReIDData:
     """1,501 persons under six cameras.
 

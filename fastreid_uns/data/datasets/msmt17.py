@@ -5,7 +5,16 @@ from __future__ import annotations
 import logging
 from os.path import join
 
-from fastreid_uns.data.datasets.layout import HELP, Known, camera_index, counted, first_exists, read_list, require
+from fastreid_uns.data.datasets.layout import (
+    HELP,
+    PublishedCounts,
+    camera_index,
+    check_counts,
+    first_exists,
+    read_list,
+    require,
+)
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.registry import DATASET_REGISTRY
 from fastreid_uns.structures import Record, ReIDData
 from fastreid_uns.utils.paths import path_manager
@@ -17,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 @DATASET_REGISTRY.register()
-@counted(Known(train=(32_621, 1_041), query=(11_659, 3_060), gallery=(82_161, 3_060), cameras=15))
+@check_counts(PublishedCounts(train=(32_621, 1_041), query=(11_659, 3_060), gallery=(82_161, 3_060), cameras=15))
 def msmt17(*, root: str = "datasets/MSMT17_V1", version: str = "auto") -> ReIDData:
     """4,101 persons under fifteen cameras; training and validation list together are the training set.
 
@@ -34,11 +43,11 @@ def msmt17(*, root: str = "datasets/MSMT17_V1", version: str = "auto") -> ReIDDa
         ValueError: unknown version, both versions in one root, or a line that does not parse.
     """
     if version not in ("auto", *FOLDERS):
-        raise ValueError(f"msmt17: VERSION is {version!r}; accepted are auto, V1 and V2.")
+        raise InvalidValue(f"msmt17: VERSION is {version!r}; accepted are auto, V1 and V2.")
     if version == "auto":
         there = [name for name, folders in FOLDERS.items() if path_manager.isdir(join(root, folders[0]))]
         if len(there) == 2:
-            raise ValueError(f"{root}: holds the folders of V1 and of V2; set VERSION to the one to read. {HELP}")
+            raise InvalidValue(f"{root}: holds the folders of V1 and of V2; set VERSION to the one to read. {HELP}")
         version = there[0] if there else "V1"
     train, test = FOLDERS[version]
     require(root, [train, test], [f"list_{part}.txt" for part in ("train", "val", "query", "gallery")])

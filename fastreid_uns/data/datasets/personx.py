@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fastreid_uns.data.datasets.layout import Known, counted, three_folders
+from fastreid_uns.data.datasets.layout import PublishedCounts, check_counts, three_folders
 from fastreid_uns.registry import DATASET_REGISTRY
 from fastreid_uns.structures import ReIDData
 
 
 @DATASET_REGISTRY.register()
-@counted(Known(train=(9_840, 410), query=(5_136, 856), gallery=(30_816, 856), cameras=6))
+@check_counts(PublishedCounts(train=(9_840, 410), query=(5_136, 856), gallery=(30_816, 856), cameras=6))
 def personx(*, root: str = "datasets/PersonX") -> ReIDData:
     """1,266 rendered persons in six scenes, in the subset that the unsupervised papers use.
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from fastreid_uns.data.datasets.layout import counted, three_folders
+from fastreid_uns.data.datasets.layout import check_counts, three_folders
 from fastreid_uns.data.drawing.render import STRANGER, Shot, Style, write_shots
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.registry import DATASET_REGISTRY
 from fastreid_uns.structures import ReIDData
 from fastreid_uns.utils.paths import path_manager
@@ -31,7 +32,7 @@ WORTH_A_PROCESS = 2000  # images from which a further process saves time
 
 
 @DATASET_REGISTRY.register()
-@counted()
+@check_counts()
 def synthetic(
     *,
     root: str = "datasets/synthetic",
@@ -104,7 +105,7 @@ def synthetic(
 def _check(knobs: dict[str, Any], processes: int) -> None:
     def refuse(name: str, accepted: str) -> None:
         value = processes if name == "processes" else knobs[name]
-        raise ValueError(f"synthetic: {name} is {value!r}; accepted is {accepted}. Set {name.upper()} accordingly.")
+        raise InvalidValue(f"synthetic: {name} is {value!r}; accepted is {accepted}. Set {name.upper()} accordingly.")
 
     if knobs["kind"] not in KINDS:
         refuse("kind", " or ".join(KINDS))

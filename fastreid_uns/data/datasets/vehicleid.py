@@ -5,20 +5,21 @@ from __future__ import annotations
 import random
 from os.path import join
 
-from fastreid_uns.data.datasets.layout import Known, counted, first_exists, read_list, require
+from fastreid_uns.data.datasets.layout import PublishedCounts, check_counts, first_exists, read_list, require
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.registry import DATASET_REGISTRY
 from fastreid_uns.structures import Record, ReIDData
 
 TRAIN = (113_346, 13_164)
 KNOWN = {
-    800: Known(TRAIN, query=(5_693, 800), gallery=(800, 800), cameras=0),
-    1600: Known(TRAIN, query=(11_777, 1_600), gallery=(1_600, 1_600), cameras=0),
-    2400: Known(TRAIN, query=(17_377, 2_400), gallery=(2_400, 2_400), cameras=0),
+    800: PublishedCounts(TRAIN, query=(5_693, 800), gallery=(800, 800), cameras=0),
+    1600: PublishedCounts(TRAIN, query=(11_777, 1_600), gallery=(1_600, 1_600), cameras=0),
+    2400: PublishedCounts(TRAIN, query=(17_377, 2_400), gallery=(2_400, 2_400), cameras=0),
 }
 
 
 @DATASET_REGISTRY.register()
-@counted(KNOWN, by="size")
+@check_counts(KNOWN, by="size")
 def vehicleid(*, root: str = "datasets/VehicleID_V1.0", size: int = 800, seed: int = 0) -> ReIDData:
     """26,328 vehicles, cameras unknown (-1); the gallery holds one random image of each test vehicle.
 
@@ -34,7 +35,7 @@ def vehicleid(*, root: str = "datasets/VehicleID_V1.0", size: int = 800, seed: i
         ValueError: unknown size, or a line that does not parse.
     """
     if size not in KNOWN:
-        raise ValueError(f"vehicleid: SIZE is {size}; accepted are {', '.join(map(str, KNOWN))}.")
+        raise InvalidValue(f"vehicleid: SIZE is {size}; accepted are {', '.join(map(str, KNOWN))}.")
     lists = [f"train_test_split/{name}.txt" for name in ("train_list", f"test_list_{size}")]
     require(root, ["image"], lists)
     train, test = (_listed(root, name) for name in lists)

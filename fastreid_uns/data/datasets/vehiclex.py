@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from os.path import join
 
-from fastreid_uns.data.datasets.layout import Known, counted, named_images, require
+from fastreid_uns.data.datasets.layout import PublishedCounts, check_counts, named_images, require
 from fastreid_uns.registry import DATASET_REGISTRY
 from fastreid_uns.structures import ReIDData
 
 
 @DATASET_REGISTRY.register()
-@counted(Known(train=(192_150, 1_362), cameras=11))
+@check_counts(PublishedCounts(train=(192_150, 1_362), cameras=11))
 def vehiclex(*, root: str = "datasets/AIC20_ReID_Simulation", folder: str = "image_train") -> ReIDData:
     """1,362 rendered vehicles for training only: query and gallery are empty.
 

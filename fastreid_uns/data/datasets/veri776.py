@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fastreid_uns.data.datasets.layout import Known, counted, three_folders
+from fastreid_uns.data.datasets.layout import PublishedCounts, check_counts, three_folders
 from fastreid_uns.registry import DATASET_REGISTRY
 from fastreid_uns.structures import ReIDData
 
 
 @DATASET_REGISTRY.register()
-@counted(Known(train=(37_778, 576), query=(1_678, 200), gallery=(11_579, 200), cameras=20))
+@check_counts(PublishedCounts(train=(37_778, 576), query=(1_678, 200), gallery=(11_579, 200), cameras=20))
 def veri776(*, root: str = "datasets/VeRi") -> ReIDData:
     """776 vehicles under twenty cameras.
 

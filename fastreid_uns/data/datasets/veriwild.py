@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from os.path import join
 
-from fastreid_uns.data.datasets.layout import HELP, Known, counted, first_exists, read_list, require
+from fastreid_uns.data.datasets.layout import HELP, PublishedCounts, check_counts, first_exists, read_list, require
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.registry import DATASET_REGISTRY
 from fastreid_uns.structures import Record, ReIDData
 from fastreid_uns.utils.paths import path_manager
@@ -12,14 +13,14 @@ from fastreid_uns.utils.paths import path_manager
 SPLITS = "train_test_split"
 TRAIN = (277_797, 30_671)
 KNOWN = {
-    3000: Known(TRAIN, query=(3_000, 3_000), gallery=(38_861, 3_000)),
-    5000: Known(TRAIN, query=(5_000, 5_000), gallery=(64_389, 5_000)),
-    10000: Known(TRAIN, query=(10_000, 10_000), gallery=(128_517, 10_000)),
+    3000: PublishedCounts(TRAIN, query=(3_000, 3_000), gallery=(38_861, 3_000)),
+    5000: PublishedCounts(TRAIN, query=(5_000, 5_000), gallery=(64_389, 5_000)),
+    10000: PublishedCounts(TRAIN, query=(10_000, 10_000), gallery=(128_517, 10_000)),
 }
 
 
 @DATASET_REGISTRY.register()
-@counted(KNOWN, by="size")
+@check_counts(KNOWN, by="size")
 def veriwild(*, root: str = "datasets/VERI-Wild", size: int = 3000) -> ReIDData:
     """40,671 vehicles under 174 cameras.
 
@@ -36,7 +37,7 @@ def veriwild(*, root: str = "datasets/VERI-Wild", size: int = 3000) -> ReIDData:
         ValueError: unknown size, a line that does not parse, or an image that `vehicle_info.txt` lacks.
     """
     if size not in KNOWN:
-        raise ValueError(f"veriwild: SIZE is {size}; accepted are {', '.join(map(str, KNOWN))}.")
+        raise InvalidValue(f"veriwild: SIZE is {size}; accepted are {', '.join(map(str, KNOWN))}.")
     names = [f"{SPLITS}/{name}.txt" for name in ("train_list", f"test_{size}_query", f"test_{size}")]
     if path_manager.isfile(join(root, SPLITS, f"test_{size}_id.txt")):
         names = [f"{SPLITS}/{name}.txt" for name in ("train_list_start0", f"test_{size}_id_query", f"test_{size}_id")]
@@ -60,7 +61,9 @@ def _listed(root: str, name: str, cameras: dict[str, int]) -> list[Record]:
     pattern = r"(?P<image>(?P<identity>\d+)/\d+)(\.jpg)?(\s+\d+\s+\d+)?"
     for line in read_list(path, pattern, "'00001/000001' or '00001/000001.jpg 0 23'"):
         if line["image"] not in cameras:
-            raise ValueError(f"{path}: vehicle_info.txt lacks {line['image']}; it must hold each listed image. {HELP}")
+            raise InvalidValue(
+                f"{path}: vehicle_info.txt lacks {line['image']}; it must hold each listed image. {HELP}"
+            )
         image = join(root, "images", f"{line['image']}.jpg")
         records.append(Record(image, int(line["identity"]), cameras[line["image"]]))
     first_exists(records, path)

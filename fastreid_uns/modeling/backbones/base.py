@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidState, InvalidValue
+
 
 class Tokens(NamedTuple):
     """What a transformer gives for B images: its patches as a map, and the tokens that stand for the whole image."""
@@ -31,7 +33,7 @@ class Backbone(nn.Module):
         Raises:
             RuntimeError: nobody publishes weights for it.
         """
-        raise RuntimeError(
+        raise InvalidState(
             f"{type(self).__name__}: there are no published ImageNet weights for it. Set MODEL.WEIGHTS to a file, or "
             f"to '' for random initialisation."
         )
@@ -54,7 +56,7 @@ def output_shape(backbone: nn.Module, size: tuple[int, int], what: str) -> torch
     try:
         output = torch.func.functional_call(backbone.eval(), shapes, torch.empty(1, 3, *size, device="meta"))
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
+        raise InvalidValue(
             f"{what}: images of {size[0]}x{size[1]} pixels do not pass ({str(error).splitlines()[0]}). Change "
             f"INPUT.SIZE, or take another MODEL.BACKBONE."
         ) from error
@@ -62,7 +64,7 @@ def output_shape(backbone: nn.Module, size: tuple[int, int], what: str) -> torch
         backbone.train(training)
     found = feature_map(output).shape
     if len(found) != 4:
-        raise ValueError(
+        raise InvalidValue(
             f"{what}: the output has shape {tuple(found)}; a map (B,C,h,w) is needed. Take a convolutional model."
         )
     return found
@@ -75,11 +77,11 @@ def set_last_stride(stages: nn.Module, stride: int, what: str) -> None:
         ValueError: `stride` is neither 1 nor 2, or 1 is asked of a model that has no `layer4`.
     """
     if stride not in (1, 2):
-        raise ValueError(f"{what}: LAST_STRIDE is {stride}; 1 and 2 are accepted. Change it.")
+        raise InvalidValue(f"{what}: LAST_STRIDE is {stride}; 1 and 2 are accepted. Change it.")
     if stride == 2:
         return
     if not hasattr(stages, "layer4"):
-        raise ValueError(f"{what}: LAST_STRIDE 1 is defined for ResNets only. Set LAST_STRIDE to 2 (as published).")
+        raise InvalidValue(f"{what}: LAST_STRIDE 1 is defined for ResNets only. Set LAST_STRIDE to 2 (as published).")
     block: nn.Module = stages.layer4[0]  # type: ignore[index, assignment]
     for name, module in list(block.named_modules()):
         if isinstance(module, nn.Conv2d) and module.stride == (2, 2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidState, InvalidValue
 from fastreid_uns.modeling.backbones.base import Backbone
 from fastreid_uns.registry import BACKBONE_REGISTRY
 
@@ -93,7 +94,7 @@ class OSNet(Backbone):
         super().__init__()
         channels = [int(width * full) for full in (64, 256, 384, 512)]
         if channels[1] < 64:
-            raise ValueError(f"OSNet: WIDTH is {width}; at least 0.25 is accepted. Raise MODEL.BACKBONE.WIDTH.")
+            raise InvalidValue(f"OSNet: WIDTH is {width}; at least 0.25 is accepted. Raise MODEL.BACKBONE.WIDTH.")
         self.conv1 = _Conv(3, channels[0], kernel=7, stride=2)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.conv2 = _stage(channels[0], channels[1], shrink=True)
@@ -115,7 +116,7 @@ class OSNet(Backbone):
         Raises:
             RuntimeError: always.
         """
-        raise RuntimeError(
+        raise InvalidState(
             "OSNet: its ImageNet weights have no direct link. Download them from the model zoo of Torchreid "
             "(kaiyangzhou.github.io/deep-person-reid/MODEL_ZOO) and set MODEL.WEIGHTS to the file."
         )

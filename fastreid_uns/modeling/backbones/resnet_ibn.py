@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.backbones.base import Backbone, set_last_stride
 from fastreid_uns.registry import BACKBONE_REGISTRY
 
@@ -92,7 +93,7 @@ class ResNetIBN(Backbone):
     def __init__(self, size: tuple[int, int], *, depth: int = 50, ibn: str = "a", last_stride: int = 1) -> None:
         super().__init__()
         if depth not in _DEPTHS or ibn not in ("a", "b"):
-            raise ValueError(
+            raise InvalidValue(
                 f"ResNetIBN: DEPTH {depth}, IBN {ibn!r}; accepted are depths {', '.join(map(str, _DEPTHS))} and the "
                 f"variants a and b. Change MODEL.BACKBONE."
             )

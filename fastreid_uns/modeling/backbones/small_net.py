@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.backbones.base import Backbone
 from fastreid_uns.registry import BACKBONE_REGISTRY
 
@@ -51,7 +52,7 @@ class SmallNet(Backbone):
     def __init__(self, size: tuple[int, int], *, width: int = 32, depth: int = 1, last_stride: int = 2) -> None:
         super().__init__()
         if width < 1 or depth < 1 or last_stride not in (1, 2):
-            raise ValueError(
+            raise InvalidValue(
                 f"SmallNet: WIDTH {width}, DEPTH {depth}, LAST_STRIDE {last_stride}; the first two must be positive, "
                 f"the last 1 or 2. Change MODEL.BACKBONE."
             )

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastreid_uns.errors import UnknownName
 from fastreid_uns.modeling.backbones.base import Backbone, Tokens, output_shape, set_last_stride
 from fastreid_uns.registry import BACKBONE_REGISTRY, did_you_mean
 
@@ -32,7 +33,7 @@ class TimmBackbone(Backbone):
 
         if not timm.is_model(model):
             near = did_you_mean(model.partition(".")[0], timm.list_models())
-            raise KeyError(f"timm: unknown model {model!r}{near} timm.list_models() lists all.")
+            raise UnknownName(f"timm: unknown model {model!r}{near} timm.list_models() lists all.")
         fixed = getattr(timm.get_pretrained_cfg(model), "fixed_input_size", False)
         options: dict[str, Any] = {"img_size": tuple(size)} if fixed else {}
         net: Any = timm.create_model(model, pretrained=False, num_classes=0, global_pool="", **options)

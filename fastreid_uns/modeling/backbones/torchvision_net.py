@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidValue, UnknownName
 from fastreid_uns.modeling.backbones.base import Backbone, output_shape, set_last_stride
 from fastreid_uns.registry import BACKBONE_REGISTRY, did_you_mean
 
@@ -33,7 +34,7 @@ class TorchvisionBackbone(Backbone):
 
         known = torchvision.models.list_models(module=torchvision.models)
         if model not in known:
-            raise KeyError(
+            raise UnknownName(
                 f"torchvision: unknown model {model!r}{did_you_mean(model, known)} "
                 f"torchvision.models.list_models() lists all."
             )
@@ -48,7 +49,7 @@ class TorchvisionBackbone(Backbone):
             self.add_module("relu", nn.ReLU(inplace=True))
         if not stem_relu:
             if not hasattr(self, "layer4"):
-                raise ValueError(f"{what}: STEM_RELU is an option of ResNets only. Remove it.")
+                raise InvalidValue(f"{what}: STEM_RELU is an option of ResNets only. Remove it.")
             del self.relu
         self.model = model
         self.out_channels = output_shape(self, size, what)[1]

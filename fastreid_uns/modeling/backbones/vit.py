@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.backbones.base import Backbone, Tokens
 from fastreid_uns.modeling.backbones.resnet_ibn import IBN
 from fastreid_uns.registry import BACKBONE_REGISTRY
@@ -99,22 +100,22 @@ class ViT(Backbone):
     def _check(self, heads: int, patch: int, stride: int, conv_stem: bool) -> None:
         width = self.options[0]
         if width % heads:
-            raise ValueError(f"ViT: WIDTH {width} is no multiple of HEADS {heads}. Change one of them.")
+            raise InvalidValue(f"ViT: WIDTH {width} is no multiple of HEADS {heads}. Change one of them.")
         if not 1 <= stride <= patch or patch % 2:
-            raise ValueError(f"ViT: PATCH {patch}, STRIDE {stride}; 1 <= STRIDE <= PATCH, PATCH even. Change them.")
+            raise InvalidValue(f"ViT: PATCH {patch}, STRIDE {stride}; 1 <= STRIDE <= PATCH, PATCH even. Change them.")
         if conv_stem and stride != patch:
-            raise ValueError(
+            raise InvalidValue(
                 f"ViT: STRIDE {stride} with CONV_STEM; patches after the convolutions do not overlap. Set STRIDE to "
                 f"PATCH ({patch}) or CONV_STEM to false."
             )
         if min(self.size) < patch:
-            raise ValueError(
+            raise InvalidValue(
                 f"ViT: images of {self.size[0]}x{self.size[1]} pixels are smaller than PATCH {patch}. Raise "
                 f"INPUT.SIZE or lower MODEL.BACKBONE.PATCH."
             )
         if conv_stem and any(side % patch for side in self.size):
             near = " x ".join(str(max(1, round(side / patch)) * patch) for side in self.size)
-            raise ValueError(
+            raise InvalidValue(
                 f"ViT: images of {self.size[0]}x{self.size[1]} pixels with CONV_STEM, which leaves no room for a part "
                 f"of a patch; multiples of PATCH ({patch}) are accepted. Set INPUT.SIZE to such as {near}."
             )
@@ -126,7 +127,7 @@ class ViT(Backbone):
             ValueError: the images have another size than the model was built for.
         """
         if tuple(images.shape[2:]) != self.size:
-            raise ValueError(
+            raise InvalidValue(
                 f"ViT: the images have {images.shape[2]}x{images.shape[3]} pixels, the model was built for "
                 f"{self.size[0]}x{self.size[1]}. Resize the images, or set INPUT.SIZE to theirs and load the weights."
             )

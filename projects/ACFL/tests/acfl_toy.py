@@ -29,7 +29,7 @@ def build(kind: type[ACFL] = ACFL, **keys) -> ACFL:
     model = kind(encoder, ReplacedMemory(8, temperature=TAU), LossSet({}), len(LABELS), **keys)
     feats = F.normalize(torch.randn(len(LABELS), 8, generator=torch.Generator().manual_seed(1)))
     pseudo = PseudoLabels(LABELS, torch.zeros(3, 8))
-    model.refit(pseudo, FeatureBank(feats, CAMERAS))
+    model.update_memory(pseudo, FeatureBank(feats, CAMERAS))
     return model.train()
 
 

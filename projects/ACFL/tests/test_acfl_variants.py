@@ -45,7 +45,7 @@ def test_camera_contrast_needs_cameras(only):
     model = build(camera.ACFLCamera)
     pseudo = PseudoLabels(LABELS, torch.zeros(3, 8))
     with pytest.raises(ValueError, match=r"known camera\(s\); two or more.*another MODEL\.NAME than ACFLCamera"):
-        model.refit(pseudo, FeatureBank(model.memory.features, torch.full((len(LABELS),), only)))
+        model.update_memory(pseudo, FeatureBank(model.memory.features, torch.full((len(LABELS),), only)))
 
 
 @pytest.mark.parametrize(
@@ -62,48 +62,48 @@ def test_wrong_values_of_the_camera_contrast(keys, message):
         build(camera.ACFLCamera, **keys)
 
 
-def with_other_guide(**keys) -> student.ACFLStudent:
+def with_other_teacher(**keys) -> student.ACFLStudent:
     model = build(student.ACFLStudent, **keys)
     with torch.no_grad():
-        for parameter in model.guide.parameters():
+        for parameter in model.pretrained_teacher.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
     return model
 
 
-def test_distance_to_the_guide():
-    model = with_other_guide(guide_weight=0.3)
+def test_distance_to_the_teacher():
+    model = with_other_teacher(pretrained_weight=0.3)
     images = batch().views[0]
-    before = {name: value.clone() for name, value in model.guide.state_dict().items()}
-    wanted = features(model, images, model.guide)
+    before = {name: value.clone() for name, value in model.pretrained_teacher.state_dict().items()}
+    wanted = features(model, images, model.pretrained_teacher)
     expected = 0.3 * (features(model, images) - wanted).pow(2).sum(1).mean()
     outputs = model(batch())
-    torch.testing.assert_close(outputs["loss_guide"], expected)
+    torch.testing.assert_close(outputs["loss_pretrained"], expected)
     sum(value for name, value in outputs.items() if name.startswith("loss")).backward()
-    assert all(parameter.grad is None for parameter in model.guide.parameters())
-    for name, value in model.guide.state_dict().items():
+    assert all(parameter.grad is None for parameter in model.pretrained_teacher.parameters())
+    for name, value in model.pretrained_teacher.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
-def test_a_guided_epoch_has_the_labels_and_the_memory_of_the_guide():
-    model = with_other_guide()
+def test_a_guided_epoch_has_the_labels_and_the_memory_of_the_teacher():
+    model = with_other_teacher()
     images = (255 * batch().views[0]).byte()
     model.eval()
     with torch.no_grad():
-        own, guides = model.encoder(images).feats, model.guide(images).feats
+        own, taught = model.encoder(images).feats, model.pretrained_teacher(images).feats
         assert torch.equal(model.extract(images)["feats"], own)
         model.begin_epoch(guided=True)
-        assert torch.equal(model.extract(images)["feats"], guides)
-        bank = FeatureBank(guides, torch.zeros(8))
-        model.refit(PseudoLabels(LABELS[INDEX], torch.zeros(3, 8)), bank)
+        assert torch.equal(model.extract(images)["feats"], taught)
+        bank = FeatureBank(taught, torch.zeros(8))
+        model.update_memory(PseudoLabels(LABELS[INDEX], torch.zeros(3, 8)), bank)
         assert torch.equal(model.extract(images)["feats"], own)  # what evaluation sees
     data = batch()._replace(index=torch.arange(8))
     model.train()(data)
-    assert torch.equal(model.memory.features, guides)
+    assert torch.equal(model.memory.features, taught)
     model.begin_epoch(guided=False)
     with torch.no_grad():
         assert torch.equal(model.eval().extract(images)["feats"], model.encoder(images).feats)
     model.train()(data)
-    assert not torch.equal(model.memory.features, guides)
+    assert not torch.equal(model.memory.features, taught)
 
 
 @pytest.fixture
@@ -149,11 +149,17 @@ class Memories(HookBase):
 
 def test_two_stages(recipe, tmp_path):
     teacher = run(*recipe, f"OUTPUT_DIR={tmp_path / 'teacher'}")
-    stage = [*recipe, "MODEL.NAME=ACFLStudent", "SOLVER.EPOCHS=4", "HOOKS.guide.NAME=GuideHook", "HOOKS.guide.EPOCHS=2"]
-    stage += [f"HOOKS.guide.WEIGHTS={tmp_path / 'teacher'}"]
+    stage = [
+        *recipe,
+        "MODEL.NAME=ACFLStudent",
+        "SOLVER.EPOCHS=4",
+        "HOOKS.pretrained_teacher.NAME=PretrainedTeacherHook",
+        "HOOKS.pretrained_teacher.EPOCHS=2",
+    ]
+    stage += [f"HOOKS.pretrained_teacher.WEIGHTS={tmp_path / 'teacher'}"]
     notes = Memories()
     learner = run(*stage, f"OUTPUT_DIR={tmp_path / 'student'}", hooks=(notes,))
-    for name, value in learner.model.guide.state_dict().items():
+    for name, value in learner.model.pretrained_teacher.state_dict().items():
         assert torch.equal(value, teacher.model.encoder.state_dict()[name]), name
     rows = [(before, torch.equal(before, after)) for before, after in notes.seen]
     assert [still for _, still in rows] == [True, True, False, False]
@@ -170,35 +176,42 @@ def test_two_stages(recipe, tmp_path):
         assert torch.equal(value, learner.model.state_dict()[name]), name
 
 
-def test_a_guide_that_is_not_there(recipe, tmp_path):
-    stage = [*recipe, "MODEL.NAME=ACFLStudent", "HOOKS.guide.NAME=GuideHook"]
+def test_a_teacher_that_is_not_there(recipe, tmp_path):
+    stage = [*recipe, "MODEL.NAME=ACFLStudent", "HOOKS.pretrained_teacher.NAME=PretrainedTeacherHook"]
     with pytest.raises(
-        FileNotFoundError, match=r"HOOKS\.guide\.WEIGHTS: .*teacher is neither a run nor.*Train the first"
+        FileNotFoundError, match=r"HOOKS\.pretrained_teacher\.WEIGHTS: .*teacher is neither a run nor.*Train the first"
     ):
-        run(*stage, f"HOOKS.guide.WEIGHTS={tmp_path / 'teacher'}")
+        run(*stage, f"HOOKS.pretrained_teacher.WEIGHTS={tmp_path / 'teacher'}")
 
 
-def test_a_guide_that_nobody_named_is_told(recipe, caplog, monkeypatch):
+def test_a_teacher_that_nobody_named_is_told(recipe, caplog, monkeypatch):
     monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
-    run(*recipe, "MODEL.NAME=ACFLStudent", "HOOKS.guide.NAME=GuideHook", "SOLVER.EPOCHS=1")
-    assert "HOOKS.guide.WEIGHTS is empty, so the guide is no trained network" in caplog.text
+    run(*recipe, "MODEL.NAME=ACFLStudent", "HOOKS.pretrained_teacher.NAME=PretrainedTeacherHook", "SOLVER.EPOCHS=1")
+    assert "HOOKS.pretrained_teacher.WEIGHTS is empty, so the teacher is not trained" in caplog.text
 
 
-def test_a_guide_of_another_head(recipe, tmp_path):
+def test_a_teacher_of_another_head(recipe, tmp_path):
     run(*recipe, "SOLVER.EPOCHS=1", "SOLVER.ITERS_PER_EPOCH=1", f"OUTPUT_DIR={tmp_path / 'teacher'}")
-    stage = [*recipe, "MODEL.NAME=ACFLStudent", "HOOKS.guide.NAME=GuideHook", "MODEL.HEAD.POOLING=gem"]
-    with pytest.raises(ValueError, match=r"1 tensors of the guide are not in it, the first is head\.pool\.p"):
-        run(*stage, f"HOOKS.guide.WEIGHTS={tmp_path / 'teacher'}")
+    stage = [
+        *recipe,
+        "MODEL.NAME=ACFLStudent",
+        "HOOKS.pretrained_teacher.NAME=PretrainedTeacherHook",
+        "MODEL.HEAD.POOLING=gem",
+    ]
+    with pytest.raises(ValueError, match=r"1 tensors of the teacher are not in it, the first is head\.pool\.p"):
+        run(*stage, f"HOOKS.pretrained_teacher.WEIGHTS={tmp_path / 'teacher'}")
 
 
-def test_a_guide_without_a_student(recipe):
-    with pytest.raises(ValueError, match=r"MODEL\.NAME is ACFL; a model with a guide is needed. Set it to ACFLStudent"):
-        run(*recipe, "HOOKS.guide.NAME=GuideHook")
+def test_a_teacher_without_a_student(recipe):
+    with pytest.raises(
+        ValueError, match=r"MODEL\.NAME is ACFL; a model with a pretrained teacher is needed. Set it to ACFLStudent"
+    ):
+        run(*recipe, "HOOKS.pretrained_teacher.NAME=PretrainedTeacherHook")
 
 
-def test_negative_epochs_of_the_guide():
-    with pytest.raises(ValueError, match="GuideHook: EPOCHS is -1"):
-        student.GuideHook(epochs=-1)
+def test_negative_epochs_of_the_teacher():
+    with pytest.raises(ValueError, match="PretrainedTeacherHook: EPOCHS is -1"):
+        student.PretrainedTeacherHook(epochs=-1)
 
 
 @pytest.fixture(scope="module")
@@ -208,12 +221,12 @@ def transformer():
         "MODEL.BACKBONE.DEPTH=1",
         "MODEL.BACKBONE.WIDTH=48",
         "INPUT.SIZE=[64, 32]",
-        "MODEL.NORM_GROUP=0",
+        "MODEL.GHOST_BATCH=0",
     ]
     cfg = load_config(CONFIGS / "market_vit.yaml", small)
     model = build_model(cfg, len(LABELS))
     feats = F.normalize(torch.randn(len(LABELS), 96, generator=torch.Generator().manual_seed(1)))
-    model.refit(PseudoLabels(LABELS, torch.zeros(3, 96)), FeatureBank(feats, torch.zeros(len(LABELS))))
+    model.update_memory(PseudoLabels(LABELS, torch.zeros(3, 96)), FeatureBank(feats, torch.zeros(len(LABELS))))
     return model.train()
 
 

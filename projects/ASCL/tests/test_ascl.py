@@ -235,7 +235,7 @@ def test_the_method_is_pplr_with_the_sparse_loss_in_place_of_the_triplet():
     assert net.encoder.head.pool.p is not net.encoder.head.part_pool.p
 
 
-@pytest.mark.parametrize("name", ["omniglot", "grocery", "omniglot_without", "grocery_without"])
+@pytest.mark.parametrize("name", ["omniglot", "grocery", "omniglot_baseline", "grocery_baseline"])
 def test_real_set_configs_build_at_the_size_of_the_comparison(name):
     cfg = load_config(CONFIGS / f"{name}.yaml", ["INPUT.SIZE=[48,48]", "MODEL.BACKBONE.WIDTH=16"])
     assert ("sparse" in cfg.MODEL.LOSSES) != name.endswith("without")

@@ -63,7 +63,7 @@ def fitted() -> tuple[ICEModel, tuple[torch.Tensor, ...]]:
     labels, cameras = torch.arange(8) // 2, torch.arange(8) % 2
     feats = F.normalize(views[2])
     model = build(6)
-    model.refit(PseudoLabels(labels, torch.zeros(4, 6)), FeatureBank(feats, cameras))
+    model.update_memory(PseudoLabels(labels, torch.zeros(4, 6)), FeatureBank(feats, cameras))
     return model, batch_of(*views, labels=labels, cameras=cameras)
 
 
@@ -86,18 +86,18 @@ def test_a_step_of_the_official_trainer(path):
 
 def test_the_first_view_is_the_query_and_the_others_go_through_the_momentum_encoder(fitted):
     model, batch = fitted
-    offer = model.offer(batch)
-    assert torch.equal(offer["raw"], batch.views[0])
-    torch.testing.assert_close(offer["teacher_feats"], F.normalize(batch.views[1]))
-    torch.testing.assert_close(offer["weak_feats"], F.normalize(batch.views[2]))
-    assert not offer["teacher_feats"].requires_grad
+    inputs = model.loss_inputs(batch)
+    assert torch.equal(inputs["raw"], batch.views[0])
+    torch.testing.assert_close(inputs["teacher_feats"], F.normalize(batch.views[1]))
+    torch.testing.assert_close(inputs["weak_feats"], F.normalize(batch.views[2]))
+    assert not inputs["teacher_feats"].requires_grad
     assert len(model.encoder.seen) == 1
 
 
 def test_keys_are_shuffled_before_the_norm_layers_and_put_back(fitted):
     model, batch = fitted
     torch.manual_seed(0)
-    model.offer(batch)
+    model.loss_inputs(batch)
     key, weak = model.teacher.seen
     for given, view in ((key, batch.views[1]), (weak, batch.views[2])):
         assert not torch.equal(given, view)
@@ -109,10 +109,10 @@ def test_keys_are_shuffled_before_the_norm_layers_and_put_back(fitted):
 
 def test_raw_or_unit_queries_meet_the_memory(fitted):
     model, batch = fitted
-    raw = model.offer(batch)["logits"]
+    raw = model.loss_inputs(batch)["logits"]
     torch.testing.assert_close(raw, batch.views[0] @ model.memory.features.T / 0.5)
     model.raw_queries = False
-    unit = model.offer(batch)["logits"]
+    unit = model.loss_inputs(batch)["logits"]
     torch.testing.assert_close(unit, F.normalize(batch.views[0]) @ model.memory.features.T / 0.5)
 
 
@@ -127,7 +127,7 @@ def test_a_new_clustering_makes_centroids_and_proxies_anew(fitted):
     model, _ = fitted
     feats = F.normalize(torch.randn(8, 6, generator=torch.Generator().manual_seed(1)))
     labels = torch.tensor([0, 0, 0, 1, 1, 1, -1, -1])
-    model.refit(PseudoLabels(labels, torch.zeros(2, 6)), FeatureBank(feats, torch.arange(8) % 2))
+    model.update_memory(PseudoLabels(labels, torch.zeros(2, 6)), FeatureBank(feats, torch.arange(8) % 2))
     torch.testing.assert_close(model.memory.features, torch.stack([feats[:3].mean(0), feats[3:6].mean(0)]))
     expected = torch.stack([feats[[0, 2]], feats[[4, 4]], feats[[3, 5]]]).mean(1)
     torch.testing.assert_close(model.proxies.features[[0, 2, 3]], F.normalize(expected))
@@ -136,7 +136,7 @@ def test_a_new_clustering_makes_centroids_and_proxies_anew(fitted):
 def test_no_camera_loss_needs_no_cameras():
     model = build(6, ["MODEL.LOSSES.camera=null"])
     feats = F.normalize(torch.randn(8, 6, generator=torch.Generator().manual_seed(0)))
-    model.refit(PseudoLabels(torch.arange(8) // 2, torch.zeros(4, 6)), FeatureBank(feats, torch.full((8,), -1)))
+    model.update_memory(PseudoLabels(torch.arange(8) // 2, torch.zeros(4, 6)), FeatureBank(feats, torch.full((8,), -1)))
     unknown = batch_of(feats, feats, feats, labels=torch.arange(8) // 2, cameras=torch.full((8,), -1))
     assert sorted(model(unknown)) == ["accuracy", "loss_contrast", "loss_hard", "loss_soft"]
 
@@ -145,14 +145,14 @@ def test_a_camera_loss_on_data_without_cameras_is_refused(fitted):
     model, _ = fitted
     bank = FeatureBank(F.normalize(torch.ones(8, 6)), torch.full((8,), -1))
     with pytest.raises(ValueError, match=r"the 8 clustered images are of 0 known camera\(s\)"):
-        model.refit(PseudoLabels(torch.arange(8) // 2, torch.zeros(4, 6)), bank)
+        model.update_memory(PseudoLabels(torch.arange(8) // 2, torch.zeros(4, 6)), bank)
 
 
 def test_labelled_sources_are_refused(fitted):
     model, _ = fitted
     bank = FeatureBank(torch.ones(8, 6), torch.zeros(8), source_feats=torch.ones(1, 6), source_labels=torch.zeros(1))
     with pytest.raises(ValueError, match=r"DATASETS.SOURCES names labelled sets.*Drop"):
-        model.refit(PseudoLabels(torch.arange(8) // 2, torch.zeros(4, 6)), bank)
+        model.update_memory(PseudoLabels(torch.arange(8) // 2, torch.zeros(4, 6)), bank)
 
 
 def test_views_that_are_missing_are_named(fitted):
@@ -165,7 +165,7 @@ def test_one_view_is_query_and_key_where_no_weak_one_is_wanted():
     model = build(6, ["MODEL.LOSSES.camera=null", "MODEL.LOSSES.soft=null"])
     view = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     model.memory.features = F.normalize(view)
-    torch.testing.assert_close(model.offer(batch_of(view))["teacher_feats"], F.normalize(view))
+    torch.testing.assert_close(model.loss_inputs(batch_of(view))["teacher_feats"], F.normalize(view))
 
 
 def test_a_momentum_encoder_is_needed():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fastreid_uns.projects.ICE.losses import HardInstanceLoss, SoftInstanceLoss
 from fastreid_uns.projects.ICE.proxies import sum_over_cameras
-from fastreid_uns.utils import dist
+from fastreid_uns.utils import comm
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def test_mean_over_processes_is_the_loss_of_the_whole_batch(batch, loss, names, 
         (full,) = [full for full in batch.values() if any(torch.equal(value, full[i : i + 4]) for i in (0, 4))]
         return full
 
-    monkeypatch.setattr(dist, "world", lambda: 2)
-    monkeypatch.setattr(dist, "all_gather", all_gather)
+    monkeypatch.setattr(comm, "world", lambda: 2)
+    monkeypatch.setattr(comm, "all_gather", all_gather)
     found = []
     for half in halves:
         half[0].requires_grad_()

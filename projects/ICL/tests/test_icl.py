@@ -15,7 +15,7 @@ from fastreid_uns.projects.ICE.memory import CentroidMemory
 from fastreid_uns.projects.ICL.losses import CorrelationLoss
 from fastreid_uns.projects.ICL.sampler import IrregularSampler
 from fastreid_uns.structures import PseudoLabels
-from fastreid_uns.utils import dist
+from fastreid_uns.utils import comm
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("icl_*.npz"))
 REDUCTIONS = ("sum", "row", "mean")
@@ -133,8 +133,8 @@ def test_mean_over_processes_is_the_loss_of_the_whole_batch(pairs, reduction, mo
     expected = loss(whole, keys, labels)
     expected.backward()
     every = {keys.dtype: keys, labels.dtype: labels}
-    monkeypatch.setattr(dist, "world", lambda: 2)
-    monkeypatch.setattr(dist, "all_gather", lambda value, equal: every[value.dtype])
+    monkeypatch.setattr(comm, "world", lambda: 2)
+    monkeypatch.setattr(comm, "all_gather", lambda value, equal: every[value.dtype])
     slices = [feats[rows].clone().requires_grad_() for rows in (slice(3), slice(3, 6))]
     found = [loss(part, keys[rows], labels[rows]) for part, rows in zip(slices, (slice(3), slice(3, 6)), strict=True)]
     torch.testing.assert_close(torch.stack(found).mean(), expected)

@@ -17,8 +17,8 @@ from fastreid_uns.projects.PPLR.labels import AgreementLabels, cross_agreement
 from fastreid_uns.projects.PPLR.losses import (
     AgreementSmoothingLoss,
     PartCrossEntropyLoss,
-    RawTripletLoss,
     RefinedLabelLoss,
+    UnnormalizedTripletLoss,
     refined_targets,
 )
 from fastreid_uns.pseudo_labels.dbscan import DBSCANLabels
@@ -234,7 +234,7 @@ def losses(values) -> dict:
         "refined": (lambda x: RefinedLabelLoss()(x, parts.to(x.dtype), agreement, labels), values["logits"]),
         "even": (lambda x: PartCrossEntropyLoss(smoothing=0.1)(x, labels), parts),
         "agreement": (lambda x: AgreementSmoothingLoss()(x, agreement, labels, LATE), parts),
-        "triplet": (lambda x: RawTripletLoss()(x, labels), 3 * rand(B, D, seed=9)),
+        "triplet": (lambda x: UnnormalizedTripletLoss()(x, labels), 3 * rand(B, D, seed=9)),
     }
 
 
@@ -277,11 +277,13 @@ def test_one_cluster_costs_nothing_but_the_triplet_stays_finite(values):
 
 
 def test_triplet_worked_by_hand():
-    raw = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 6.0], [0.0, 8.0]], dtype=torch.float64)
+    unnormalized = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 6.0], [0.0, 8.0]], dtype=torch.float64)
     # distances: 0-1 5, 0-2 6, 0-3 8, 1-2 sqrt(13), 1-3 5, 2-3 2; clusters {0,1} and {2,3}
     gaps = [5 - 6, 5 - math.sqrt(13), 2 - math.sqrt(13), 2 - 5]
     expected = sum(math.log1p(math.exp(gap)) for gap in gaps) / 4
-    assert RawTripletLoss()(raw, torch.tensor([0, 0, 1, 1])).item() == pytest.approx(expected, rel=1e-9)
+    assert UnnormalizedTripletLoss()(unnormalized, torch.tensor([0, 0, 1, 1])).item() == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize(
@@ -327,7 +329,7 @@ def batch(labels: list[int], index: list[int]) -> Batch:
 def test_classifiers_are_aimed_at_the_unit_means_of_their_branch():
     net, (pseudo, bank) = model(), clustering()
     shape = net.classifiers.shape
-    net.refit(pseudo, bank)
+    net.update_memory(pseudo, bank)
     assert net.classifiers.shape == shape == (1 + P, 12, 16)
     for branch, feats in enumerate([bank.feats, *bank.extras["parts"].unbind(1)]):
         for k in range(3):
@@ -339,35 +341,35 @@ def test_classifiers_are_aimed_at_the_unit_means_of_their_branch():
 
 def test_logits_are_products_of_raw_features_with_the_rows_in_use():
     net, (pseudo, bank) = model(), clustering()
-    net.refit(pseudo, bank)
-    offer = net.eval().offer(batch([0, 1, 2, 0], [0, 1, 2, 6]))
-    assert offer["logits"].shape == (4, 3)
-    assert offer["part_logits"].shape == (4, P, 3)
+    net.update_memory(pseudo, bank)
+    inputs = net.eval().loss_inputs(batch([0, 1, 2, 0], [0, 1, 2, 6]))
+    assert inputs["logits"].shape == (4, 3)
+    assert inputs["part_logits"].shape == (4, P, 3)
     for i in range(4):
         for k in range(3):
-            torch.testing.assert_close(offer["logits"][i, k], offer["raw"][i] @ net.classifiers[0, k])
+            torch.testing.assert_close(inputs["logits"][i, k], inputs["unnormalized"][i] @ net.classifiers[0, k])
             for p in range(P):
-                expected = offer["raw_parts"][i, p] @ net.classifiers[1 + p, k]
-                torch.testing.assert_close(offer["part_logits"][i, p, k], expected)
-    torch.testing.assert_close(offer["agreement"], pseudo.extras["agreement"][[0, 1, 2, 6]])
+                expected = inputs["unnormalized_parts"][i, p] @ net.classifiers[1 + p, k]
+                torch.testing.assert_close(inputs["part_logits"][i, p, k], expected)
+    torch.testing.assert_close(inputs["agreement"], pseudo.extras["agreement"][[0, 1, 2, 6]])
 
 
 def test_epochs_are_counted_and_saved():
     net, (pseudo, bank) = model(), clustering()
     for epoch in range(3):
-        net.refit(pseudo, bank)
-        assert net.offer(batch([0, 1], [0, 1]))["epoch"] == epoch
+        net.update_memory(pseudo, bank)
+        assert net.loss_inputs(batch([0, 1], [0, 1]))["epoch"] == epoch
     resumed = model()
     resumed.load_state_dict(net.state_dict())
-    resumed.refit(pseudo, bank)
-    assert resumed.offer(batch([0, 1], [0, 1]))["epoch"] == 3
+    resumed.update_memory(pseudo, bank)
+    assert resumed.loss_inputs(batch([0, 1], [0, 1]))["epoch"] == 3
 
 
 def test_moments_of_the_optimiser_stay_valid_when_the_clusters_change():
     net, (pseudo, bank) = model(), clustering()
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
     for _ in range(2):
-        net.refit(pseudo, bank)
+        net.update_memory(pseudo, bank)
         outputs = net.train()(batch([0, 0, 1, 1], [0, 3, 1, 4]))
         sum(value for name, value in outputs.items() if name.startswith("loss")).backward()
         optimizer.step()
@@ -407,11 +409,11 @@ def proxies_by_loop(feats, labels, cameras, bank_feats, bank_labels, bank_camera
 def test_camera_loss_is_that_of_the_whole_and_the_mean_of_the_parts(temperature, negatives):
     keys = [f"MODEL.CAMERA_TEMPERATURE={temperature}", f"MODEL.CAMERA_NEGATIVES={negatives}"]
     net, (pseudo, bank) = model("MODEL.CAMERA_WEIGHT=0.5", *keys), clustering(cameras=2)
-    net.refit(pseudo, bank)
+    net.update_memory(pseudo, bank)
     data = batch([0, 1, 2, 0], [0, 1, 2, 6])
-    offer = net.eval().offer(data)
-    branches = [(offer["feats"], bank.feats)]
-    branches += [(offer["parts"][:, p], bank.extras["parts"][:, p]) for p in range(P)]
+    inputs = net.eval().loss_inputs(data)
+    branches = [(inputs["feats"], bank.feats)]
+    branches += [(inputs["parts"][:, p], bank.extras["parts"][:, p]) for p in range(P)]
     whole, *parts = (
         proxies_by_loop(f, data.labels, data.cameras, rows, pseudo.labels, bank.cameras, temperature, negatives)
         for f, rows in branches
@@ -423,23 +425,23 @@ def test_camera_loss_is_that_of_the_whole_and_the_mean_of_the_parts(temperature,
 def test_clusters_of_one_camera_each_are_told(caplog, monkeypatch):
     monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
     net, (pseudo, bank) = model("MODEL.CAMERA_WEIGHT=0.5"), clustering(cameras=2)
-    net.refit(pseudo, bank)
+    net.update_memory(pseudo, bank)
     assert "no cluster is seen by two cameras" not in caplog.text
     bank.cameras = pseudo.labels.clamp_min(0)
-    net.refit(pseudo, bank)
+    net.update_memory(pseudo, bank)
     assert "no cluster is seen by two cameras" in caplog.text
 
 
 def test_without_camera_weight_no_camera_is_read():
     net, (pseudo, bank) = model(), clustering()
     bank.cameras = torch.full((12,), -1)
-    net.refit(pseudo, bank)
+    net.update_memory(pseudo, bank)
     assert "loss_camera" not in net(batch([0, 1], [0, 1]))
 
 
 def test_state_of_camera_proxies_loads():
     net, (pseudo, bank) = model("MODEL.CAMERA_WEIGHT=0.5"), clustering()
-    net.refit(pseudo, bank)
+    net.update_memory(pseudo, bank)
     other = model("MODEL.CAMERA_WEIGHT=0.5")
     other.load_state_dict(net.state_dict())
     assert torch.equal(other.proxies[2].features, net.proxies[2].features)
@@ -470,15 +472,15 @@ def test_a_map_with_too_few_lines_for_the_parts_says_what_to_change():
 def test_labels_that_do_not_fit_are_refused():
     net, (pseudo, bank) = model(), clustering()
     with pytest.raises(ValueError, match=r"Set PSEUDO_LABELS\.NAME to AgreementLabels"):
-        net.refit(PseudoLabels(pseudo.labels, pseudo.centroids), bank)
+        net.update_memory(PseudoLabels(pseudo.labels, pseudo.centroids), bank)
     small = model("MODEL.CAPACITY=2")
     with pytest.raises(ValueError, match=r"3 clusters for classifiers of 2 rows.*Raise MODEL\.CAPACITY"):
-        small.refit(pseudo, bank)
+        small.update_memory(pseudo, bank)
     with pytest.raises(ValueError, match="labelled sources"):
-        net.refit(pseudo, FeatureBank(bank.feats, bank.cameras, bank.extras, bank.feats, pseudo.labels))
+        net.update_memory(pseudo, FeatureBank(bank.feats, bank.cameras, bank.extras, bank.feats, pseudo.labels))
     cameras = model("MODEL.CAMERA_WEIGHT=0.5")
     with pytest.raises(ValueError, match="camera"):
-        cameras.refit(pseudo, FeatureBank(bank.feats, torch.full((12,), -1), bank.extras))
+        cameras.update_memory(pseudo, FeatureBank(bank.feats, torch.full((12,), -1), bank.extras))
 
 
 # the whole road
@@ -515,7 +517,7 @@ def _once(trainer, go):
     go(trainer)
 
 
-@pytest.mark.parametrize("name", ["omniglot", "grocery", "omniglot_without", "grocery_without"])
+@pytest.mark.parametrize("name", ["omniglot", "grocery", "omniglot_baseline", "grocery_baseline"])
 def test_real_set_configs_build_at_the_size_of_the_comparison(name):
     cfg = load_config(CONFIGS / f"{name}.yaml", ["INPUT.SIZE=[48,48]", "MODEL.BACKBONE.WIDTH=16"])
     found = build_model(cfg, 8).eval().extract(torch.zeros(2, 3, 48, 48, dtype=torch.uint8))

@@ -121,20 +121,20 @@ def test_a_joint_batch_is_counted_as_the_memory_is(recipe):
     assert model.memory.row_labels[rows].tolist() == batch.labels.tolist()
     assert rows[:16].max() < 10 <= rows[16:].min()
     with torch.autocast("cpu", torch.bfloat16):
-        offer = model.offer(batch)
-    assert offer["logits"].dtype == torch.float32
+        inputs = model.loss_inputs(batch)
+    assert inputs["logits"].dtype == torch.float32
     clusters = trainer.hook(ReclusterHook).pseudo.num_clusters
-    assert offer["logits"].shape == (32, 10 + clusters)
-    assert offer["labels"].tolist() == batch.labels.tolist()
+    assert inputs["logits"].shape == (32, 10 + clusters)
+    assert inputs["labels"].tolist() == batch.labels.tolist()
 
 
 @pytest.mark.parametrize("recipe", ["synthetic"], indirect=True)
 def test_a_momentum_encoder_counts_by_labels_too(recipe):
     trainer = trainer_of("synthetic", [*recipe, "MODEL.MOMENTUM_ENCODER=true"])
     trainer._call("before_epoch")
-    offer = trainer.model.train().offer(next(trainer.feed.epoch(0)))
-    assert offer["teacher_logits"].shape == offer["logits"].shape
-    assert offer["logits"].shape[1] == trainer.hook(ReclusterHook).pseudo.num_clusters
+    inputs = trainer.model.train().loss_inputs(next(trainer.feed.epoch(0)))
+    assert inputs["teacher_logits"].shape == inputs["logits"].shape
+    assert inputs["logits"].shape[1] == trainer.hook(ReclusterHook).pseudo.num_clusters
 
 
 @pytest.mark.parametrize("task", ["market_msmt", "vehicleid_veri", "synthetic_uda"])
@@ -143,9 +143,7 @@ def test_a_task_of_adaptation_without_its_source_is_refused(task):
     source = next(iter(load_config(file).DATASETS.SOURCES))
     cfg = load_config(file, [f"DATASETS.SOURCES.{source}=null"])
     for build in (DefaultTrainer.build_data, lambda cfg: build_model(cfg, 8)):  # before images and weights are read
-        with pytest.raises(
-            ValueError, match=r"MODEL\.DOMAIN_NORM is true but DATASETS\.SOURCES names no set.*Name one"
-        ):
+        with pytest.raises(ValueError, match=r"MODEL\.DOMAIN_BN is true but DATASETS\.SOURCES names no set.*Name one"):
             build(cfg)
 
 

@@ -47,13 +47,13 @@ def model(**losses: nn.Module) -> InBatchModel:
 
 def test_views_of_an_image_stand_side_by_side():
     trained = model(positives=MorePositivesLoss())
-    offer = trained.offer(batch(2))
+    inputs = trained.loss_inputs(batch(2))
     assert trained.encoder.given[:, 0, 0, 0].tolist() == [1, 2, 11, 12, 21, 22]
     assert trained.encoder.domains.tolist() == [1, 1, 0, 0, 0, 0]
-    assert offer["labels"].tolist() == [0, 0, 1, 1, 0, 0]
-    assert offer["index"].tolist() == [7, 7, 3, 3, 5, 5]
-    assert offer["cameras"].tolist() == [0, 0, 1, 1, 2, 2]
-    assert set(offer) == {"pooled", "feats", "raw", "labels", "index", "cameras", "domains"}
+    assert inputs["labels"].tolist() == [0, 0, 1, 1, 0, 0]
+    assert inputs["index"].tolist() == [7, 7, 3, 3, 5, 5]
+    assert inputs["cameras"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert set(inputs) == {"pooled", "feats", "raw", "labels", "index", "cameras", "domains"}
 
 
 @pytest.mark.parametrize(("views", "positives"), [(1, 2 / 3), (2, (3 * 4 + 1 * 2) / 6)])
@@ -109,13 +109,13 @@ def test_rates_of_the_paper():
 
 def test_the_ablation_changes_the_loss_alone():
     for name in ("omniglot", "grocery"):
-        whole, without = (load_config(CONFIGS / f"{name}{ending}.yaml") for ending in ("", "_without"))
-        assert [loss.NAME for loss in without.MODEL.LOSSES.values()] == ["SinglePairLoss"]
-        for cfg in (whole, without):
+        whole, baseline = (load_config(CONFIGS / f"{name}{ending}.yaml") for ending in ("", "_baseline"))
+        assert [loss.NAME for loss in baseline.MODEL.LOSSES.values()] == ["SinglePairLoss"]
+        for cfg in (whole, baseline):
             cfg.defrost()
             cfg.MODEL.LOSSES.clear()
             cfg.OUTPUT_DIR = ""
-        assert whole == without
+        assert whole == baseline
 
 
 def test_pictures_that_are_not_there_and_sets_without_cameras(small, tmp_path):

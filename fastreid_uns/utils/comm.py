@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidState
+
 T = TypeVar("T")
 
 
@@ -25,7 +27,7 @@ def init_from_environment(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise RuntimeError(f"MODEL.DEVICE is {device} but torch finds no CUDA device; set MODEL.DEVICE cpu or auto.")
+        raise InvalidState(f"MODEL.DEVICE is {device} but torch finds no CUDA device; set MODEL.DEVICE cpu or auto.")
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if device == "cuda":
