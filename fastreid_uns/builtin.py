@@ -3,6 +3,7 @@
 import importlib
 
 for _module in (
+    "data.camera_sampler",
     "data.datasets.csv_file",
     "data.datasets.cuhk03",
     "data.datasets.folder",
@@ -26,6 +27,7 @@ for _module in (
     "modeling.losses",
     "modeling.memory",
     "modeling.meta_arch",
+    "modeling.proxies",
     "pseudo_labels.dbscan",
     "pseudo_labels.kmeans",
 ):

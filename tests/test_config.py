@@ -118,8 +118,8 @@ def test_defaults_are_plain_yaml():
     assert yaml.safe_load(yaml.safe_dump(DEFAULTS)) == DEFAULTS
 
 
-def test_departures_from_a_protocol_are_named(tmp_path):
-    text = "PROTOCOL: {SOLVER: {EPOCHS: 60, BASE_LR: 0.0005}, PSEUDO_LABELS: {EPS: 0.5}}\n"
+def test_departures_from_the_paper_are_named(tmp_path):
+    text = "PAPER: {SOLVER: {EPOCHS: 60, BASE_LR: 0.0005}, PSEUDO_LABELS: {EPS: 0.5}}\n"
     write(tmp_path, "p.yaml", text + "SOLVER: {EPOCHS: 60, BASE_LR: 0.0005}\nPSEUDO_LABELS: {EPS: 0.5}")
     assert deviations(load_config(tmp_path / "p.yaml")) == []
     cfg = load_config(tmp_path / "p.yaml", ["SOLVER.EPOCHS", "5", "PSEUDO_LABELS.NAME", "KMeansLabels"])

@@ -23,7 +23,8 @@ PROJECTS = sorted([*ROOT.glob("projects/*/configs/*.yaml"), *ROOT.glob("projects
 FILES = [*sorted(ROOT.glob("configs/*.yaml")), *DATA, *PROJECTS]
 FRAGMENTS = {path: [path] for path in DATA}  # what is no config by itself → what goes on top of the base
 FRAGMENTS |= {path: [path] for path in PROJECTS if path.stem == "method"}
-FRAGMENTS |= {path: [path.with_stem("method"), path] for path in PROJECTS if path.stem == "without"}
+FRAGMENTS |= {path: [path.with_stem("method"), path] for path in PROJECTS if path.match("configs/baseline.yaml")}
+
 OURS = ("synthetic", "omniglot", "grocery")  # sets that no paper knows
 SMALL = ["INPUT.SIZE=[64, 32]", "MODEL.WEIGHTS=''"]
 

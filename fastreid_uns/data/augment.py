@@ -246,11 +246,11 @@ def _flip_shift_scale(images: Tensor, flip: Tensor, offset: Tensor) -> Tensor:
     """Mirror the chosen images, give each the window that begins at its offset, black outside, and divide by 255."""
     if images.device.type != "cpu":
         return _flip_and_shift_by_index(images, flip, offset).float().div_(255)
-    from fastreid_uns.data import pixel_loops
+    from fastreid_uns.data import augment_kernels
     from fastreid_uns.utils.compiled import over_rows
 
     out = np.empty(images.shape, np.float32)  # torch's own block would not be reused: a page fault for every 4 KiB
-    over_rows(pixel_loops.flip_shift_scale, len(images), images.numpy(), flip.numpy(), offset.numpy(), out)
+    over_rows(augment_kernels.flip_shift_scale, len(images), images.numpy(), flip.numpy(), offset.numpy(), out)
     return torch.from_numpy(out)
 
 
@@ -322,9 +322,9 @@ def _erase(images: Tensor, boxes: Tensor, fill: Sequence[float]) -> None:
     """Fill the boxes, in place."""
     if images.device.type != "cpu":
         return _erase_by_masks(images, boxes, fill)
-    from fastreid_uns.data import pixel_loops
+    from fastreid_uns.data import augment_kernels
 
-    pixel_loops.fill_boxes(0, len(images), images.numpy(), boxes.numpy(), np.array(fill, np.float32))
+    augment_kernels.fill_boxes(0, len(images), images.numpy(), boxes.numpy(), np.array(fill, np.float32))
 
 
 def _erase_by_masks(images: Tensor, boxes: Tensor, fill: Sequence[float]) -> None:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.evaluation.retrieval import block_rows
-from fastreid_uns.pseudo_labels.neighbours import encode, encoding_distance, full_precision, neighbours_and_farthest
+from fastreid_uns.pseudo_labels.jaccard import encode, encoding_distance
+from fastreid_uns.pseudo_labels.search.exact import neighbours_and_farthest
+from fastreid_uns.utils.precision import full_precision
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastreid_uns.errors import InvalidValue
-from fastreid_uns.pseudo_labels.neighbours import full_precision
 from fastreid_uns.structures import PROTOCOLS, Record, ReIDData
+from fastreid_uns.utils.precision import full_precision
 
 BLOCK_ELEMENTS = 2**22  # distances held at a time: 16 MiB, which malloc reuses instead of asking the system
 BLOCK_ROWS = 64  # at least: fewer are not worth a second thread
@@ -207,12 +207,12 @@ def count_closer(block: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
         (P,) int64 on the CPU.
     """
     if block.device.type == "cpu":
-        from fastreid_uns.evaluation import counting
+        from fastreid_uns.evaluation import ranking_kernels
         from fastreid_uns.utils.compiled import over_rows
 
         count = torch.zeros(len(columns), dtype=torch.long)
         arrays = (tensor.numpy() for tensor in (block.contiguous(), offsets, columns, count))
-        over_rows(counting.count_closer, len(block), *arrays)
+        over_rows(ranking_kernels.count_closer, len(block), *arrays)
         return count
     return count_closer_torch(block, offsets, columns)
 

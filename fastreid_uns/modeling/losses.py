@@ -105,3 +105,13 @@ class LossSet(nn.Module):
                 )
             outputs[f"loss_{name}"] = self.weights[name] * loss(*(inputs[key] for key in self.input_names[name]))
         return outputs
+
+
+def similarity(feats: Tensor, keys: Tensor) -> Tensor:
+    """(B,K) inner products, at least in float32; feats (B,D), keys (K,D)."""
+    return at_least_float32(feats) @ at_least_float32(keys).T
+
+
+def all_keys(teacher_feats: Tensor) -> Tensor:
+    """(K,D) momentum features of the batches of all processes, in order of rank, without gradient."""
+    return all_gather(teacher_feats.detach(), equal=True)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fastreid_uns.errors import InvalidValue
-from fastreid_uns.pseudo_labels.approximate import APPROXIMATE, approximate_neighbours
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids, singletons
-from fastreid_uns.pseudo_labels.neighbours import encoding_distance, nearest_neighbours, reciprocal_encoding
+from fastreid_uns.pseudo_labels.jaccard import encoding_distance, reciprocal_encoding
+from fastreid_uns.pseudo_labels.search.approximate import APPROXIMATE, approximate_neighbours
+from fastreid_uns.pseudo_labels.search.exact import nearest_neighbours
 from fastreid_uns.registry import PSEUDO_LABEL_REGISTRY
 from fastreid_uns.structures import FeatureBank, NoClusters, PseudoLabels
 

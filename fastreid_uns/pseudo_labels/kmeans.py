@@ -7,9 +7,10 @@ from torch import Tensor
 
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
-from fastreid_uns.pseudo_labels.neighbours import check_finite, full_precision
+from fastreid_uns.pseudo_labels.search.exact import check_finite
 from fastreid_uns.registry import PSEUDO_LABEL_REGISTRY
 from fastreid_uns.structures import FeatureBank, PseudoLabels
+from fastreid_uns.utils.precision import full_precision
 
 
 @PSEUDO_LABEL_REGISTRY.register()

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastreid_uns.errors import InvalidValue
-from fastreid_uns.projects.ICE.proxies import AXES, CameraProxies, camera_proxy_loss, sum_over_cameras
+from fastreid_uns.modeling.proxies import AXES, CameraProxies, camera_proxy_loss, sum_over_cameras
 from fastreid_uns.registry import META_ARCH_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
 

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastreid_uns.errors import InvalidValue
-from fastreid_uns.modeling.losses import at_least_float32
-from fastreid_uns.projects.ICE.proxies import CameraProxies, camera_proxy_loss, check_proxy_keys, sum_over_cameras
+from fastreid_uns.modeling.losses import all_keys, similarity
 from fastreid_uns.registry import LOSS_REGISTRY
 from fastreid_uns.utils import comm
 
@@ -70,51 +69,6 @@ class SoftInstanceLoss(nn.Module):
             logits = similarity(feats, all_keys(teacher_feats)) / self.temperature
             target = similarity(weak_feats.detach(), all_keys(weak_feats)) / self.temperature
             return F.kl_div(logits.log_softmax(1), target.log_softmax(1), reduction="batchmean", log_target=True)
-
-
-@LOSS_REGISTRY.register()
-class CameraProxyLoss(nn.Module):
-    """Contrast with camera proxies: the mean over the images of a camera, summed over the cameras of the batch.
-
-    Args:
-        temperature, negatives, positives, axis: see `proxies.camera_proxy_loss`.
-
-    Raises:
-        ValueError: a key out of range.
-
-    Source: Chen et al. 2021 (ICE), official trainer, where the weight is 0.5.
-    """
-
-    def __init__(
-        self, *, temperature: float = 0.07, negatives: int = 50, positives: str = "all", axis: str = "cosine"
-    ) -> None:
-        super().__init__()
-        check_proxy_keys(temperature, negatives, positives, axis)
-        self.temperature, self.negatives, self.positives, self.axis = temperature, negatives, positives, axis
-
-    def forward(self, feats: Tensor, labels: Tensor, cameras: Tensor, proxies: CameraProxies) -> Tensor:
-        """Scalar; feats (B,D) unit length, labels and cameras (B,)."""
-        losses = camera_proxy_loss(
-            feats,
-            labels,
-            cameras,
-            proxies,
-            temperature=self.temperature,
-            negatives=self.negatives,
-            positives=self.positives,
-            axis=self.axis,
-        )
-        return sum_over_cameras(losses, cameras)
-
-
-def similarity(feats: Tensor, keys: Tensor) -> Tensor:
-    """(B,K) inner products, at least in float32; feats (B,D), keys (K,D)."""
-    return at_least_float32(feats) @ at_least_float32(keys).T
-
-
-def all_keys(teacher_feats: Tensor) -> Tensor:
-    """(K,D) momentum features of the batches of all processes, in order of rank, without gradient."""
-    return comm.all_gather(teacher_feats.detach(), equal=True)
 
 
 def _above_zero(loss: str, temperature: float) -> float:

@@ -12,7 +12,7 @@ from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.memory import Memory
 from fastreid_uns.modeling.meta_arch import Baseline, named_loss_inputs
-from fastreid_uns.projects.ICE.proxies import CameraProxies
+from fastreid_uns.modeling.proxies import CameraProxies
 from fastreid_uns.registry import META_ARCH_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
 from fastreid_uns.utils import comm
@@ -29,12 +29,13 @@ class ICEModel(Baseline):
     (B,D) if a loss wants them; `proxies` if a loss wants them, which needs camera labels.
 
     Args:
-        raw_queries: contrast with the memory by features before unit length, as ICE does; keys and proxies meet unit
-            features in any case.
+        unnormalized_queries: contrast with the memory by features before unit length, as ICE does; keys and proxies
+            meet unit features in any case.
 
     Raises:
-        ValueError: no momentum encoder, no memory, or raw queries for one whose rows move; in `update_memory`,
-            proxies on data without cameras, or labelled source sets; in `forward`, fewer views than the losses need.
+        ValueError: no momentum encoder, no memory, or unnormalized queries for one whose rows move; in
+            `update_memory`, proxies on data without cameras, or labelled source sets; in `forward`, fewer views than the
+            losses need.
 
     Source: Chen et al. 2021 (ICE), official trainer; differs: its forward pass of the key through the online encoder,
     whose features it does not use, is left out.
@@ -43,7 +44,9 @@ class ICEModel(Baseline):
     memory: Memory  # not without one
     teacher: Encoder
 
-    def __init__(self, *parts: Any, momentum_encoder: bool = True, raw_queries: bool = True, **keys: Any) -> None:
+    def __init__(
+        self, *parts: Any, momentum_encoder: bool = True, unnormalized_queries: bool = True, **keys: Any
+    ) -> None:
         if not momentum_encoder:
             raise InvalidValue(
                 "MODEL.MOMENTUM_ENCODER is false; ICEModel takes its keys from the momentum encoder. Set it to true."
@@ -51,15 +54,15 @@ class ICEModel(Baseline):
         super().__init__(*parts, momentum_encoder=True, **keys)
         if self.memory is None:
             raise InvalidValue("MODEL.MEMORY has no NAME; ICEModel contrasts with centroids. Name CentroidMemory.")
-        if raw_queries and self.memory.moves:
+        if unnormalized_queries and self.memory.moves:
             raise InvalidValue(
-                f"MODEL.RAW_QUERIES is true and MODEL.MEMORY is {type(self.memory).__name__}, whose rows move towards "
-                f"queries of unit length. Set RAW_QUERIES to false, or name CentroidMemory."
+                f"MODEL.UNNORMALIZED_QUERIES is true and MODEL.MEMORY is {type(self.memory).__name__}, whose rows move "
+                f"towards queries of unit length. Set UNNORMALIZED_QUERIES to false, or name CentroidMemory."
             )
-        self.raw_queries = raw_queries
-        wanted = {want for wants in self.losses.wanted.values() for want in wants}
-        self.wants_weak = "weak_feats" in wanted
-        self.proxies = CameraProxies(self.encoder.dim) if "proxies" in wanted else None
+        self.unnormalized_queries = unnormalized_queries
+        needed = {name for names in self.losses.input_names.values() for name in names}
+        self.wants_weak = "weak_feats" in needed
+        self.proxies = CameraProxies(self.encoder.dim) if "proxies" in needed else None
 
     def update_memory(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:
         """Make centroids and proxies anew from the features of the momentum encoder."""
@@ -87,7 +90,9 @@ class ICEModel(Baseline):
         if self.proxies is not None:
             inputs["proxies"] = self.proxies
         inputs["labels"] = self.memory.rows(batch)
-        inputs["logits"] = self.memory(inputs["raw"] if self.raw_queries else out.feats, inputs["labels"])
+        inputs["logits"] = self.memory(
+            inputs["unnormalized"] if self.unnormalized_queries else out.feats, inputs["labels"]
+        )
         return inputs
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastreid_uns.errors import InvalidValue
-from fastreid_uns.projects.ICE.losses import all_keys, similarity
+from fastreid_uns.modeling.losses import all_keys, similarity
 from fastreid_uns.registry import LOSS_REGISTRY
 from fastreid_uns.utils import comm
 

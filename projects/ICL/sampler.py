@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from fastreid_uns.data.camera_sampler import OnePerCameraSampler
 from fastreid_uns.errors import InvalidValue
-from fastreid_uns.projects.ICE.sampler import OnePerCameraSampler
 from fastreid_uns.registry import SAMPLER_REGISTRY
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.pseudo_labels.dbscan import DBSCANLabels
-from fastreid_uns.pseudo_labels.neighbours import nearest_neighbours
+from fastreid_uns.pseudo_labels.search.exact import nearest_neighbours
 from fastreid_uns.registry import PSEUDO_LABEL_REGISTRY
 from fastreid_uns.structures import FeatureBank, PseudoLabels
 

@@ -13,7 +13,7 @@ from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.losses import LossSet
 from fastreid_uns.modeling.memory import Memory
 from fastreid_uns.modeling.meta_arch import Baseline
-from fastreid_uns.projects.ICE.proxies import CameraProxies, camera_proxy_loss
+from fastreid_uns.modeling.proxies import CameraProxies, camera_proxy_loss
 from fastreid_uns.pseudo_labels.base import centroids
 from fastreid_uns.registry import META_ARCH_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.pseudo_labels.base import centroids, singletons
 from fastreid_uns.pseudo_labels.dbscan import DBSCANLabels, dbscan
-from fastreid_uns.pseudo_labels.neighbours import encoding_distance
+from fastreid_uns.pseudo_labels.jaccard import encoding_distance
 from fastreid_uns.registry import PSEUDO_LABEL_REGISTRY
 from fastreid_uns.structures import FeatureBank, NoClusters, PseudoLabels
 

@@ -68,9 +68,9 @@ def test_loss_set_weights_names_and_feeds_by_name():
     assert outputs["loss_b"].item() == 0
 
 
-def test_a_loss_that_wants_what_is_not_offered():
+def test_a_loss_whose_input_the_model_lacks():
     losses = LossSet({"a": (CrossEntropyLoss(), 1.0)})
     with pytest.raises(
-        KeyError, match=r"MODEL\.LOSSES\.a: CrossEntropyLoss wants logits; this model offers feats, labels"
+        KeyError, match=r"MODEL\.LOSSES\.a: CrossEntropyLoss asks for logits; this model has feats, labels"
     ):
         losses({"feats": torch.eye(2), "labels": torch.tensor([0, 1])})

@@ -11,7 +11,7 @@ from sklearn.cluster import DBSCAN
 
 from fastreid_uns.pseudo_labels.base import centroids
 from fastreid_uns.pseudo_labels.dbscan import DBSCANLabels, dbscan
-from fastreid_uns.pseudo_labels.neighbours import jaccard_distance
+from fastreid_uns.pseudo_labels.jaccard import jaccard_distance
 from fastreid_uns.structures import FeatureBank
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -10,14 +10,9 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse import csr_matrix
 
-from fastreid_uns.pseudo_labels import kernels, neighbours
-from fastreid_uns.pseudo_labels.neighbours import (
-    encode,
-    encoding_distance,
-    jaccard_distance,
-    nearest_neighbours,
-    reciprocal_encoding,
-)
+from fastreid_uns.pseudo_labels import jaccard, jaccard_kernels
+from fastreid_uns.pseudo_labels.jaccard import encode, encoding_distance, jaccard_distance, reciprocal_encoding
+from fastreid_uns.pseudo_labels.search.exact import nearest_neighbours
 
 sys.path.insert(0, str(Path(__file__).parent))
 import dense_oracle
@@ -50,7 +45,7 @@ def test_neighbours_and_reciprocal_sets_of_the_official_code(n):
     assert (index.numpy() == case["neighbors"]).all()
     near = index.int().numpy()
     back = np.empty_like(near)
-    kernels.place_in_return(0, n, near, back)
+    jaccard_kernels.place_in_return(0, n, near, back)
     half = case["recip_half"].shape[1]
     for i in range(n):
         assert near[i, back[i] < k1].tolist() == [j for j in case["recip_k1"][i] if j >= 0]
@@ -126,7 +121,7 @@ def test_a_limit_drops_pairs_and_changes_none(limit):
 
 
 def test_a_limit_drops_the_right_pairs_of_more_images_than_overlaps_have_places():
-    n = kernels._PLACES + 3000
+    n = jaccard_kernels._PLACES + 3000
     encoding = reciprocal_encoding(random_feats(n, 6), 8, 3)
     full, kept = encoding_distance(encoding), encoding_distance(encoding, max_distance=0.7)
     full.data[full.data > np.float32(0.7)] = -1
@@ -148,8 +143,8 @@ def test_the_bits_of_a_weight_in_the_lists_change_no_pair(bits, limit):
     begin = np.concatenate([[0], np.cumsum(np.bincount(encoding.indices, minlength=n))])
     lists = np.empty(encoding.nnz, np.int32)
     for start, stop in ((0, 170), (170, n)):
-        kernels.lists_of_columns(start, stop, begin, *entries, bits, lists)
-    sizes, found, distances = kernels.near_rows(0, n, *entries, begin, lists, bits, np.float32(limit))
+        jaccard_kernels.lists_of_columns(start, stop, begin, *entries, bits, lists)
+    sizes, found, distances = jaccard_kernels.near_rows(0, n, *entries, begin, lists, bits, np.float32(limit))
     row, col = order[np.repeat(np.arange(n), sizes)], order[found]
     full = dense(encoding_distance(encoding))[order][:, order]
     assert (np.repeat(np.arange(n), sizes) >= found).all()
@@ -185,7 +180,7 @@ def test_structural_ties_fall_on_their_exact_value():
 def test_rows_that_share_columns_are_visited_one_after_the_other():
     group = np.random.default_rng(0).permutation(np.repeat(np.arange(20), 5))
     together = csr_matrix((group[:, None] == group).astype(np.int32))
-    order = neighbours._alike_together(together.indptr[:-1], together.indices, square=True)
+    order = jaccard._alike_together(together.indptr[:-1], together.indices, square=True)
     assert sorted(order.tolist()) == list(range(100))
     assert (np.diff(group[order]) != 0).sum() == 19
 

@@ -71,7 +71,7 @@ def dense_labels(feats, result: dict[str, Any]):
 def sparse_labels(feats, result: dict[str, Any], search: Callable):
     """Labels of the package, as `DBSCANLabels` makes them."""
     from fastreid_uns.pseudo_labels.dbscan import dbscan
-    from fastreid_uns.pseudo_labels.neighbours import encode, encoding_distance
+    from fastreid_uns.pseudo_labels.jaccard import encode, encoding_distance
 
     with measuring.measured(result, "neighbours"):
         sq, index = search(feats, K1)[:2]
@@ -85,15 +85,15 @@ def sparse_labels(feats, result: dict[str, Any], search: Callable):
 
 def search_of(form: str) -> Callable:
     """What finds the neighbours in a form that is not dense."""
-    from fastreid_uns.pseudo_labels.approximate import approximate_neighbours
-    from fastreid_uns.pseudo_labels.candidates import search_by_candidates
-    from fastreid_uns.pseudo_labels.neighbours import nearest_neighbours
+    from fastreid_uns.pseudo_labels.search.approximate import approximate_neighbours
+    from fastreid_uns.pseudo_labels.search.candidates import search_by_candidates
+    from fastreid_uns.pseudo_labels.search.exact import nearest_neighbours
 
     kind, _, effort = form.partition(":")
     if kind in ("ivf", "hnsw"):
         return partial(approximate_neighbours, search=kind, effort=int(effort or 64))
     if kind == "float32":
-        return partial(search_by_candidates, block=2048, eight_bits=False)
+        return partial(search_by_candidates, block=2048, int8=False)
     return nearest_neighbours
 
 
@@ -148,7 +148,7 @@ def measure(images: int, dim: int, form: str, device: str, gib: float = 0) -> di
     result["process_peak_gib"] = held + max(result["neighbours_peak_gib"], result["after_peak_gib"])
     result |= {"clusters": int(labels.max()) + 1, "outliers": int((labels < 0).sum())}
     if form == "exact":
-        result["eight_bits"] = candidates._chosen(feats, K1).eight_bits
+        result["int8"] = candidates._chosen(feats, K1).int8
     if device == "cuda":
         result["device_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     np.save(labels_file(images, dim, form), labels)

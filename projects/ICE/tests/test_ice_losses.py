@@ -10,10 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastreid_uns.modeling.losses import CrossEntropyLoss
-from fastreid_uns.projects.ICE.losses import CameraProxyLoss, HardInstanceLoss, SoftInstanceLoss, similarity
-from fastreid_uns.projects.ICE.memory import CentroidMemory
-from fastreid_uns.projects.ICE.proxies import CameraProxies
+from fastreid_uns.modeling.losses import CrossEntropyLoss, similarity
+from fastreid_uns.modeling.proxies import CameraProxies, CameraProxyLoss, CentroidMemory
+from fastreid_uns.projects.ICE.losses import HardInstanceLoss, SoftInstanceLoss
 from fastreid_uns.structures import FeatureBank, PseudoLabels
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("ice_*.npz"))

@@ -13,7 +13,7 @@ from torch import nn
 from fastreid_uns.config import load_config
 from fastreid_uns.modeling.losses import LossSet
 from fastreid_uns.modeling.memory import ClusterMemory
-from fastreid_uns.projects.ICE.memory import CentroidMemory
+from fastreid_uns.modeling.proxies import CentroidMemory
 from fastreid_uns.projects.ICE.model import ICEModel
 from fastreid_uns.registry import LOSS_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, HeadOutput, PseudoLabels
@@ -37,7 +37,7 @@ class Given(nn.Module):
         self.seen.append(images)
         raw = self.scale * images
         self.norm(raw)
-        return HeadOutput(raw, F.normalize(raw), raw=raw)
+        return HeadOutput(raw, F.normalize(raw), unnormalized=raw)
 
 
 def build(dim: int, overrides=(), num_images: int = 8, **keys) -> ICEModel:
@@ -87,7 +87,7 @@ def test_a_step_of_the_official_trainer(path):
 def test_the_first_view_is_the_query_and_the_others_go_through_the_momentum_encoder(fitted):
     model, batch = fitted
     inputs = model.loss_inputs(batch)
-    assert torch.equal(inputs["raw"], batch.views[0])
+    assert torch.equal(inputs["unnormalized"], batch.views[0])
     torch.testing.assert_close(inputs["teacher_feats"], F.normalize(batch.views[1]))
     torch.testing.assert_close(inputs["weak_feats"], F.normalize(batch.views[2]))
     assert not inputs["teacher_feats"].requires_grad
@@ -111,7 +111,7 @@ def test_raw_or_unit_queries_meet_the_memory(fitted):
     model, batch = fitted
     raw = model.loss_inputs(batch)["logits"]
     torch.testing.assert_close(raw, batch.views[0] @ model.memory.features.T / 0.5)
-    model.raw_queries = False
+    model.unnormalized_queries = False
     unit = model.loss_inputs(batch)["logits"]
     torch.testing.assert_close(unit, F.normalize(batch.views[0]) @ model.memory.features.T / 0.5)
 
@@ -174,7 +174,9 @@ def test_a_momentum_encoder_is_needed():
 
 
 def test_raw_queries_never_move_a_memory():
-    with pytest.raises(ValueError, match=r"RAW_QUERIES is true and MODEL\.MEMORY is ClusterMemory.*CentroidMemory"):
+    with pytest.raises(
+        ValueError, match=r"UNNORMALIZED_QUERIES is true and MODEL\.MEMORY is ClusterMemory.*CentroidMemory"
+    ):
         ICEModel(Given(6), ClusterMemory(6), LossSet({}), 8)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastreid_uns.modeling.proxies import sum_over_cameras
 from fastreid_uns.projects.ICE.losses import HardInstanceLoss, SoftInstanceLoss
-from fastreid_uns.projects.ICE.proxies import sum_over_cameras
 from fastreid_uns.utils import comm
 
 

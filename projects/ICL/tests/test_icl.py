@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from fastreid_uns.modeling.losses import CrossEntropyLoss
+from fastreid_uns.modeling.proxies import CentroidMemory
 from fastreid_uns.projects.ICE.losses import similarity
-from fastreid_uns.projects.ICE.memory import CentroidMemory
 from fastreid_uns.projects.ICL.losses import CorrelationLoss
 from fastreid_uns.projects.ICL.sampler import IrregularSampler
 from fastreid_uns.structures import PseudoLabels

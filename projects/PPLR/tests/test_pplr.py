@@ -22,7 +22,7 @@ from fastreid_uns.projects.PPLR.losses import (
     refined_targets,
 )
 from fastreid_uns.pseudo_labels.dbscan import DBSCANLabels
-from fastreid_uns.pseudo_labels.neighbours import nearest_neighbours
+from fastreid_uns.pseudo_labels.search.exact import nearest_neighbours
 from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -12,7 +12,7 @@ from fastreid_uns.projects.SpCL.labels import SelfPacedLabels, best_of_label, in
 from fastreid_uns.projects.SpCL.memory import HybridMemory
 from fastreid_uns.pseudo_labels.base import singletons
 from fastreid_uns.pseudo_labels.dbscan import dbscan
-from fastreid_uns.pseudo_labels.neighbours import jaccard_distance
+from fastreid_uns.pseudo_labels.jaccard import jaccard_distance
 from fastreid_uns.structures import FeatureBank, NoClusters
 
 GOLDEN = Path(__file__).parent / "golden"

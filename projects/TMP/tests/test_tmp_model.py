@@ -30,7 +30,7 @@ class Rows(nn.Module):
         self.given = images
         self.domains = domains
         raw = images[:, :2, 0, 0]
-        return HeadOutput(raw, nn.functional.normalize(raw), raw=raw)
+        return HeadOutput(raw, nn.functional.normalize(raw), unnormalized=raw)
 
 
 def batch(views: int) -> Batch:
@@ -53,7 +53,7 @@ def test_views_of_an_image_stand_side_by_side():
     assert inputs["labels"].tolist() == [0, 0, 1, 1, 0, 0]
     assert inputs["index"].tolist() == [7, 7, 3, 3, 5, 5]
     assert inputs["cameras"].tolist() == [0, 0, 1, 1, 2, 2]
-    assert set(inputs) == {"pooled", "feats", "raw", "labels", "index", "cameras", "domains"}
+    assert set(inputs) == {"pooled", "feats", "unnormalized", "labels", "index", "cameras", "domains"}
 
 
 @pytest.mark.parametrize(("views", "positives"), [(1, 2 / 3), (2, (3 * 4 + 1 * 2) / 6)])

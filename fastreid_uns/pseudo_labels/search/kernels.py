@@ -16,7 +16,7 @@ _CHUNK = 64  # products that are looked through at a time
 _ROUND_UP = 1 + 2.0**-30  # more than the rounding of a float64 sum of squares
 
 
-def without_nan(function: Callable, *allowed: str) -> Any:
+def nnan_fastmath(function: Callable, *allowed: str) -> Any:
     """Compile; NaN is refused before any kernel runs, and no sum is reordered unless `reassoc` is allowed."""
     return compiled(function, "nnan", "nsz", *allowed)
 
@@ -30,10 +30,10 @@ def squared_distance(feats, i, j):
     return np.float32(total)
 
 
-squared_distance = without_nan(squared_distance, "reassoc", "contract")
+squared_distance = nnan_fastmath(squared_distance, "reassoc", "contract")
 
 
-@without_nan
+@nnan_fastmath
 def round_rows(start, stop, feats, mean, rows, scales, lengths, kept, lost):
     """Centre rows and measure them: their length, the length of what is kept of them and of what is lost.
 
@@ -68,7 +68,7 @@ def round_rows(start, stop, feats, mean, rows, scales, lengths, kept, lost):
         lost[i] = np.sqrt(rest) * _ROUND_UP
 
 
-@without_nan
+@nnan_fastmath
 def _place(sq, index, i, distance, j):
     """Put a neighbour where it belongs by distance and then by index; the first place is the image's own."""
     at = sq.shape[1] - 1
@@ -82,7 +82,7 @@ def _place(sq, index, i, distance, j):
     index[i, at] = j
 
 
-@without_nan
+@nnan_fastmath
 def _may_enter(sq, index, i, j):
     """Not once a list is full of doubles of lower index."""
     return sq[i, sq.shape[1] - 1] > 0 or j < index[i, sq.shape[1] - 1]
@@ -132,10 +132,10 @@ def offer_to_each_other(products, row0, col0, scales, norms, errors, feats, limi
     return measured
 
 
-offer_to_each_other = without_nan(offer_to_each_other, "contract")
+offer_to_each_other = nnan_fastmath(offer_to_each_other, "contract")
 
 
-@without_nan
+@nnan_fastmath
 def keep_farthest(products, norms, row0, col0, farthest):
     """Raise `farthest` to the largest squared distance of a block of float32 products, for its columns and its rows."""
     height, width = products.shape
@@ -149,7 +149,7 @@ def keep_farthest(products, norms, row0, col0, farthest):
         farthest[row0 + r] = max(farthest[row0 + r], largest)
 
 
-@without_nan
+@nnan_fastmath
 def measure_listed(start, stop, feats, images, counts, listed, sq, index):
     """Nearest neighbours of `images` out of their candidates, or out of all images where the count is negative."""
     for r in range(start, stop):

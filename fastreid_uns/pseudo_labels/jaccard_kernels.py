@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastreid_uns.pseudo_labels.search_kernels import squared_distance, without_nan
+from fastreid_uns.pseudo_labels.search.kernels import nnan_fastmath, squared_distance
 
 _REST = 0.8  # of the least overlap that counts: what a row keeps back when it looks for others
 _LINE = 16  # numbers of 4 bytes in a line of the cache
@@ -18,7 +18,7 @@ _UNIT_BITS = 30
 UNIT = 2**_UNIT_BITS  # of weights, which are integers: their sums are exact, so no order of images or threads shows
 
 
-@without_nan
+@nnan_fastmath
 def _touch(values, start, stop):
     """Read a number of each line of the cache, so that memory sends them side by side.
 
@@ -30,7 +30,7 @@ def _touch(values, start, stop):
     return total
 
 
-@without_nan
+@nnan_fastmath
 def place_in_return(start, stop, index, back):
     """Write to `back[i, c]` where i stands in the list of its c-th neighbour; the list's length if absent."""
     k = index.shape[1]
@@ -47,7 +47,7 @@ def place_in_return(start, stop, index, back):
     return touched
 
 
-@without_nan
+@nnan_fastmath
 def _room(buffer, needed):
     if needed <= len(buffer):
         return buffer
@@ -56,7 +56,7 @@ def _room(buffer, needed):
     return larger
 
 
-@without_nan
+@nnan_fastmath
 def expanded_sets(start, stop, index, sq, back, half):
     """k-reciprocal neighbours of each row, joined by the sets of those candidates that share over two thirds with it.
 
@@ -99,7 +99,7 @@ def expanded_sets(start, stop, index, sq, back, half):
     return sizes, members[:end], distances[:end]
 
 
-@without_nan
+@nnan_fastmath
 def _listed_distance(index, sq, i, j):
     for c in range(index.shape[1]):
         if index[i, c] == j:
@@ -110,14 +110,14 @@ def _listed_distance(index, sq, i, j):
     return np.float32(-1)
 
 
-@without_nan
+@nnan_fastmath
 def pair_distances(start, stop, feats, first, second, distances):
     """Write squared distances of pairs of rows to `distances`."""
     for p in range(start, stop):
         distances[p] = squared_distance(feats, first[p], second[p])
 
 
-@without_nan
+@nnan_fastmath
 def averaged_rows(start, stop, order, place, index, k2, indptr, indices, data):
     """Mean of the sparse rows of the first k2 neighbours; returns sizes, columns and values of the rows.
 
@@ -164,7 +164,7 @@ def averaged_rows(start, stop, order, place, index, k2, indptr, indices, data):
     return sizes, columns[:end], values[:end]
 
 
-@without_nan
+@nnan_fastmath
 def lists_of_columns(start, stop, begin, order, indptr, indices, data, bits, lists):
     """Write the columns `start..stop` of sparse rows, each from where it begins: place of the row and weight.
 
@@ -185,14 +185,14 @@ def lists_of_columns(start, stop, begin, order, indptr, indices, data, bits, lis
     return touched
 
 
-@without_nan
+@nnan_fastmath
 def _rounded_up(weight, bits):
     """A weight up to 1, in units of 2^(1 - bits), so that it fits into the bits."""
     cut = _UNIT_BITS + 1 - bits
     return (weight + (1 << cut) - 1) >> cut
 
 
-@without_nan
+@nnan_fastmath
 def near_rows(start, stop, order, indptr, indices, data, begin, lists, bits, limit):
     """Jaccard distances up to `limit` of each row, taken in some order, to itself and those before it.
 
@@ -264,7 +264,7 @@ def near_rows(start, stop, order, indptr, indices, data, begin, lists, bits, lim
     return sizes, columns[:end], values[:end]
 
 
-@without_nan
+@nnan_fastmath
 def _overlap(weights, columns, values, least):
     """Of a row with the entries of another; not to the end if it stays below `least`."""
     overlap, left = np.int64(0), np.int64(UNIT)
@@ -276,13 +276,13 @@ def _overlap(weights, columns, values, least):
     return overlap
 
 
-@without_nan
+@nnan_fastmath
 def _jaccard_distance(overlap):
     mu = overlap / UNIT
     return np.float32(np.rint(max(1 - mu / (2 - mu), 0.0) * _GRID) / _GRID)
 
 
-@without_nan
+@nnan_fastmath
 def overlap_distances(start, stop, indptr, indices, data, list_indptr, list_rows, list_data, n, limit):
     """Jaccard distances of sparse rows to those of n other rows, given column by column, with which they share one.
 

@@ -1,4 +1,4 @@
-"""Camera proxies: one unit-length mean for each cluster in each camera, and the contrast of images with them."""
+"""Rows that stay during an epoch: centroids of clusters, and camera proxies with the contrast of images with them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,49 @@ from torch import Tensor, nn
 
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.losses import at_least_float32
-from fastreid_uns.modeling.memory import take_shapes
+from fastreid_uns.modeling.memory import Memory, source_rows, take_shapes
+from fastreid_uns.registry import LOSS_REGISTRY, MEMORY_REGISTRY
+from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
 from fastreid_uns.utils import comm
 
 POSITIVES = ("all", "other")
 AXES = ("cosine", "coordinates")
+
+
+@MEMORY_REGISTRY.register()
+class CentroidMemory(Memory):
+    """One row for each source class and each cluster: the plain mean of its unit features, at most of unit length.
+
+    Rows change at a clustering only.
+
+    Args:
+        dim: D, length of a row.
+        temperature: divides the similarities, > 0.
+
+    Raises:
+        ValueError: temperature out of range.
+
+    Source: Chen et al. 2021 (ICE), official trainer: centroids are not brought to unit length.
+    """
+
+    moves = False
+
+    def __init__(self, dim: int, *, temperature: float = 0.5) -> None:
+        super().__init__(dim, momentum=1.0, temperature=temperature)
+
+    @torch.no_grad()
+    def reset(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:
+        """Rows = centroids of the source classes, then the means of the clusters."""
+        labels = pseudo.labels.to(bank.feats.device)
+        kept = labels >= 0
+        total = bank.feats.new_zeros(pseudo.num_clusters, bank.feats.shape[1], dtype=torch.float32)
+        total.index_add_(0, labels[kept], bank.feats[kept].float())
+        means = total / pseudo.sizes.to(total)[:, None]
+        self.features = torch.cat([*source_rows(bank), means]).to(self.features.device)
+
+    def rows(self, batch: Batch) -> Tensor:
+        """(B,) the label of each image."""
+        return batch.labels
 
 
 class CameraProxies(nn.Module):
@@ -166,3 +204,38 @@ def sum_over_cameras(losses: Tensor, cameras: Tensor) -> Tensor:
     every = comm.all_gather(cameras, equal=True)
     images = (cameras[:, None] == every).sum(1)
     return (losses / images).sum() * comm.world()
+
+
+@LOSS_REGISTRY.register()
+class CameraProxyLoss(nn.Module):
+    """Contrast with camera proxies: the mean over the images of a camera, summed over the cameras of the batch.
+
+    Args:
+        temperature, negatives, positives, axis: see `camera_proxy_loss`.
+
+    Raises:
+        ValueError: a key out of range.
+
+    Source: Chen et al. 2021 (ICE), official trainer, where the weight is 0.5.
+    """
+
+    def __init__(
+        self, *, temperature: float = 0.07, negatives: int = 50, positives: str = "all", axis: str = "cosine"
+    ) -> None:
+        super().__init__()
+        check_proxy_keys(temperature, negatives, positives, axis)
+        self.temperature, self.negatives, self.positives, self.axis = temperature, negatives, positives, axis
+
+    def forward(self, feats: Tensor, labels: Tensor, cameras: Tensor, proxies: CameraProxies) -> Tensor:
+        """Scalar; feats (B,D) unit length, labels and cameras (B,)."""
+        losses = camera_proxy_loss(
+            feats,
+            labels,
+            cameras,
+            proxies,
+            temperature=self.temperature,
+            negatives=self.negatives,
+            positives=self.positives,
+            axis=self.axis,
+        )
+        return sum_over_cameras(losses, cameras)

@@ -11,14 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastreid_uns.pseudo_labels import candidates, kernels, neighbours
-from fastreid_uns.pseudo_labels.candidates import Coarse, search_by_candidates
-from fastreid_uns.pseudo_labels.neighbours import nearest_neighbours, neighbours_and_farthest
+from fastreid_uns.pseudo_labels import jaccard_kernels
+from fastreid_uns.pseudo_labels.search import candidates
+from fastreid_uns.pseudo_labels.search.candidates import Int8Features, search_by_candidates
+from fastreid_uns.pseudo_labels.search.exact import nearest_neighbours, neighbours_and_farthest
+from fastreid_uns.pseudo_labels.search.gpu import pair_distances, search_by_rows
 
 SEARCHES = {
-    "8 bits": partial(search_by_candidates, eight_bits=True),
+    "8 bits": partial(search_by_candidates, int8=True),
     "float32": partial(search_by_candidates, farthest=True),
-    "by rows": neighbours._search_by_rows,
+    "by rows": search_by_rows,
 }
 
 
@@ -95,7 +97,7 @@ def test_the_image_itself_comes_first_before_its_doubles(search):
     assert (sq == 0).all()
 
 
-@pytest.mark.parametrize("eight_bits", [True, False])
+@pytest.mark.parametrize("int8", [True, False])
 @pytest.mark.parametrize(
     "feats",
     [
@@ -108,17 +110,17 @@ def test_the_image_itself_comes_first_before_its_doubles(search):
         pytest.param(torch.nn.functional.one_hot(torch.arange(300) % 150, 200).float(), id="one-hot"),
     ],
 )
-def test_any_precision_of_the_products_gives_the_same_neighbours(feats, eight_bits):
+def test_any_precision_of_the_products_gives_the_same_neighbours(feats, int8):
     sq, index, _ = by_definition(feats, 10)
-    found = search_by_candidates(feats, 10, 128, eight_bits=eight_bits)
+    found = search_by_candidates(feats, 10, 128, int8=int8)
     assert torch.equal(found[0], sq)
     assert torch.equal(found[1], index)
 
 
-@pytest.mark.parametrize("eight_bits", [True, False])
+@pytest.mark.parametrize("int8", [True, False])
 @pytest.mark.parametrize("feats", [random_feats(300, 100), alike_feats(300), 50 * random_feats(300, 7)])
-def test_no_estimate_is_farther_off_than_the_bound(feats, eight_bits):
-    coarse = Coarse(feats, eight_bits=eight_bits)
+def test_no_estimate_is_farther_off_than_the_bound(feats, int8):
+    coarse = Int8Features(feats, int8=int8)
     part = coarse.part(slice(None))
     products = coarse.product(part, part, coarse.memory(300 * 300)).astype(np.float64)
     norms, scales = coarse.norms.astype(np.float64), coarse.scales.astype(np.float64)
@@ -174,17 +176,17 @@ def test_inference_mode_reaches_all_threads(search):
 
 def test_a_failure_leaves_the_number_of_threads_as_it_was(monkeypatch):
     threads = torch.get_num_threads()
-    monkeypatch.setattr(Coarse, "product", lambda *args: 1 / 0)
+    monkeypatch.setattr(Int8Features, "product", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        search_by_candidates(random_feats(500, 20), 12, 100, eight_bits=False)
+        search_by_candidates(random_feats(500, 20), 12, 100, int8=False)
     assert torch.get_num_threads() == threads
 
 
 def test_the_sample_tells_how_much_8_bits_leave_to_be_measured():
     """A peak in each row leaves the rest of it no bits."""
     peaked = torch.eye(600) + 0.05 * random_feats(600, 600)
-    assert Coarse(peaked, eight_bits=True).share_to_measure(10) > 0.9
-    assert Coarse(peaked, eight_bits=False).share_to_measure(10) < 0.1
+    assert Int8Features(peaked, int8=True).share_to_measure(10) > 0.9
+    assert Int8Features(peaked, int8=False).share_to_measure(10) < 0.1
 
 
 def test_eight_bits_are_chosen_where_they_are_faster_and_suffice(monkeypatch):
@@ -196,9 +198,9 @@ def test_eight_bits_are_chosen_where_they_are_faster_and_suffice(monkeypatch):
         (False, near, False),
         (True, torch.eye(320) + 0.05 * random_feats(320, 320), False),
     ):
-        monkeypatch.setattr(candidates, "eight_bits_pay", lambda d, threads, pays=pays: pays)
-        assert candidates._chosen(feats, 5).eight_bits is expected
-    assert not candidates._chosen(near[:299], 5).eight_bits
+        monkeypatch.setattr(candidates, "int8_pays", lambda d, threads, pays=pays: pays)
+        assert candidates._chosen(feats, 5).int8 is expected
+    assert not candidates._chosen(near[:299], 5).int8
 
 
 @pytest.mark.parametrize(
@@ -218,11 +220,11 @@ def test_products_of_8_bits_must_be_exact_and_fast(product, faster, pays, monkey
 
     monkeypatch.setattr(torch, "_int_mm", multiply)
     monkeypatch.setattr(candidates, "_FASTER", faster)
-    assert candidates.eight_bits_pay.__wrapped__(64, 1, size=16) is pays
+    assert candidates.int8_pays.__wrapped__(64, 1, size=16) is pays
 
 
 def test_rows_too_long_for_32_bits_are_multiplied_in_float32():
-    assert not candidates.eight_bits_pay(133_145, 1)
+    assert not candidates.int8_pays(133_145, 1)
     assert 133_144 * 127**2 < 2**31 <= 133_145 * 127**2
 
 
@@ -244,11 +246,11 @@ def test_distances_of_single_pairs_compiled_and_by_torch():
     x = feats.double().numpy()
     expected = ((x[first] - x[second]) ** 2).sum(1)
     compiled = np.empty(200, np.float32)
-    kernels.pair_distances(0, 120, feats.numpy(), first, second, compiled)
-    kernels.pair_distances(120, 200, feats.numpy(), first, second, compiled)
+    jaccard_kernels.pair_distances(0, 120, feats.numpy(), first, second, compiled)
+    jaccard_kernels.pair_distances(120, 200, feats.numpy(), first, second, compiled)
     assert (compiled == expected.astype(np.float32)).all()
     pairs = torch.from_numpy(first), torch.from_numpy(second)
-    assert torch.equal(neighbours._pair_distances(feats, *pairs), torch.from_numpy(compiled))
+    assert torch.equal(pair_distances(feats, *pairs), torch.from_numpy(compiled))
 
 
 def test_broken_rows_are_counted_and_the_first_is_named():
@@ -291,9 +293,9 @@ def test_memory_stays_far_below_all_pairs():
         def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         def run(n):
             feats = torch.nn.functional.normalize(torch.randn(n, 8, generator=torch.Generator().manual_seed(0)))
-            candidates.search_by_candidates(feats, 10, 1024, eight_bits=True)
+            candidates.search_by_candidates(feats, 10, 1024, int8=True)
             candidates.search_by_candidates(feats, 10, 1024, farthest=True)
-            neighbours._search_by_rows(feats[: n // 3], 10, 256)
+            search_by_rows(feats[: n // 3], 10, 256)
         run(2048)
         before = peak()
         run(9000)

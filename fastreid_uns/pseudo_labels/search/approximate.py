@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastreid_uns.errors import MissingPackage
-from fastreid_uns.pseudo_labels.candidates import nearest_of_listed
-from fastreid_uns.pseudo_labels.neighbours import checked
+from fastreid_uns.pseudo_labels.search.candidates import nearest_of_listed
+from fastreid_uns.pseudo_labels.search.exact import checked
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastreid_uns.projects.ICE.sampler import OnePerCameraSampler, draw_one_per_camera
+from fastreid_uns.data.camera_sampler import OnePerCameraSampler, draw_one_per_camera
 from fastreid_uns.structures import PseudoLabels
 
 

@@ -32,17 +32,17 @@ _FASTER = 1.5  # times as fast as float32 must products of 8 bits be
 
 
 def search_by_candidates(
-    feats: Tensor, k: int, block: int, *, eight_bits: bool | None = None, farthest: bool = False
+    feats: Tensor, k: int, block: int, *, int8: bool | None = None, farthest: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squared distances (N, k), images (N, k) and, if `farthest`, the largest squared distances (N,), else zeros.
 
     Args:
         feats: (N, D) float32, finite, contiguous, on the CPU.
         block: rows of a block at most.
-        eight_bits: precision of the products; None = 8 bits where that is faster.
+        int8: precision of the products; None = 8 bits where that is faster.
         farthest: take float32, which alone gives the farthest.
     """
-    from fastreid_uns.pseudo_labels import search_kernels
+    from fastreid_uns.pseudo_labels.search import kernels
     from fastreid_uns.utils.compiled import Workers
 
     n = len(feats)
@@ -50,7 +50,7 @@ def search_by_candidates(
     sq, index = np.full((n, k), np.inf, np.float32), np.full((n, k), n, np.int64)
     sq[:, 0], index[:, 0] = 0, np.arange(n)
     limits = np.full(n, np.inf if k > 1 else -np.inf, np.float32)  # above these, an estimate need not be measured
-    coarse = _chosen(feats, k) if eight_bits is None and not farthest else Coarse(feats, eight_bits=bool(eight_bits))
+    coarse = _chosen(feats, k) if int8 is None and not farthest else Int8Features(feats, int8=bool(int8))
     known = (coarse.scales, coarse.norms, coarse.errors, feats.numpy(), limits, sq, index)
     memory: SimpleQueue[np.ndarray] = SimpleQueue()
 
@@ -62,8 +62,8 @@ def search_by_candidates(
         try:
             products = coarse.product(rows, columns, held)
             if farthest:
-                search_kernels.keep_farthest(products, coarse.norms, row0, col0, far)
-            return search_kernels.offer_to_each_other(products, row0, col0, *known)
+                kernels.keep_farthest(products, coarse.norms, row0, col0, far)
+            return kernels.offer_to_each_other(products, row0, col0, *known)
         finally:
             memory.put(held)
 
@@ -93,21 +93,21 @@ def nearest_of_listed(
         counts: (M,) int32 candidates, the image itself not among them; -1 for all images.
         listed: (M, C) int32, the candidates first.
     """
-    from fastreid_uns.pseudo_labels import search_kernels
+    from fastreid_uns.pseudo_labels.search import kernels
     from fastreid_uns.utils.compiled import over_rows
 
     sq, index = np.empty((len(images), k), np.float32), np.empty((len(images), k), np.int64)
-    over_rows(search_kernels.measure_listed, len(images), feats.numpy(), images, counts, listed, sq, index)
+    over_rows(kernels.measure_listed, len(images), feats.numpy(), images, counts, listed, sq, index)
     return torch.from_numpy(sq), torch.from_numpy(index)
 
 
-def _chosen(feats: Tensor, k: int) -> Coarse:
+def _chosen(feats: Tensor, k: int) -> Int8Features:
     """The form of the products: 8 bits where they are faster and do not leave too many pairs to be measured."""
-    if len(feats) >= _SMALL and eight_bits_pay(feats.shape[1], torch.get_num_threads()):
-        coarse = Coarse(feats, eight_bits=True)
+    if len(feats) >= _SMALL and int8_pays(feats.shape[1], torch.get_num_threads()):
+        coarse = Int8Features(feats, int8=True)
         if coarse.share_to_measure(k) <= _MEASURED:
             return coarse
-    return Coarse(feats, eight_bits=False)
+    return Int8Features(feats, int8=False)
 
 
 def _rounds(blocks: int) -> Iterator[list[tuple[int, int]]]:
@@ -127,7 +127,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class Coarse:
+class Int8Features:
     """Rows less their mean, in float32 or rounded to 8 bits with one scale for each row.
 
     With x the centred row, a = scale * row what is kept of it and r = x - a, the product of two rows is off by
@@ -137,7 +137,7 @@ class Coarse:
 
     Args:
         feats: (N, D) float32, finite, contiguous.
-        eight_bits: keep 8 bits; needs D <= 133,144.
+        int8: keep 8 bits; needs D <= 133,144.
 
     Attributes:
         scales: (N,) float32.
@@ -146,40 +146,40 @@ class Coarse:
             min(errors[i], errors[j]) from the true squared distance.
     """
 
-    def __init__(self, feats: Tensor, *, eight_bits: bool) -> None:
-        from fastreid_uns.pseudo_labels import search_kernels
+    def __init__(self, feats: Tensor, *, int8: bool) -> None:
+        from fastreid_uns.pseudo_labels.search import kernels
         from fastreid_uns.utils.compiled import over_rows
 
         n, d = feats.shape
-        self.feats, self.eight_bits = feats, eight_bits
+        self.feats, self.int8 = feats, int8
         self.mean = feats.mean(0)
-        rows = np.empty((n, d) if eight_bits else (n, 0), np.int8)
+        rows = np.empty((n, d) if int8 else (n, 0), np.int8)
         scales = np.ones(n, np.float32)
         lengths, kept, lost = (np.empty(n) for _ in range(3))
         arrays = (feats.numpy(), self.mean.numpy(), rows, scales, lengths, kept, lost)
-        over_rows(search_kernels.round_rows, n, *arrays)
+        over_rows(kernels.round_rows, n, *arrays)
         self.rows = torch.from_numpy(rows)
         self.scales, self.norms = scales, (lengths**2).astype(np.float32)
         off = kept * lost.max(initial=0) + lost * lengths.max(initial=0)
-        if not eight_bits:
+        if not int8:
             off += kept * kept.max(initial=0) * d * _UNIT_ROUNDOFF / (1 - d * _UNIT_ROUNDOFF)
         slack = _SLACK * (lengths**2 + lengths.max(initial=0) ** 2)
         self.errors = np.nextafter((2 * off + slack).astype(np.float32), np.float32(np.inf))
 
     def part(self, rows: slice | np.ndarray) -> Tensor:
         """(b, D) rows as `product` takes them."""
-        return self.rows[rows] if self.eight_bits else self.feats[rows] - self.mean
+        return self.rows[rows] if self.int8 else self.feats[rows] - self.mean
 
     def product(self, above: Tensor, beside: Tensor, held: np.ndarray) -> np.ndarray:
         """(a, b) products of two parts, in the memory `held`."""
         out = held[: len(above) * len(beside)].reshape(len(above), len(beside))
-        multiply = torch._int_mm if self.eight_bits else torch.mm
+        multiply = torch._int_mm if self.int8 else torch.mm
         multiply(above, beside.T, out=torch.from_numpy(out))
         return out
 
     def memory(self, size: int) -> np.ndarray:
         """For the products of parts, `size` at a time; no tensor: inference mode would keep it from other threads."""
-        return np.empty(size, np.int32 if self.eight_bits else np.float32)
+        return np.empty(size, np.int32 if self.int8 else np.float32)
 
     def share_to_measure(self, k: int, sample: int = 64) -> float:
         """Of all pairs, those that these estimates will leave to be measured, judged by a sample of images.
@@ -200,7 +200,7 @@ class Coarse:
 
 
 @cache
-def eight_bits_pay(d: int, threads: int, size: int = 512) -> bool:
+def int8_pays(d: int, threads: int, size: int = 512) -> bool:
     """Whether this machine multiplies 8-bit rows of d numbers exactly, and fast enough; asked once in a process.
 
     Some processors add 8-bit products in 16 bits, where the largest ones overflow.

@@ -10,10 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastreid_uns.projects.ICE.losses import CameraProxyLoss
-from fastreid_uns.projects.ICE.proxies import CameraProxies, camera_proxy_loss, sum_over_cameras
+from fastreid_uns.modeling.proxies import CameraProxies, CameraProxyLoss, camera_proxy_loss, sum_over_cameras
 
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("ice_*.npz"))
+GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("ice_*.npz"))
 golden = pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 
 

@@ -1,0 +1,76 @@
+"""Nearest neighbours in blocks, exactly; no step holds an N x N matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastreid_uns.errors import InvalidValue
+from fastreid_uns.pseudo_labels.search.candidates import search_by_candidates
+from fastreid_uns.pseudo_labels.search.gpu import search_by_rows
+from fastreid_uns.utils.precision import full_precision
+
+
+@torch.no_grad()
+def nearest_neighbours(feats: Tensor, k: int, *, block: int = 2048) -> tuple[Tensor, Tensor]:
+    """The k nearest images of each image by squared Euclidean distance, exactly, the image itself first.
+
+    On a GPU an image may be missed where float32 products cannot tell more than 8 further ones from the k-th nearest:
+    several tight clumps far from each other, as a collapsed network gives.
+
+    Args:
+        feats: (N, D) float, finite; taken as float32 on the device that it is on.
+        k: neighbours of each image, itself included, 1..N.
+        block: rows and columns of a block of products at most; it does not show in the result.
+
+    Returns:
+        Squared distances (N, k) float32, ascending from the image's own 0, and their images (N, k) int64; where
+        distances are equal, the lower index comes first. A distance is summed in float64 and rounded once.
+
+    Raises:
+        ValueError: NaN or infinite rows, no rows, or k outside 1..N.
+    """
+    return _search(feats, k, block)[:2]
+
+
+@torch.no_grad()
+def neighbours_and_farthest(feats: Tensor, k: int, *, block: int = 2048) -> tuple[Tensor, Tensor, Tensor]:
+    """`nearest_neighbours`, and (N,) float32 squared distance of each image to the one farthest from it.
+
+    The farthest is that of a float32 product, which may be off by rounding (about 1e-6).
+    """
+    return _search(feats, k, block, farthest=True)
+
+
+def _search(feats: Tensor, k: int, block: int, *, farthest: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    feats = checked(feats, k)
+    with full_precision(feats.device):
+        if feats.device.type == "cpu":
+            return search_by_candidates(feats, k, block, farthest=farthest)
+        return search_by_rows(feats, k, block)
+
+
+def checked(feats: Tensor, k: int) -> Tensor:
+    """The features as float32 in one piece, if they can be searched.
+
+    Raises:
+        ValueError: as `nearest_neighbours`.
+    """
+    if not 1 <= k <= len(feats):
+        raise InvalidValue(f"nearest_neighbours: k is {k}; it must lie in 1..{len(feats):,}, the number of images.")
+    check_finite(feats)
+    return feats.detach().float().contiguous()
+
+
+def check_finite(feats: Tensor) -> None:
+    """Refuse NaN and infinity, also of squared lengths in float32.
+
+    Raises:
+        ValueError: names how many rows are broken, and the first of them.
+    """
+    broken = torch.cat([~rows.float().square().sum(1).isfinite() for rows in feats.split(8192)]).nonzero().flatten()
+    if len(broken):
+        raise InvalidValue(
+            f"features: {len(broken):,} of {len(feats):,} rows hold NaN or infinity, the first is row "
+            f"{int(broken[0]):,}; all must be finite, and their squares too. Look for a diverged loss or a bad image."
+        )
