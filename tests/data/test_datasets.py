@@ -385,7 +385,7 @@ def test_folder_takes_every_image_at_any_depth(tmp_path):
 def test_folder_without_any_image(tmp_path):
     touch(tmp_path, "a/notes.txt", ".hidden.jpg")
     with pytest.raises(
-        FileNotFoundError, match=r"no image below this folder; accepted are \.bmp, \.jpeg, \.jpg, \.png"
+        FileNotFoundError, match=r"no image below this folder; accepted are \.bmp, \.jfif, \.jpe, \.jpeg, \.jpg"
     ):
         load("folder", tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no such folder; ROOT names"):

@@ -7,14 +7,17 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from os.path import join, split
+from os.path import join, split, splitext
 from typing import Any, NamedTuple, TypeVar
 
 from fastreid_uns.errors import InvalidValue, MissingFile
 from fastreid_uns.structures import Record, ReIDData
-from fastreid_uns.utils.paths import path_manager
+from fastreid_uns.utils.paths import path_manager, printable
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+OTHER_PICTURES = re.compile(  # that must not be passed over in silence
+    r"\.(3fr|arw|avif|cr2|cr3|dng|eps|gif|hei[cf]|hif|jp2|jxl|nef|orf|pef|p[gp]m|psd|raf|raw|rw2|svg|tga)"
+)
 HELP = "See datasets/README.md."
 
 logger = logging.getLogger(__name__)
@@ -132,6 +135,37 @@ def require(root: str, folders: Iterable[str] = (), files: Iterable[str] = ()) -
 def is_image(name: str) -> bool:
     """Whether a file name is that of an image; hidden files are none."""
     return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def extension(name: str) -> str:
+    """Of a file name, in lower case and printable; `no extension` where there is none."""
+    return printable(splitext(name)[1].lower()) or "no extension"
+
+
+def passed_over_text(passed_over: Mapping[str, int]) -> str:
+    """Counts in words, the most frequent first: `12 .heic, 1 broken link`."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(passed_over.items(), key=lambda kv: (-kv[1], kv[0])))
+
+
+def has_pictures(passed_over: Iterable[str]) -> bool:
+    """Whether some of these extensions are those of pictures."""
+    return any(OTHER_PICTURES.fullmatch(kind) for kind in passed_over)
+
+
+def tell_passed_over(place: str, passed_over: Mapping[str, int]) -> None:
+    """Log what a listing leaves out; as a warning where there are pictures among it.
+
+    Args:
+        place: the folder.
+        passed_over: files by extension, see `extension`.
+    """
+    if not passed_over:
+        return
+    text = f"{printable(place)}: {sum(passed_over.values()):,} passed over: {passed_over_text(passed_over)}."
+    if has_pictures(passed_over):
+        logger.warning("%s Pictures of these kinds are not read; convert them to JPEG or PNG to use them.", text)
+    else:
+        logger.info("%s", text)
 
 
 def read_list(path: str, pattern: str, form: str) -> Iterator[re.Match[str]]:
