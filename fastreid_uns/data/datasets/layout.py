@@ -115,7 +115,7 @@ def require(root: str, folders: Iterable[str] = (), files: Iterable[str] = ()) -
     """Check that a data root holds these folders and files.
 
     Raises:
-        FileNotFoundError: the root or one of them is missing; the message says what is there.
+        MissingFile: the root or one of them is missing; the message says what is there.
     """
     if not path_manager.isdir(root):
         raise MissingFile(f"{root}: there is no such folder; ROOT names the folder of the data set. {HELP}")
@@ -177,7 +177,7 @@ def read_list(path: str, pattern: str, form: str) -> Iterator[re.Match[str]]:
         form: what a line looks like, for the message.
 
     Raises:
-        ValueError: a line does not match; the message names file, line number and text.
+        InvalidValue: a line does not match; the message names file, line number and text.
     """
     parser = re.compile(pattern)
     with path_manager.open(path) as file:
@@ -202,8 +202,8 @@ def named_images(
         pattern: regular expression of the beginning of a name.
 
     Raises:
-        FileNotFoundError: the folder holds no image.
-        ValueError: a name does not parse or holds another camera; the message names the file.
+        MissingFile: the folder holds no image.
+        InvalidValue: a name does not parse or holds another camera; the message names the file.
     """
     parser = re.compile(pattern)
     found = []
@@ -227,7 +227,7 @@ def camera_index(number: int, cameras: Sequence[int], where: str) -> int:
     """Position of a camera number among those of a data set.
 
     Raises:
-        ValueError: it is none of them; the message begins with `where`.
+        InvalidValue: it is none of them; the message begins with `where`.
     """
     if number not in cameras:
         raise InvalidValue(
@@ -240,7 +240,7 @@ def first_exists(records: Sequence[Record], listed_in: str) -> None:
     """Check that the first image of a list lies where the list says, which tells a wrong layout at once.
 
     Raises:
-        FileNotFoundError: it does not.
+        MissingFile: it does not.
     """
     if records and not path_manager.isfile(records[0].path):
         raise MissingFile(
