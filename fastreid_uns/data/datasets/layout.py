@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os.path import join, split, splitext
 from typing import Any, NamedTuple, TypeVar
@@ -49,9 +50,10 @@ def check_counts(
             data = load(**keywords)
             found = count(data)
             arguments = _arguments(load, keywords)
-            place = arguments.get("path") or arguments.get("root")
+            place = printable(arguments.get("path") or arguments.get("root"))
             parts = [f"{part} {images:,} images of {ids:,} identities" for part, (images, ids) in splits(found)]
             logger.info("%s (%s): %s; %d cameras", load.__name__, place, ", ".join(parts), found.cameras)
+            _warn_of_repetition(load.__name__, data)
             differences = compare(found, known_counts(checked, **keywords))
             if differences:
                 _warn_once(
@@ -104,6 +106,13 @@ def compare(found: PublishedCounts, known: PublishedCounts | None) -> list[str]:
     if known.cameras not in (None, found.cameras):
         differences.append(f"{found.cameras} cameras occur, known are {known.cameras}")
     return differences
+
+
+def _warn_of_repetition(name: str, data: ReIDData) -> None:
+    for part, records in zip(("train", "query", "gallery"), data[:3], strict=True):
+        twice = [path for path, times in Counter(record.path for record in records).items() if times > 1]
+        if twice:
+            _warn_once(f"{name}: {part} lists {len(twice):,} images more than once, such as {printable(twice[0])}.")
 
 
 @functools.cache
@@ -207,7 +216,9 @@ def named_images(
     """
     parser = re.compile(pattern)
     found = []
-    for name in sorted(filter(is_image, path_manager.ls(folder))):
+    names = [name for name in path_manager.ls(folder) if not name.startswith(".")]
+    tell_passed_over(folder, Counter(extension(name) for name in names if not is_image(name)))
+    for name in sorted(filter(is_image, names)):
         match = parser.match(name)
         if match is None:
             raise InvalidValue(
