@@ -21,6 +21,7 @@ LAYERS = (
     {"data", "pseudo_labels", "modeling", "defaults"},
     {"evaluation", "projects", "config"},
     {"engine", "predictor"},  # the predictor reads a config and extracts features
+    {"photos"},
     {"builtin"},
 )
 BUILDS_ON = {"ACFL": {"ICE"}, "ASCL": {"ICE", "PPLR"}, "ICL": {"ICE"}, "PPLR": {"ICE"}}  # never in a circle
