@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastreid_uns.config import parse_config
 from fastreid_uns.data.datasets.folder import folder as images_below
+from fastreid_uns.data.decode import read_pixels
 from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.errors import InvalidValue, MissingFile
 from fastreid_uns.evaluation.extract import extract_features
@@ -81,9 +82,10 @@ class FeatureExtractor:
         """Features of B images.
 
         Args:
-            images: a path, a folder (all images below it, in order of path), a Pillow image, an array, or a list of
-                these; arrays are (H,W,3) uint8 RGB of any size (OpenCV reads BGR: pass `array[..., ::-1]`). Or one
-                tensor (B,3,H,W) of the encoder's size, uint8 or float in 0..1, not normalised.
+            images: a path, a folder (all images below it, in order of path), a Pillow image, an array, the bytes of a
+                file, or a list of these; arrays are grey, RGB or RGB with alpha (OpenCV reads BGR: pass
+                `array[..., ::-1]`), of any size and of the types that `decode.to_eight_bits` accepts. Or one tensor
+                (B,3,H,W) of the encoder's size, uint8 or float in 0..1, not normalised.
 
         Returns:
             (B,D) float32 on the CPU, unit length.
@@ -103,7 +105,7 @@ class FeatureExtractor:
             return _Held(self._checked(images))
         if isinstance(images, (str, Path)):
             images = list_images(images)
-        elif isinstance(images, (Image.Image, np.ndarray)):
+        elif isinstance(images, (Image.Image, np.ndarray, bytes)):
             images = [images]
         images = list(images)
         if images and all(isinstance(image, (str, Path)) for image in images):
@@ -116,7 +118,12 @@ class FeatureExtractor:
                 f"FeatureExtractor: the tensor has shape {tuple(images.shape)}; (B, 3, {self.size[0]}, {self.size[1]}) "
                 f"is accepted. Resize it, or pass arrays or Pillow images, which are resized as in training."
             )
-        if images.is_floating_point() and images.numel() and (images.min() < -0.01 or images.max() > 1.01):
+        if not images.is_floating_point() and images.dtype != torch.uint8:
+            raise InvalidValue(
+                f"FeatureExtractor: the tensor is of type {images.dtype}; uint8, or floating point in 0..1, is "
+                f"accepted. Convert it, or pass arrays, which are read at any depth."
+            )
+        if images.is_floating_point() and images.numel() and not (images.min() >= -0.01 and images.max() <= 1.01):
             raise InvalidValue(
                 f"FeatureExtractor: pixels run from {images.min():.2f} to {images.max():.2f}; 0 to 1 is accepted. Do "
                 f"not normalise them, the encoder does, and divide 0..255 by 255."
@@ -124,18 +131,7 @@ class FeatureExtractor:
         return images
 
     def _pixels(self, image: Any, position: int) -> Tensor:
-        if isinstance(image, (str, Path)):
-            return ImageSet([Record(str(image), -1, -1)], self.size)[0]
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-            image = Image.fromarray(np.ascontiguousarray(image))
-        if not isinstance(image, Image.Image):
-            what = f"{image.dtype} array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise InvalidValue(
-                f"FeatureExtractor: image {position} is a {what}; paths, Pillow images and uint8 arrays (H, W, 3) are "
-                f"accepted. Convert it, or pass one tensor (B, 3, H, W) for all."
-            )
-        resized = image.convert("RGB").resize((self.size[1], self.size[0]), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.asarray(resized).transpose(2, 0, 1).copy())
+        return torch.from_numpy(read_pixels(image, self.size, name=f"FeatureExtractor: image {position}"))
 
 
 def list_images(path: str | Path) -> list[str]:

@@ -1,6 +1,7 @@
 """What users do to a run, from the outside: each case ends in a clear message, or trains all the same."""
 
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -114,3 +115,18 @@ def test_an_unknown_view(tiny, photos):
 def test_a_batch_that_does_not_divide(tiny, photos):
     with pytest.raises(ValueError, match=r"BATCH_SIZE 18 is no multiple of NUM_INSTANCES x processes \(4 x 1\)"):
         DefaultTrainer(config(tiny, photos, "DATALOADER.SAMPLER.BATCH_SIZE=18"))
+
+
+def test_queries_that_are_in_the_gallery_are_told_before_training(tiny, photos, heard):
+    rows = [f"{i}.jpg,{i},{split}" for i in range(4) for split in ("query", "gallery")]
+    (photos / "manifest.csv").write_text("\n".join(["path,identity,split", *rows]))
+    DefaultTrainer(config(tiny, photos, f"DATASETS.TESTS.mine={{NAME: csv_file, PATH: {photos / 'manifest.csv'}}}"))
+    assert "4 of 4 queries are in the gallery themselves" in heard.text
+
+
+def test_pictures_that_are_passed_over_are_counted_before_training(tiny, photos, heard):
+    (photos / "a.HEIC").touch()
+    os.mkfifo(photos / "b.jpg")
+    trainer = DefaultTrainer(config(tiny, photos))
+    assert len(trainer.data.target) == 10
+    assert "2 passed over: 1 .heic, 1 pipe, socket or device." in heard.text

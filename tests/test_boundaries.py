@@ -22,6 +22,7 @@ LAYERS = (
     {"data", "pseudo_labels", "modeling", "defaults"},
     {"evaluation", "projects", "config"},
     {"engine", "predictor"},  # the predictor reads a config and extracts features
+    {"photos"},
     {"builtin"},
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}

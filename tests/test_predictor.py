@@ -71,6 +71,27 @@ def test_paths_arrays_and_pillow_images_give_the_same(run, pictures):
     torch.testing.assert_close(FeatureExtractor.from_checkpoint(run[0], device="cpu", workers=1)(pictures), feats)
 
 
+def test_pictures_of_any_depth_and_orientation_give_the_same(run, pictures, tmp_path):
+    """The same picture upright and on its side, as 8 and 16 bits, as file, array and bytes."""
+    extractor = FeatureExtractor.from_checkpoint(run[0], device="cpu")
+    grey = np.asarray(Image.open(pictures / "deeper/c.png"))
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(np.rot90(grey)).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    (expected,) = extractor(grey)
+    given = [tmp_path / "turned.png", tmp_path / "deep.png", grey / 255, (tmp_path / "deep.png").read_bytes()]
+    torch.testing.assert_close(extractor(given), expected.expand(4, -1))
+
+
+def test_messages_name_no_key_that_the_extractor_lacks(run, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    extractor = FeatureExtractor.from_checkpoint(run[0], device="cpu")
+    for images in ([tmp_path / "a.jpg"], [tmp_path / "a.jpg", np.zeros((4, 4, 3), np.uint8)], tmp_path):
+        with pytest.raises(ValueError, match=r"a\.jpg: the file is empty\. Replace it, or leave it out\.$"):
+            extractor(images)
+
+
 def test_no_images_give_no_rows(run):
     extractor = FeatureExtractor.from_checkpoint(run[0], device="cpu")
     assert extractor([]).shape == (0, extractor.dim)
@@ -82,9 +103,12 @@ def test_no_images_give_no_rows(run):
         (torch.zeros(2, 3, 32, 32), r"shape \(2, 3, 32, 32\); \(B, 3, 32, 16\) is accepted"),
         (torch.full((1, 3, 32, 16), -2.0), "pixels run from -2.00 to -2.00; 0 to 1 is accepted. Do not normalise"),
         (torch.full((1, 3, 32, 16), 200.0), "divide 0..255 by 255"),
-        ([np.zeros((4, 4), np.uint8)], r"image 0 is a uint8 array \(4, 4\)"),
-        ([np.zeros((4, 4, 3), np.float32)], r"image 0 is a float32 array \(4, 4, 3\)"),
-        ([Image.new("RGB", (4, 4)), 5], "image 1 is a int; paths, Pillow images"),
+        (torch.full((1, 3, 32, 16), torch.nan), "pixels run from nan to nan"),
+        (torch.zeros((1, 3, 32, 16), dtype=torch.int64), "the tensor is of type torch.int64; uint8, or floating point"),
+        ([np.zeros((5, 0, 3), np.uint8)], r"image 0: the picture is empty \(5 x 0 pixels\)"),
+        (np.zeros((2, 4, 4, 3), np.uint8), r"image 0: an array \(2, 4, 4, 3\); \(H, W\)"),
+        ([Image.new("RGB", (4, 4)), 5], "image 1: an object of type int is no picture. Pass a path"),
+        (b"<html>", r"image 0: the file is a web page \(HTML\)"),
     ],
 )
 def test_what_is_no_image_is_refused(run, images, message):

@@ -20,12 +20,12 @@ def colour_statistics(records, stripes: int = 6, bins: int = 8):
     """
     import numpy as np
     import torch
-    from PIL import Image
+
+    from fastreid_uns.data.decode import read_image
 
     rows = []
     for record in records:
-        with Image.open(record.path) as image:
-            pixels = np.asarray(image.convert("RGB"))
+        pixels = np.asarray(read_image(record.path))
         parts = [
             np.histogram(stripe[..., channel], bins=bins, range=(0, 256))[0] / stripe[..., channel].size
             for stripe in np.array_split(pixels, stripes)

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from fastreid_uns.data.decode import read_image
+from fastreid_uns.errors import UserError
+
 GREEN, RED, GREY = "#2a9d3f", "#d62828", "#9a9a9a"
 PALETTE = (GREEN, RED, "#e08e0b", "#3366cc", "#8e44ad", "#0f9b8e", "#795548", "#c2185b")
 BORDER, GAP, TITLE = 4, 6, 18
@@ -43,9 +46,8 @@ class Row(NamedTuple):
 def thumbnail(path: str, size: tuple[int, int]) -> Image.Image:
     """An image file as RGB of (height, width) pixels; a grey box where it cannot be read."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    except OSError:
+        return read_image(path).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    except UserError:
         return Image.new("RGB", (size[1], size[0]), GREY)
 
 

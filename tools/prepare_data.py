@@ -17,14 +17,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
-from PIL import Image, UnidentifiedImageError
 from tabulate import tabulate
 
 from fastreid_uns.data.datasets.layout import count, known_counts, splits
+from fastreid_uns.data.datasets.own_matches import own_matches
+from fastreid_uns.data.decode import read_size, why_unreadable
+from fastreid_uns.errors import UserError
 from fastreid_uns.plugins import load_plugins, resolve_plugin
 from fastreid_uns.registry import DATASET_REGISTRY
 from fastreid_uns.structures import Record, ReIDData
-from fastreid_uns.utils.paths import path_manager
+from fastreid_uns.utils.paths import path_manager, printable
 from fastreid_uns.utils.progress import progress
 
 SPLITS = ("train", "query", "gallery")
@@ -76,8 +78,8 @@ def show_layout(data: ReIDData) -> None:
     folders: Counter[tuple[str, str]] = Counter()
     for name, part in zip(SPLITS, data[:3], strict=True):
         folders.update((relpath(dirname(abspath(record.path)), top).split(sep)[0], name) for record in part)
-    print(f"images lie in {top}; protocol {data.protocol}")
-    rows = [(folder, name, images) for (folder, name), images in sorted(folders.items())]
+    print(f"images lie in {printable(top)}; protocol {data.protocol}")
+    rows = [(printable(folder), name, images) for (folder, name), images in sorted(folders.items())]
     if len(rows) > SHOWN:
         rows = [*rows[:SHOWN], (f"{len(rows) - SHOWN:,} more", "", sum(images for *_, images in rows[SHOWN:]))]
     show("Layout", rows, ["folder", "split", "images"])
@@ -106,8 +108,8 @@ def show_cameras(data: ReIDData) -> None:
     show("Cameras", rows, ["camera", *SPLITS, "identities"])
 
 
-def show_matches(data: ReIDData) -> None:
-    """Queries that no gallery image can match, which evaluation leaves out."""
+def show_matches(data: ReIDData, quick: bool) -> None:
+    """Queries that no gallery image can match, which evaluation leaves out, and those that match themselves."""
     if not data.query:
         return
     cameras: dict[int, set[object]] = defaultdict(set)
@@ -118,26 +120,27 @@ def show_matches(data: ReIDData) -> None:
     else:
         lost = sum(not cameras[record.identity] for record in data.query)
     print(f"\n{lost:,} of {len(data.query):,} queries have no match in the gallery under protocol {data.protocol}")
+    own = {query for query, _ in own_matches(data, contents=not quick)}
+    print(f"{len(own):,} of {len(data.query):,} queries are in the gallery themselves, and count as matches there")
 
 
 def find_faults(records: list[Record], quick: bool) -> list[tuple[str, str]]:
-    """Images that are missing, or (unless `quick`) do not decode to the end."""
+    """Path and reason of images that are missing, or (unless `quick`) do not decode to the end."""
+    paths = [record.path for record in records]
     if quick:
-        return [(record.path, "missing") for record in records if not path_manager.isfile(record.path)]
-    from fastreid_uns.data.image_set import unreadable_images
-
-    return unreadable_images(records, threads=os.cpu_count() or 1)
+        return [(path, "missing") for path in paths if not path_manager.isfile(path)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        reasons = progress(pool.map(why_unreadable, paths), "check images", len(paths))
+        return [(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason]
 
 
 def look(path: str) -> tuple[bytes, tuple[int, int]] | None:
-    """Digest of the file and (width, height); None where the file is no image."""
+    """Digest of the file and (width, height) as displayed; None where the file is no image."""
     try:
+        height, width = read_size(path)
         with path_manager.open(path, "rb") as file:
-            digest = hashlib.blake2b(file.read(), digest_size=16).digest()
-            file.seek(0)
-            with Image.open(file) as image:
-                return digest, image.size
-    except (OSError, UnidentifiedImageError):
+            return hashlib.blake2b(file.read(), digest_size=16).digest(), (width, height)
+    except (UserError, OSError):
         return None
 
 
@@ -163,7 +166,7 @@ def show_files(data: ReIDData) -> None:
     ]
     print(f"\n{len(groups):,} files occur more than once; {len(leaks):,} of them in training and in a test split")
     for paths in (leaks or groups)[:SHOWN]:
-        print("  " + ", ".join(f"{path} ({'+'.join(sorted(where[path]))})" for path in paths))
+        print("  " + ", ".join(f"{printable(path)} ({'+'.join(sorted(where[path]))})" for path in paths))
 
 
 def both(sizes: list[tuple[int, int]]) -> list[tuple[str, list[int]]]:
@@ -186,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show_layout(data)
     show_counts(data, args.name, given)
     show_cameras(data)
-    show_matches(data)
+    show_matches(data, args.quick)
     records = list({record.path: record for part in data[:3] for record in part}.values())
     faults = find_faults(records, args.quick)
     if not args.quick:
@@ -194,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb = "missing" if args.quick else "missing or unreadable"
     print(f"\n{len(faults):,} of {len(records):,} images are {verb}{':' if faults else ''}")
     for path, reason in faults:
-        print(f"  {path}: {reason}")
+        print(f"  {printable(path)}: {printable(reason)}")
     return 1 if faults else 0
 
 

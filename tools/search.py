@@ -11,6 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from fastreid_uns.errors import InvalidValue
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -81,6 +83,11 @@ def read_index(file: Path):
         raise ValueError(f"{file}: the file is no index ({error}). Make one with search.py build.") from error
     if feats is None:
         raise ValueError(f"{file}: the file holds tensors but is no index. Make one with search.py build.")
+    if feats.dim() != 2 or feats.numel() == 0 or not bool(feats.isfinite().all()):
+        raise InvalidValue(
+            f"{file}: the features of the index, of shape {tuple(feats.shape)}, are empty or not all finite; it needs "
+            f"a row of numbers for each image. Build it again with search.py build."
+        )
     return feats, json.loads(about)
 
 

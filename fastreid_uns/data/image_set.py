@@ -5,49 +5,35 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import struct
 import uuid
 import weakref
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile
+from fastreid_uns.data.decode import read_pixels, why_unreadable
+from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile, UserError
 from fastreid_uns.structures import Record
 from fastreid_uns.utils.comm import barrier, broadcast_object, gather_objects, rank, world
-from fastreid_uns.utils.paths import path_manager
+from fastreid_uns.utils.paths import path_manager, printable
 from fastreid_uns.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 
 PLACES = ("device", "host", "disk")
-_CACHE_FORMAT = 1  # raise it when equal files would give other pixels
+_CACHE_FORMAT = 2  # raise it when equal files would give other pixels
 _BUILD_BATCH = 256
-# what Pillow and its codecs raise for files that are no image, broken or cut off
-_BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
 class ImageSet:
     """Images of a list of records, decoded in each pass; knows no label.
 
-    Pillow decodes, converts to RGB and resizes with its bicubic filter, as the published recipes do; the orientation
-    tag of a photograph is ignored, as it is there.
+    `decode.read_pixels` decodes and resizes them.
 
     Args:
         records: one for each image; the position is the index of the image.
@@ -80,7 +66,7 @@ class ImageSet:
             FileNotFoundError: the file is missing.
             ValueError: the file is no readable image.
         """
-        return torch.from_numpy(_decode(self.paths[index], self.size))
+        return torch.from_numpy(read_pixels(self.paths[index], self.size))
 
     def stream(self, batches: Iterable[Sequence[int]], device: torch.device | str) -> Iterator[Tensor]:
         """For each list of B indices, in order, the images as uint8 (B,3,H,W) on `device`.
@@ -102,6 +88,8 @@ class ImageSet:
             self._loader = _loader(_Decoder(self.paths, self.size), self._plan, self.workers, pin)
             weakref.finalize(self, _release, self._loader)
         for pixels in self._loader:
+            if isinstance(pixels, UserError):
+                raise pixels
             yield pixels.to(device, non_blocking=pin)
             if turn != self._turn:
                 raise InvalidState(
@@ -182,7 +170,7 @@ def unreadable_images(records: Sequence[Record], threads: int) -> list[tuple[str
     """
     with ThreadPoolExecutor(threads) as pool:
         paths = [record.path for record in records]
-        reasons = progress(pool.map(_why_unreadable, paths), "check images", total=len(paths))
+        reasons = progress(pool.map(why_unreadable, paths), "check images", total=len(paths))
         return [(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason]
 
 
@@ -203,7 +191,7 @@ def check_images(records: Sequence[Record], *, on_bad: str, what: str) -> list[R
     bad = dict(sorted(pair for share in gather_objects(mine) for pair in share))
     if not bad:
         return list(records)
-    first = "; ".join(f"{path} ({reason})" for path, reason in list(bad.items())[:3])
+    first = "; ".join(f"{printable(path)} ({printable(reason)})" for path, reason in list(bad.items())[:3])
     found = f"{what}: {len(bad):,} of {len(records):,} images cannot be read, the first: {first}."
     if on_bad == "stop":
         raise InvalidValue(
@@ -231,10 +219,13 @@ class _Decoder(Dataset):
         self.paths = paths
         self.size = size
 
-    def __getitem__(self, batch: Sequence[int]) -> Tensor:
+    def __getitem__(self, batch: Sequence[int]) -> Tensor | UserError:
         pixels = np.empty((len(batch), 3, *self.size), np.uint8)
         for row, index in enumerate(batch):
-            pixels[row] = _decode(self.paths[index], self.size)
+            try:
+                pixels[row] = read_pixels(self.paths[index], self.size)
+            except UserError as error:  # raised in a worker, it would lose its kind and its message
+                return error
         return torch.from_numpy(pixels)
 
 
@@ -253,31 +244,6 @@ def _loader(decoder: _Decoder, plan: _Plan, workers: int, pin: bool) -> DataLoad
 def _release(loader: DataLoader) -> None:
     """Held by the finalizer of a set, a loader is never part of a garbage cycle: within one, the queues of its workers
     would be closed before it can tell them to end, and torch would wait five seconds for each."""
-
-
-def _decode(path: str, size: tuple[int, int]) -> np.ndarray:
-    try:
-        with path_manager.open(path, "rb") as file, Image.open(file) as image:
-            resized = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    except FileNotFoundError:
-        raise MissingFile(f"{path}: the image is missing; the list of the data set names it. {_ADVICE}") from None
-    except _BROKEN as error:
-        raise InvalidValue(f"{path}: the file is no readable image ({error}). {_ADVICE}") from error
-    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
-
-
-_ADVICE = "Replace the file, or leave out such images with INPUT.ON_BAD_IMAGE: skip."
-
-
-def _why_unreadable(path: str) -> str:
-    try:
-        with path_manager.open(path, "rb") as file, Image.open(file) as image:
-            image.convert("RGB")
-    except FileNotFoundError:
-        return "missing"
-    except _BROKEN as error:
-        return str(error) or type(error).__name__
-    return ""
 
 
 def _decoded(images: ImageSet, first: int, end: int, device: torch.device) -> Iterator[Tensor]:
@@ -383,6 +349,6 @@ def _fingerprint(images: ImageSet) -> str:
         try:
             stat = os.stat(path_manager.get_local_path(path))
         except FileNotFoundError:
-            raise MissingFile(f"{path}: the image is missing; the data set lists it. {_ADVICE}") from None
-        digest.update(f"\n{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+            raise MissingFile(f"{printable(path)}: there is no such file. Check the path.") from None
+        digest.update(f"\n{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]

@@ -7,19 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastreid_uns.data.datasets.own_matches import warn_of_own_matches
 from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.evaluation.extract import extract_features, share
 from fastreid_uns.evaluation.rerank import rerank_blocks
 from fastreid_uns.evaluation.retrieval import QueryScores, Ranker, block_rows, distance_blocks
 from fastreid_uns.structures import ReIDData
-from fastreid_uns.utils.comm import all_gather
+from fastreid_uns.utils.comm import all_gather, rank
 
 
 class Evaluator:
     """Extracts query and gallery, ranks the gallery for each query, and scores the ranking.
 
     Several processes share extraction and ranking block by block; each gets the numbers that one process would give.
+    A warning is logged where queries are in the gallery themselves and count as matches.
 
     Args:
         data: query, gallery and protocol.
@@ -47,6 +49,8 @@ class Evaluator:
                 f"images. Make the image set of [*data.query, *data.gallery]."
             )
         self.ranker = Ranker.of(data)
+        if rank() == 0:
+            warn_of_own_matches(data)
         self.images = images
         self.rerank = rerank
         self.batch_size = batch_size

@@ -164,6 +164,12 @@ class Ranker:
                     f"images do not fit {self.query_size} queries and {self.gallery_size} gallery images. "
                     f"Features and records must come from the same split."
                 )
+            if block.numel() > 0 and bool(block.amin().isnan()):
+                raise InvalidValue(
+                    f"evaluation: {int(block.isnan().any(1).sum())} of the queries {first}..{first + len(block) - 1} "
+                    f"have a distance that is NaN; all must be numbers. The features hold NaN or infinite values: "
+                    f"check the weights, and lower the learning rate if training has diverged."
+                )
             yield first, block
             first += len(block)
 

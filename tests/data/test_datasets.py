@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from fastreid_uns.data.datasets import (  # noqa: F401  (importing registers the
     veriwild,
 )
 from fastreid_uns.data.datasets.layout import PublishedCounts, check_counts, count, known_counts
+from fastreid_uns.errors import UserError
 from fastreid_uns.registry import DATASET_REGISTRY
 from fastreid_uns.structures import Record, ReIDData
 
@@ -385,7 +387,7 @@ def test_folder_takes_every_image_at_any_depth(tmp_path):
 def test_folder_without_any_image(tmp_path):
     touch(tmp_path, "a/notes.txt", ".hidden.jpg")
     with pytest.raises(
-        FileNotFoundError, match=r"no image below this folder; accepted are \.bmp, \.jpeg, \.jpg, \.png"
+        FileNotFoundError, match=r"no image below this folder; accepted are \.bmp, \.jfif, \.jpe, \.jpeg, \.jpg"
     ):
         load("folder", tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no such folder; ROOT names"):
@@ -466,6 +468,90 @@ def test_csv_reads_what_spreadsheets_write(tmp_path):
     assert short(read(str(tmp_path / "m.csv")).train, tmp_path) == [("a, b.png", 1, 2), ("c.png", 1, 3)]
 
 
+TABLE = [("path", "identity", "camera", "split"), ("t ä.png", 1, 2, "train"), ("u.png", 2, 1, "train")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_csv_in_the_forms_of_spreadsheets(tmp_path, encoding, delimiter, end, caplog):
+    touch(tmp_path, "t ä.png", "u.png")
+    text = end.join(delimiter.join(map(str, row)) for row in TABLE) + end + delimiter * 3 + end
+    (tmp_path / "m.csv").write_bytes(text.encode(encoding))
+    assert short(read(str(tmp_path / "m.csv")).train, tmp_path) == [("t ä.png", 1, 2), ("u.png", 2, 1)]
+    assert ("line 2 is not UTF-8; the file is read as Windows-1252" in caplog.text) == (encoding == "cp1252")
+
+
+def test_csv_with_the_line_that_excel_writes(tmp_path):
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "m.csv").write_text(
+        "sep=;\r\nPath;Identity;Camera;Split\r\na.png;-1,0;2,0;Train\r\nb.png;3,0;;train\r\n"
+    )
+    assert short(read(str(tmp_path / "m.csv")).train, tmp_path) == [("a.png", -1, 2), ("b.png", 3, -1)]
+
+
+def test_csv_as_pandas_writes_it(tmp_path):
+    """Columns with gaps are floating point there, and the index has no name."""
+    lines = ["0,q.png,5.0,-1.0,query", "1,g.png,5.0,2.0,gallery", "2,j.png,-1.0,2.0,gallery", "3,t.png,NaN,,train"]
+    data = read(manifest(tmp_path, *lines, header=",path,identity,camera,split"))
+    assert short(data.query, tmp_path) == [("q.png", 5, -1)]
+    assert short(data.gallery, tmp_path) == [("g.png", 5, 2)]  # without junk
+    assert short(data.train, tmp_path) == [("t.png", -1, -1)]
+    assert data.protocol == "plain"  # one camera is unknown
+    with pytest.raises(ValueError, match=r"line 2 has no camera, which PROTOCOL cross_camera needs"):
+        read(str(tmp_path / "manifest.csv"), PROTOCOL="cross_camera")
+
+
+def test_csv_tells_1_from_01_but_not_from_1_0(tmp_path):
+    lines = ["a.png,1,0,train", "b.png,01,0,train", "c.png,1.0,0,train", "d.png,2,0,train"]
+    assert [record.identity for record in read(manifest(tmp_path, *lines)).train] == [1, 0, 1, 2]  # 01, 1, 2
+    padded = ["a.png,0002,0,train", "b.png,0010,0,train"]
+    assert [record.identity for record in read(manifest(tmp_path, *padded)).train] == [2, 10]
+
+
+def test_csv_numbers_identities_that_fit_no_integer(tmp_path):
+    lines = [f"a.png,{10**20},0,train", f"b.png,{10**20 + 1},0,train"]
+    assert [record.identity for record in read(manifest(tmp_path, *lines)).train] == [0, 1]
+
+
+def test_csv_paths_from_other_systems(tmp_path):
+    touch(tmp_path, "a b/c.png", "back\\slash.png", "line\nfeed.png", "cafe\u0301.png")
+    name = b"gr\xfcn.png"
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).touch()
+    rows = [b"a b\\c.png", b"back\\slash.png", b'"line\nfeed.png"', "caf\u00e9.png".encode("cp1252"), name]
+    (tmp_path / "m.csv").write_bytes(b"path,split\n" + b"".join(row + b",train\n" for row in rows))
+    found = [record.path.removeprefix(f"{tmp_path}/") for record in read(str(tmp_path / "m.csv")).train]
+    names = ["a b/c.png", "back\\slash.png", "line\nfeed.png", "cafe\u0301.png", os.fsdecode(name)]
+    assert found == names
+    assert all(os.path.isfile(tmp_path / name) for name in names)
+
+
+def test_csv_lists_no_file_twice(tmp_path):
+    touch(tmp_path, "a.png")
+    (tmp_path / "link.png").symlink_to("a.png")
+    for again in ("./a.png", "link.png", f"{tmp_path}/a.png"):
+        path = write(tmp_path / "m.csv", "path,split", "a.png,train", f"{again},train")
+        with pytest.raises(ValueError, match=r"m\.csv: line 3 lists .* for train again, after line 2"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04\0\0", r"this is a workbook, no CSV\. Save the sheet as CSV"),
+        (b"path,split\n" + b"x" * 200_000 + b",train\n", r"line 2 is no CSV \(field larger than"),
+        (b"path,split,identity\na.png,train,-2\n", r"line 2 has the identity -2; accepted are -1 \(junk\), 0, 1"),
+        (b"path,split,camera\na.png,train,-3.0\n", r"line 2 has the camera -3; accepted are -1 \(unknown\)"),
+        (b"", r"there is a header but no line below it"),
+    ],
+)
+def test_csv_files_that_are_none(tmp_path, content, message):
+    touch(tmp_path, "a.png")
+    (tmp_path / "m.csv").write_bytes(content)
+    with pytest.raises(UserError, match=rf"m\.csv: {message}"):
+        read(str(tmp_path / "m.csv"))
+
+
 def test_csv_root_and_absolute_paths(tmp_path):
     touch(tmp_path / "images", "a.png")
     touch(tmp_path / "else", "b.png")
@@ -502,9 +588,11 @@ def test_csv_errors_name_the_line(tmp_path, lines, message):
     [
         (
             "file,identity,camera,split",
-            r"line 1 has the columns file, identity, camera, split; path and split are needed",
+            r"line 1 lacks the column path; found are file, identity, camera, split\. path and split are needed",
         ),
-        ("path,identity,camera", r"path and split are needed"),
+        ("path,identity,camera", r"line 1 lacks the column split; found are path, identity, camera\."),
+        ("file,id", r"line 1 lacks the column path and split; found are file, id\."),
+        ("path,camera,path,split", r"line 1 has the column path twice"),
         ("path,identity,camara,split", r"line 1 has a column 'camara'; did you mean camera\? Columns are path"),
     ],
 )

@@ -233,3 +233,14 @@ def test_retrieve_takes_the_records_of_a_data_set():
     # query 1: its own camera left out, then position 1 before its match at 2; query 2: its match second
     assert metrics["mAP"] == pytest.approx(50)
     assert metrics["queries"] == 2
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan])
+def test_nan_is_not_ranked(bad):
+    ranker = Ranker(torch.tensor([0, 1]), torch.zeros(2), torch.tensor([0, 1, 1]), torch.ones(3), "cross_camera")
+    distance = torch.rand(2, 3)
+    distance[1, 0] = bad
+    with pytest.raises(ValueError, match=r"evaluation: 1 of the queries 0\.\.1 have a distance that is NaN"):
+        ranker.score([distance])
+    with pytest.raises(ValueError, match=r"evaluation: 1 of the queries 1\.\.1 have a distance that is NaN"):
+        ranker.lists([distance[1:]], 2, first_query=1)

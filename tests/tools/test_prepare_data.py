@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,39 @@ def test_relative_and_absolute_paths_in_one_manifest(check, tmp_path, monkeypatc
     assert status == 0
     assert f"images lie in {tmp_path}; protocol plain" in output
     assert "\nhere train 1\nthere train 1\n" in output
+
+
+def test_queries_in_their_own_gallery_are_counted(check, tmp_path):
+    for name in ("a", "b", "c"):
+        draw(tmp_path / f"{name}.png", colour=(ord(name), 0, 0))
+    (tmp_path / "copy.png").write_bytes((tmp_path / "b.png").read_bytes())
+    rows = ["a.png,1,query", "b.png,2,query", "c.png,1,query", "a.png,1,gallery", "copy.png,2,gallery"]
+    (tmp_path / "m.csv").write_text("\n".join(["path,identity,split", *rows]))
+    assert "2 of 3 queries are in the gallery themselves" in check("csv_file", "PATH", tmp_path / "m.csv")[1]
+    assert "1 of 3 queries are in the gallery themselves" in check("csv_file", "PATH", tmp_path / "m.csv", "--quick")[1]
+
+
+def test_what_is_passed_over_is_counted_and_no_pipe_is_opened(check, tmp_path, caplog):
+    draw(tmp_path / "a.jpg")
+    for name in ("b.heic", "c.HEIC", "d.txt"):
+        (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "e.jpg")
+    status, output = check("folder", "--root", tmp_path)
+    assert status == 0
+    assert "4 passed over: 2 .heic, 1 .txt, 1 pipe, socket or device." in caplog.text
+    (tmp_path / "m.csv").write_text("path,split\na.jpg,train\ne.jpg,train\n")
+    status, output = check("csv_file", "PATH", tmp_path / "m.csv")
+    assert status == 2
+    assert "line 3: there is no image" in output
+
+
+def test_names_that_are_no_text_are_printed(check, tmp_path):
+    draw(tmp_path / "a.jpg")
+    name = os.fsdecode(b"\xff\xfe.jpg")
+    (tmp_path / name).write_bytes(b"")
+    status, output = check("folder", "--root", tmp_path)
+    assert status == 1
+    assert r"\xff\xfe.jpg: the file is empty" in output
 
 
 def test_unlabelled_folder(check, tmp_path):

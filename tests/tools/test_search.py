@@ -100,6 +100,14 @@ def test_errors_are_one_line(place, capsys, tmp_path):
         assert printed.count("\n") == 1
 
 
+@pytest.mark.parametrize("feats", [torch.zeros(0, 8), torch.full((2, 8), torch.nan), torch.full((2, 8), torch.inf)])
+def test_an_index_without_sound_features_is_refused(place, capsys, tmp_path, feats):
+    save_file({"feats": feats}, tmp_path / "index", metadata={"index": "{}"})
+    image = place / "gallery" / "camera0" / "0 <&>.png"
+    assert search.main(["query", str(tmp_path / "index"), str(image), "--device", "cpu"]) == 2
+    assert "are empty or not all finite" in capsys.readouterr().err
+
+
 def test_help_loads_nothing_heavy():
     done = subprocess.run([sys.executable, TOOLS / "search.py", "query", "--help"], capture_output=True, text=True)
     assert "file that build wrote" in done.stdout

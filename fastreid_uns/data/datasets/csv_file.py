@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
+import logging
+import os
+import re
+import unicodedata
 from collections.abc import Iterable
-from os.path import dirname, join
+from os.path import dirname, join, realpath
 from typing import NamedTuple
 
 from fastreid_uns.data.datasets.layout import HELP, check_counts
 from fastreid_uns.errors import InvalidValue, MissingFile
 from fastreid_uns.registry import DATASET_REGISTRY, did_you_mean
 from fastreid_uns.structures import PROTOCOLS, Record, ReIDData
-from fastreid_uns.utils.paths import path_manager
+from fastreid_uns.utils.paths import path_manager, printable
 
 COLUMNS = ("path", "identity", "camera", "split")
 SPLITS = ("train", "query", "gallery")
+ABSENT = ("", "nan", "NaN", "NA", "N/A", "n/a", "<NA>", "#N/A", "None", "null", "NULL")  # as pandas reads them
+
+logger = logging.getLogger(__name__)
 
 
 class _Row(NamedTuple):
@@ -31,24 +40,26 @@ def csv_file(*, path: str, root: str = "", protocol: str = "auto") -> ReIDData:
     """The images that a manifest lists, in its order.
 
     Columns are `path`, `split` (train, query or gallery), `identity` and `camera`; further columns are passed over.
-    Identity and camera may be empty, or their column absent, for training images: they become -1. Numbers stay as they
-    are; where one value of a column is no number, all its values are numbered 0, 1, 2, ... in sorted order, alike in
-    all splits. Identity -1 is junk in query and gallery, and is dropped there.
+    Commas, semicolons or tabs separate them. Identity and camera may be empty or NaN, or their column absent, for
+    training images: they become -1. Numbers stay as they are, 3.0 is 3; where one value of a column is no number, or
+    where two are equal as numbers only (1 and 01), all its values are numbered 0, 1, 2, ... in sorted order, alike in
+    all splits. Identity -1 is junk in query and gallery, and is dropped there; camera -1 is unknown.
 
     Args:
-        path: the manifest.
-        root: folder from which the image paths start; empty = the folder of the manifest.
+        path: the manifest, in UTF-8; UTF-16 with its mark is read as well, and all else as Windows-1252.
+        root: folder from which the image paths start; empty = the folder of the manifest. Backslashes separate
+            folders where no file has them in its name.
         protocol: `cross_camera`, `plain` or `one_per_identity`; `auto` takes `cross_camera` where each query and
             gallery image has a camera and there are at least two, else `plain`.
 
     Raises:
-        FileNotFoundError: the manifest or an image is missing.
-        ValueError: the manifest does not hold what it must; the message names the line.
+        MissingFile: the manifest or an image is missing.
+        InvalidValue: the manifest does not hold what it must; the message names the line.
     """
     if protocol not in ("auto", *PROTOCOLS):
         raise InvalidValue(f"csv_file: PROTOCOL is {protocol!r}; accepted are auto, {', '.join(PROTOCOLS)}.")
-    rows = [row._replace(path=join(root or dirname(path), row.path)) for row in _read(path)]
-    _check(path, rows, protocol)
+    rows = [row._replace(path=_found(join(root or dirname(path), row.path))) for row in _read(path)]
+    _check(printable(path), rows, protocol)
     identities = _numbers(row.identity for row in rows)
     cameras = _numbers(row.camera for row in rows)
     parts: dict[str, list[Record]] = {split: [] for split in SPLITS}
@@ -63,67 +74,145 @@ def csv_file(*, path: str, root: str = "", protocol: str = "auto") -> ReIDData:
 
 def _read(path: str) -> list[_Row]:
     if not path_manager.isfile(path):
-        raise MissingFile(f"csv_file: there is no manifest {path}; PATH names a CSV file. {HELP}")
-    with path_manager.open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        header = [name.strip() for name in reader.fieldnames or []]
-        _check_header(path, header)
-        reader.fieldnames = header
+        raise MissingFile(f"csv_file: there is no manifest {printable(path)}; PATH names a CSV file. {HELP}")
+    text, where = _text(path), printable(path)
+    delimiter, skipped = _delimiter(text)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    try:
+        header: list[str] = []
         rows = []
-        for cells in reader:
-            if None in cells or None in cells.values():
+        for cells in lines:
+            if lines.line_num <= skipped or not any(cell.strip() for cell in cells):
+                continue
+            if not header:
+                header = [cell.strip().lower() for cell in cells]
+                _check_header(where, lines.line_num, header)
+                continue
+            while len(cells) > len(header) and not cells[-1].strip():
+                cells.pop()
+            if len(cells) != len(header):
                 raise InvalidValue(
-                    f"{path}: line {reader.line_num} has another number of cells than the header ({len(header)}: "
+                    f"{where}: line {lines.line_num} has another number of cells than the header ({len(header)}: "
                     f"{', '.join(header)}). Put a path that holds a comma in double quotes."
                 )
-            values = [(cells.get(name) or "").strip() for name in COLUMNS]
-            rows.append(_Row(reader.line_num, *values))
+            rows.append(_row(lines.line_num, dict(zip(header, cells, strict=True)), delimiter))
+    except csv.Error as error:
+        raise InvalidValue(
+            f"{where}: line {lines.line_num} is no CSV ({error}). Save the table as CSV again."
+        ) from error
     if not rows:
-        raise InvalidValue(f"{path}: there is a header but no line below it; each image needs one. {HELP}")
+        raise InvalidValue(f"{where}: there is a header but no line below it; each image needs one. {HELP}")
     return rows
 
 
-def _check_header(path: str, header: list[str]) -> None:
+def _text(path: str) -> str:
+    with path_manager.open(path, "rb") as file:
+        content = file.read()
+    if content.startswith(b"PK\x03\x04"):
+        raise InvalidValue(f"{printable(path)}: this is a workbook, no CSV. Save the sheet as CSV (UTF-8).")
+    try:
+        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        logger.warning(
+            "%s: line %d is not UTF-8; the file is read as Windows-1252. Save it as UTF-8 if names come out wrong.",
+            printable(path),
+            line,
+        )
+        return content.decode("cp1252", "surrogateescape")
+
+
+def _delimiter(text: str) -> tuple[str, int]:
+    """What separates the columns, judged by the header; and the number of lines before it."""
+    first = text.split("\n", 1)[0]
+    if re.fullmatch(r"sep=.\r?", first):  # Excel writes and heeds it
+        return first[4], 1
+    header = re.split(r"[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0].lower()
+    known = {
+        delimiter: sum(name.strip(" \"'") in COLUMNS for name in header.split(delimiter))
+        for delimiter in (",", ";", "\t")
+    }
+    return max(known, key=lambda delimiter: known[delimiter]), 0
+
+
+def _row(line: int, cells: dict[str, str], delimiter: str) -> _Row:
+    path, identity, camera, split = (cells.get(name, "").strip() for name in COLUMNS)
+    comma = delimiter != ","
+    return _Row(line, path, _value(identity, comma), _value(camera, comma), split.lower())
+
+
+def _value(cell: str, comma: bool) -> str:
+    """Identity or camera as text, alike for equal whole numbers: 3.0 is 3, and with a decimal comma 3,0 as well."""
+    number = re.fullmatch(r"(-?[0-9]+)[.,]0+" if comma else r"(-?[0-9]+)\.0+", cell)
+    return number[1] if number else "" if cell in ABSENT else cell
+
+
+def _found(path: str) -> str:
+    """The path as it is on this disk: with other separators, composed otherwise, or in bytes that are no UTF-8."""
+    if path_manager.isfile(path):
+        return path
+    slashes = path.replace("\\", "/")
+    candidates = [slashes, *(unicodedata.normalize(form, slashes) for form in ("NFC", "NFD"))]
+    with contextlib.suppress(UnicodeEncodeError):  # a name that Windows-1252 does not have
+        candidates.append(os.fsdecode(slashes.encode("cp1252", "surrogateescape")))
+    return next((candidate for candidate in candidates if path_manager.isfile(candidate)), path)
+
+
+def _check_header(where: str, line: int, header: list[str]) -> None:
     absent = [name for name in COLUMNS if name not in header]
-    if "path" in absent or "split" in absent:
+    needed = [name for name in absent if name in ("path", "split")]
+    if needed:
         raise InvalidValue(
-            f"{path}: line 1 has the columns {', '.join(header) or 'none'}; path and split are needed, identity and "
-            f"camera are optional for training images. Write a header line."
+            f"{where}: line {line} lacks the column {' and '.join(needed)}; found are "
+            f"{', '.join(map(printable, header))}. path and split are needed, identity and camera are optional for "
+            f"training images; write a header line."
         )
     for name in header:
-        near = did_you_mean(name, absent)
+        near = did_you_mean(name, absent) if name else "."
         if name not in COLUMNS and near != ".":
-            raise InvalidValue(f"{path}: line 1 has a column {name!r}{near} Columns are {', '.join(COLUMNS)}.")
+            raise InvalidValue(f"{where}: line {line} has a column {name!r}{near} Columns are {', '.join(COLUMNS)}.")
+        if name in COLUMNS and header.count(name) > 1:
+            raise InvalidValue(f"{where}: line {line} has the column {name} twice. Remove or rename one of them.")
 
 
-def _check(path: str, rows: list[_Row], protocol: str) -> None:
+def _check(where: str, rows: list[_Row], protocol: str) -> None:
     first: dict[tuple[str, str], int] = {}
     for row in rows:
-        where = f"{path}: line {row.line}"
-        if row.split not in SPLITS:
-            raise InvalidValue(f"{where} has the split {row.split!r}; accepted are {', '.join(SPLITS)}.")
-        earlier = first.setdefault((row.split, row.path), row.line)
+        _check_row(f"{where}: line {row.line}", row, protocol)
+        earlier = first.setdefault((row.split, realpath(row.path)), row.line)
         if earlier != row.line:
             raise InvalidValue(
-                f"{where} lists {row.path} for {row.split} again, after line {earlier}. Remove one of them."
-            )
-        if row.split != "train" and not row.identity:
-            raise InvalidValue(f"{where} has no identity; each {row.split} image needs one (junk: -1).")
-        if row.split != "train" and protocol == "cross_camera" and row.camera in ("", "-1"):
-            raise InvalidValue(f"{where} has no camera, which PROTOCOL cross_camera needs. Set PROTOCOL plain.")
-        if not path_manager.isfile(row.path):
-            raise MissingFile(
-                f"{where}: there is no image {row.path}; paths start at the manifest's folder, or at ROOT if it is set."
+                f"{where}: line {row.line} lists {printable(row.path)} for {row.split} again, after line {earlier}. "
+                f"Remove one of them."
             )
     present = {row.split for row in rows}
     if len(present & {"query", "gallery"}) == 1:
         lacking = next(split for split in ("query", "gallery") if split not in present)
-        raise InvalidValue(f"{path}: there is no {lacking} image; a score needs query and gallery, training neither.")
+        raise InvalidValue(f"{where}: there is no {lacking} image; a score needs query and gallery, training neither.")
+
+
+def _check_row(where: str, row: _Row, protocol: str) -> None:
+    if row.split not in SPLITS:
+        raise InvalidValue(f"{where} has the split {row.split!r}; accepted are {', '.join(SPLITS)}.")
+    for name, value in (("identity", row.identity), ("camera", row.camera)):
+        if value != "-1" and re.fullmatch(r"-[0-9]+", value):
+            meaning = "junk" if name == "identity" else "unknown"
+            raise InvalidValue(f"{where} has the {name} {value}; accepted are -1 ({meaning}), 0, 1, ... and words.")
+    if row.split != "train" and not row.identity:
+        raise InvalidValue(f"{where} has no identity; each {row.split} image needs one (junk: -1).")
+    if row.split != "train" and protocol == "cross_camera" and row.camera in ("", "-1"):
+        raise InvalidValue(f"{where} has no camera, which PROTOCOL cross_camera needs. Set PROTOCOL plain.")
+    if not path_manager.isfile(row.path):
+        raise MissingFile(
+            f"{where}: there is no image {printable(row.path)}; paths start at the manifest's folder, or at ROOT if it "
+            f"is set."
+        )
 
 
 def _numbers(values: Iterable[str]) -> dict[str, int]:
-    """Each value as a number: its own where all are numbers, else its place in sorted order; empty and -1 give -1."""
+    """Each value as a number: its own where all are different numbers, else its place in sorted order; or -1."""
     names = sorted(set(values) - {"", "-1"})
-    if all(name.isascii() and name.isdigit() for name in names):
+    numbers = {int(name) for name in names if name.isascii() and name.isdigit()}
+    if len(numbers) == len(names) and max(numbers, default=0) < 2**63:
         return {"": -1, "-1": -1, **{name: int(name) for name in names}}
     return {"": -1, "-1": -1, **{name: place for place, name in enumerate(names)}}

@@ -40,8 +40,8 @@ def cuhk03(*, root: str = "datasets/cuhk03-np", variant: str = "detected") -> Re
         variant: who drew the boxes: `labeled` (persons) or `detected` (a detector).
 
     Raises:
-        FileNotFoundError: a folder or file is missing.
-        ValueError: unknown variant, or a file name or split file that does not parse.
+        MissingFile: a folder or file is missing.
+        InvalidValue: unknown variant, or a file name or split file that does not parse.
     """
     if variant not in KNOWN:
         raise InvalidValue(f"cuhk03: VARIANT is {variant!r}; accepted are labeled and detected.")

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterator
-from os.path import join
+from heapq import heappop, heappush
+from os.path import join, realpath
+from typing import NamedTuple
 
-from fastreid_uns.data.datasets.layout import HELP, IMAGE_SUFFIXES, check_counts, is_image, require
+from fastreid_uns.data.datasets.layout import (
+    HELP,
+    IMAGE_SUFFIXES,
+    check_counts,
+    extension,
+    is_image,
+    require,
+    tell_passed_over,
+)
 from fastreid_uns.errors import MissingFile
 from fastreid_uns.registry import DATASET_REGISTRY
 from fastreid_uns.structures import Record, ReIDData
-from fastreid_uns.utils.paths import path_manager
+from fastreid_uns.utils.paths import path_manager, printable
+
+
+class Listing(NamedTuple):
+    """What lies below a folder."""
+
+    images: dict[str, str]  # name below the folder, with `/`, in sorted order → real path; each file once
+    passed_over: Counter[str]  # other files by extension, and what is no file by its kind
+    hidden: int  # hidden files and folders; the latter are not looked into
 
 
 @DATASET_REGISTRY.register()
@@ -17,28 +37,84 @@ from fastreid_uns.utils.paths import path_manager
 def folder(*, root: str) -> ReIDData:
     """All images below a folder, at any depth, as a training set in order of path; identity and camera are -1.
 
-    Hidden files and folders and `__MACOSX` are passed over; query and gallery are empty.
+    Each file is listed once, whatever links lead to it; links to files and folders elsewhere are followed. Hidden
+    files and folders and `__MACOSX` are passed over; query and gallery are empty.
 
     Args:
         root: the folder.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no image below it.
+        MissingFile: there is no such folder, or no image below it.
     """
     require(root)
-    train = [Record(path, -1, -1) for path in sorted(_images_below(root))]
-    if not train:
+    found = list_folder(root)
+    tell_passed_over(root, found.passed_over)
+    if not found.images:
         raise MissingFile(
-            f"{root}: there is no image below this folder; accepted are {', '.join(IMAGE_SUFFIXES)}. {HELP}"
+            f"{printable(root)}: there is no image below this folder; accepted are {', '.join(IMAGE_SUFFIXES)}. {HELP}"
         )
-    return ReIDData(train, [], [], "plain")
+    return ReIDData([Record(join(root, name), -1, -1) for name in found.images], [], [], "plain")
 
 
-def _images_below(place: str) -> Iterator[str]:
-    for name in path_manager.ls(place):
-        if name.startswith(".") or name == "__MACOSX":
+def list_folder(root: str) -> Listing:
+    """The images at any depth below a folder; no file is opened.
+
+    A file that several links lead to has its name without a link, or else the first one in sorted order. Two names of
+    one file that are not links (hard links) are two files.
+    """
+    found: dict[str, str] = {}  # real path → name
+    links: list[str] = []
+    passed_over: Counter[str] = Counter()
+    hidden = 0
+    for name, entry in _entries(path_manager.get_local_path(root), passed_over):
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
+            hidden += 1
+        elif not _is_file(entry):
+            passed_over["broken link" if entry.is_symlink() else "pipe, socket or device"] += 1
+        elif not is_image(entry.name):
+            passed_over[extension(entry.name)] += 1
+        elif entry.is_symlink():
+            links.append(name)
+        else:
+            found.setdefault(entry.path, name)
+    for name in sorted(links):
+        found.setdefault(realpath(join(root, name)), name)
+    return Listing({name: path for path, name in sorted(found.items(), key=lambda item: item[1])}, passed_over, hidden)
+
+
+def _entries(root: str, passed_over: Counter[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Name below the root and entry (of a real path) of all that is no folder to look into; each folder once."""
+    folders, links, seen = [("", realpath(root))], list[tuple[str, str]](), set()
+    while folders or links:
+        # links last, so that what lies below the root has its own name
+        folder_name, place = folders.pop() if folders else heappop(links)
+        if place in seen:
             continue
-        if path_manager.isdir(join(place, name)):
-            yield from _images_below(join(place, name))
-        elif is_image(name):
-            yield join(place, name)
+        seen.add(place)
+        try:
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+        except OSError:
+            passed_over["folder that cannot be read"] += 1
+            continue
+        for entry in entries:
+            name = f"{folder_name}/{entry.name}".lstrip("/")
+            if entry.name.startswith(".") or entry.name == "__MACOSX" or not _is_folder(entry):
+                yield name, entry
+            elif entry.is_symlink():
+                heappush(links, (name, realpath(entry.path)))
+            else:
+                folders.append((name, entry.path))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False

@@ -6,15 +6,19 @@ import functools
 import inspect
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from os.path import join, split
+from os.path import join, split, splitext
 from typing import Any, NamedTuple, TypeVar
 
 from fastreid_uns.errors import InvalidValue, MissingFile
 from fastreid_uns.structures import Record, ReIDData
-from fastreid_uns.utils.paths import path_manager
+from fastreid_uns.utils.paths import path_manager, printable
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+OTHER_PICTURES = re.compile(  # that must not be passed over in silence
+    r"\.(3fr|arw|avif|cr2|cr3|dng|eps|gif|hei[cf]|hif|jp2|jxl|nef|orf|pef|p[gp]m|psd|raf|raw|rw2|svg|tga)"
+)
 HELP = "See datasets/README.md."
 
 logger = logging.getLogger(__name__)
@@ -46,9 +50,10 @@ def check_counts(
             data = load(**keywords)
             found = count(data)
             arguments = _arguments(load, keywords)
-            place = arguments.get("path") or arguments.get("root")
+            place = printable(arguments.get("path") or arguments.get("root"))
             parts = [f"{part} {images:,} images of {ids:,} identities" for part, (images, ids) in splits(found)]
             logger.info("%s (%s): %s; %d cameras", load.__name__, place, ", ".join(parts), found.cameras)
+            _warn_of_repetition(load.__name__, data)
             differences = compare(found, known_counts(checked, **keywords))
             if differences:
                 _warn_once(
@@ -103,6 +108,13 @@ def compare(found: PublishedCounts, known: PublishedCounts | None) -> list[str]:
     return differences
 
 
+def _warn_of_repetition(name: str, data: ReIDData) -> None:
+    for part, records in zip(("train", "query", "gallery"), data[:3], strict=True):
+        twice = [path for path, times in Counter(record.path for record in records).items() if times > 1]
+        if twice:
+            _warn_once(f"{name}: {part} lists {len(twice):,} images more than once, such as {printable(twice[0])}.")
+
+
 @functools.cache
 def _warn_once(message: str) -> None:
     logger.warning(message)
@@ -112,7 +124,7 @@ def require(root: str, folders: Iterable[str] = (), files: Iterable[str] = ()) -
     """Check that a data root holds these folders and files.
 
     Raises:
-        FileNotFoundError: the root or one of them is missing; the message says what is there.
+        MissingFile: the root or one of them is missing; the message says what is there.
     """
     if not path_manager.isdir(root):
         raise MissingFile(f"{root}: there is no such folder; ROOT names the folder of the data set. {HELP}")
@@ -134,6 +146,37 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 
 
+def extension(name: str) -> str:
+    """Of a file name, in lower case and printable; `no extension` where there is none."""
+    return printable(splitext(name)[1].lower()) or "no extension"
+
+
+def passed_over_text(passed_over: Mapping[str, int]) -> str:
+    """Counts in words, the most frequent first: `12 .heic, 1 broken link`."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(passed_over.items(), key=lambda kv: (-kv[1], kv[0])))
+
+
+def has_pictures(passed_over: Iterable[str]) -> bool:
+    """Whether some of these extensions are those of pictures."""
+    return any(OTHER_PICTURES.fullmatch(kind) for kind in passed_over)
+
+
+def tell_passed_over(place: str, passed_over: Mapping[str, int]) -> None:
+    """Log what a listing leaves out; as a warning where there are pictures among it.
+
+    Args:
+        place: the folder.
+        passed_over: files by extension, see `extension`.
+    """
+    if not passed_over:
+        return
+    text = f"{printable(place)}: {sum(passed_over.values()):,} passed over: {passed_over_text(passed_over)}."
+    if has_pictures(passed_over):
+        logger.warning("%s Pictures of these kinds are not read; convert them to JPEG or PNG to use them.", text)
+    else:
+        logger.info("%s", text)
+
+
 def read_list(path: str, pattern: str, form: str) -> Iterator[re.Match[str]]:
     """The non-empty lines of a list file, each matched in full.
 
@@ -143,7 +186,7 @@ def read_list(path: str, pattern: str, form: str) -> Iterator[re.Match[str]]:
         form: what a line looks like, for the message.
 
     Raises:
-        ValueError: a line does not match; the message names file, line number and text.
+        InvalidValue: a line does not match; the message names file, line number and text.
     """
     parser = re.compile(pattern)
     with path_manager.open(path) as file:
@@ -168,12 +211,14 @@ def named_images(
         pattern: regular expression of the beginning of a name.
 
     Raises:
-        FileNotFoundError: the folder holds no image.
-        ValueError: a name does not parse or holds another camera; the message names the file.
+        MissingFile: the folder holds no image.
+        InvalidValue: a name does not parse or holds another camera; the message names the file.
     """
     parser = re.compile(pattern)
     found = []
-    for name in sorted(filter(is_image, path_manager.ls(folder))):
+    names = [name for name in path_manager.ls(folder) if not name.startswith(".")]
+    tell_passed_over(folder, Counter(extension(name) for name in names if not is_image(name)))
+    for name in sorted(filter(is_image, names)):
         match = parser.match(name)
         if match is None:
             raise InvalidValue(
@@ -193,7 +238,7 @@ def camera_index(number: int, cameras: Sequence[int], where: str) -> int:
     """Position of a camera number among those of a data set.
 
     Raises:
-        ValueError: it is none of them; the message begins with `where`.
+        InvalidValue: it is none of them; the message begins with `where`.
     """
     if number not in cameras:
         raise InvalidValue(
@@ -206,7 +251,7 @@ def first_exists(records: Sequence[Record], listed_in: str) -> None:
     """Check that the first image of a list lies where the list says, which tells a wrong layout at once.
 
     Raises:
-        FileNotFoundError: it does not.
+        MissingFile: it does not.
     """
     if records and not path_manager.isfile(records[0].path):
         raise MissingFile(

@@ -18,8 +18,8 @@ def market1501(*, root: str = "datasets/Market-1501-v15.09.15") -> ReIDData:
         root: the folder with `bounding_box_train`, `query` and `bounding_box_test`.
 
     Raises:
-        FileNotFoundError: a folder is missing.
-        ValueError: a file name does not parse.
+        MissingFile: a folder is missing.
+        InvalidValue: a file name does not parse.
     """
     folders = ["bounding_box_train", "query", "bounding_box_test"]
     return three_folders(root, folders, cameras=range(1, 7), example="0002_c1s1_000451_03.jpg")

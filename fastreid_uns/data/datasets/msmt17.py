@@ -39,8 +39,8 @@ def msmt17(*, root: str = "datasets/MSMT17_V1", version: str = "auto") -> ReIDDa
             that is there.
 
     Raises:
-        FileNotFoundError: a folder or list is missing.
-        ValueError: unknown version, both versions in one root, or a line that does not parse.
+        MissingFile: a folder or list is missing.
+        InvalidValue: unknown version, both versions in one root, or a line that does not parse.
     """
     if version not in ("auto", *FOLDERS):
         raise InvalidValue(f"msmt17: VERSION is {version!r}; accepted are auto, V1 and V2.")

@@ -18,8 +18,8 @@ def personx(*, root: str = "datasets/PersonX") -> ReIDData:
         root: the folder with `bounding_box_train`, `query` and `bounding_box_test`.
 
     Raises:
-        FileNotFoundError: a folder is missing.
-        ValueError: a file name does not parse, or holds another scene.
+        MissingFile: a folder is missing.
+        InvalidValue: a file name does not parse, or holds another scene.
     """
     folders = ["bounding_box_train", "query", "bounding_box_test"]
     return three_folders(root, folders, cameras=(3, 4, 8, 10, 11, 12), example="0001_c3s1_000001_00.jpg")

@@ -77,7 +77,7 @@ def synthetic(
         processes: that render; 0 = one, and one more for each 2,000 images as far as there are processors.
 
     Raises:
-        ValueError: a knob is out of range.
+        InvalidValue: a knob is out of range.
     """
     knobs: dict[str, Any] = {
         "kind": kind,

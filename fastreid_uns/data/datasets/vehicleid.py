@@ -31,8 +31,8 @@ def vehicleid(*, root: str = "datasets/VehicleID_V1.0", size: int = 800, seed: i
         seed: of the draw. The draw depends on the list alone, not on the order of its lines.
 
     Raises:
-        FileNotFoundError: a folder or list is missing.
-        ValueError: unknown size, or a line that does not parse.
+        MissingFile: a folder or list is missing.
+        InvalidValue: unknown size, or a line that does not parse.
     """
     if size not in KNOWN:
         raise InvalidValue(f"vehicleid: SIZE is {size}; accepted are {', '.join(map(str, KNOWN))}.")

@@ -22,8 +22,8 @@ def vehiclex(*, root: str = "datasets/AIC20_ReID_Simulation", folder: str = "ima
             and in the style of real images) as some releases have it.
 
     Raises:
-        FileNotFoundError: a folder is missing.
-        ValueError: a file name does not parse.
+        MissingFile: a folder is missing.
+        InvalidValue: a file name does not parse.
     """
     require(root, [folder])
     return ReIDData(named_images(join(root, folder), example="0001_c006_1.jpg"), [], [], "cross_camera")

@@ -16,8 +16,8 @@ def veri776(*, root: str = "datasets/VeRi") -> ReIDData:
         root: the folder with `image_train`, `image_query` and `image_test`.
 
     Raises:
-        FileNotFoundError: a folder is missing.
-        ValueError: a file name does not parse.
+        MissingFile: a folder is missing.
+        InvalidValue: a file name does not parse.
     """
     folders = ["image_train", "image_query", "image_test"]
     return three_folders(root, folders, cameras=range(1, 21), example="0001_c001_00016450_0.jpg")

@@ -33,8 +33,8 @@ def veriwild(*, root: str = "datasets/VERI-Wild", size: int = 3000) -> ReIDData:
         size: test vehicles: 3000, 5000 or 10000.
 
     Raises:
-        FileNotFoundError: a folder or list is missing.
-        ValueError: unknown size, a line that does not parse, or an image that `vehicle_info.txt` lacks.
+        MissingFile: a folder or list is missing.
+        InvalidValue: unknown size, a line that does not parse, or an image that `vehicle_info.txt` lacks.
     """
     if size not in KNOWN:
         raise InvalidValue(f"veriwild: SIZE is {size}; accepted are {', '.join(map(str, KNOWN))}.")
