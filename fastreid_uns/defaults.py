@@ -38,8 +38,9 @@ DEFAULTS: dict[str, Any] = {
     "MODEL": {
         "NAME": "Baseline",
         "DEVICE": "auto",  # auto, cpu, cuda
-        "WEIGHTS": "",  # file or URL to start from; imagenet = what the backbone's library publishes; "" = random
+        "WEIGHTS": "",  # file or URL; imagenet = of an installed package, else of the backbone's library; "" = random
         "GHOST_BATCH": 0,  # images that share norm statistics in training; 0 = the batch of one process
+        "FREEZE_NORM": False,  # batch norms of the backbone keep their statistics in training; weight and bias train
         "DOMAIN_BN": False,  # norm layers of their own for each of the DATASETS.SOURCES
         "BACKBONE": {"NAME": "torchvision"},
         "HEAD": {"NAME": "EmbeddingHead"},

@@ -12,7 +12,7 @@ from fastreid_uns.modeling.encoder import Encoder, build_encoder
 from fastreid_uns.modeling.losses import LossSet
 from fastreid_uns.modeling.memory import Memory
 from fastreid_uns.modeling.momentum import momentum_copy, update_momentum
-from fastreid_uns.modeling.norm import domain_batch_norm, ghost_batch_norm
+from fastreid_uns.modeling.norm import domain_batch_norm, freeze_norm_statistics, ghost_batch_norm
 from fastreid_uns.modeling.weights import load_weights
 from fastreid_uns.registry import LOSS_REGISTRY, MEMORY_REGISTRY, META_ARCH_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, HeadOutput, PseudoLabels
@@ -120,11 +120,16 @@ class Baseline(MetaArch):
 
 
 def check_domains(cfg: Any) -> None:
-    """Refuse norm layers for each domain where there is one domain only, before anything is read or fetched.
+    """Refuse norm layers for each domain where they cannot be, before anything is read or fetched.
 
     Raises:
-        ValueError: `MODEL.DOMAIN_BN` without `DATASETS.SOURCES`.
+        InvalidValue: `MODEL.DOMAIN_BN` without `DATASETS.SOURCES`, or together with `MODEL.FREEZE_NORM`.
     """
+    if cfg.MODEL.DOMAIN_BN and cfg.MODEL.FREEZE_NORM:
+        raise InvalidValue(
+            "MODEL.DOMAIN_BN and MODEL.FREEZE_NORM are both true; the first gathers statistics of each domain, the "
+            "second keeps those of MODEL.WEIGHTS. Set one of them to false."
+        )
     if cfg.MODEL.DOMAIN_BN and not cfg.DATASETS.SOURCES:
         raise InvalidValue(
             "MODEL.DOMAIN_BN is true but DATASETS.SOURCES names no set; a labelled source is needed beside the "
@@ -152,6 +157,8 @@ def build_model(cfg: Any, num_images: int) -> MetaArch:
     encoder = build_encoder(cfg)
     if cfg.MODEL.WEIGHTS:
         load_weights(encoder, cfg.MODEL.WEIGHTS)
+    if cfg.MODEL.FREEZE_NORM:
+        encoder.backbone = freeze_norm_statistics(encoder.backbone)
     if cfg.MODEL.DOMAIN_BN:
         domain_batch_norm(encoder, 1 + len(cfg.DATASETS.SOURCES))
     ghost_batch_norm(encoder, cfg.MODEL.GHOST_BATCH)

@@ -67,7 +67,8 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9) -> We
     through, MoCo (LUPerson), DINO (TransReID-SSL, PASS), fast-reid, the SpCL and Cluster Contrast family, Bag of Tricks
     and TransReID, and our own checkpoints, of which the encoder for evaluation is taken. What DataParallel,
     torch.compile or Lightning put before the names is taken off. Position embeddings are resized; classifiers are
-    passed over. Files are read as tensors and plain values only: code in them is refused. Load before `domain_batch_norm`.
+    passed over. Files are read as tensors and plain values only: code in them is refused. Load before
+    `domain_batch_norm`.
 
     Args:
         model: an `Encoder`, or any other module, which is then taken for a backbone.
