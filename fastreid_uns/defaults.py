@@ -16,9 +16,9 @@ DEFAULTS: dict[str, Any] = {
         "TESTS": {},  # sets to evaluate on, a map of free names
     },
     "INPUT": {
-        "SIZE": [256, 128],  # height, width in pixels
-        "MEAN": [0.485, 0.456, 0.406],  # of RGB in 0..1
-        "STD": [0.229, 0.224, 0.225],
+        "SIZE": [],  # height, width in pixels; [] = what the weights of MODEL.WEIGHTS imagenet expect, else as below
+        "MEAN": [],  # of RGB in 0..1; [] = likewise
+        "STD": [],
         "VIEWS": ["train"],  # one augmented version of the batch for each name, a key of AUGMENTS
         "AUGMENTS": {"train": {}},  # presets; the keys of one are the parameters of data.augment.Augment
         "CAMERA_STYLE": {  # what views show whose preset has CAMERA_STYLE
@@ -87,4 +87,11 @@ DEFAULTS: dict[str, Any] = {
     },
     "HOOKS": {},  # further hooks, a map of free names
     "PAPER": {},  # what the paper states, keys and values as above; a run says where it departs from it
+}
+
+# what becomes of the empty keys of INPUT where the starting weights expect nothing else
+USUAL_INPUT: dict[str, list[float]] = {
+    "SIZE": [256, 128],
+    "MEAN": [0.485, 0.456, 0.406],
+    "STD": [0.229, 0.224, 0.225],
 }

@@ -117,17 +117,26 @@ def read_file(path: Path) -> Any:
 
 
 def _from_hub(source: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    """The named file of a repository, or the one that is usual; without a network, what an earlier download left."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     user, name, *file = source.removeprefix("hub:").split("/", 2)
-    *first, last = file or _HUB_FILES
-    for candidate in first:
+    name, _, revision = name.partition("@")
+    where = {"repo_id": f"{user}/{name}", "revision": revision or None}
+    names = file or _HUB_FILES
+    for candidate in names:
         try:
-            return Path(hf_hub_download(f"{user}/{name}", candidate))
+            return Path(hf_hub_download(filename=candidate, **where))
+        except LocalEntryNotFoundError:
+            held = [try_to_load_from_cache(filename=other, **where) for other in names]
+            if not any(isinstance(path, str) for path in held):
+                raise
+            return next(Path(path) for path in held if isinstance(path, str))
         except EntryNotFoundError:
-            continue
-    return Path(hf_hub_download(f"{user}/{name}", last))
+            if candidate == names[-1]:
+                raise
+    raise AssertionError("there is at least one name")
 
 
 def _harmless() -> list[Any]:

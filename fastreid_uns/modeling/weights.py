@@ -84,9 +84,12 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9) -> We
     """
     whole = hasattr(model, "backbone")
     backbone: Any = model.backbone if whole else model
-    file, source = fetch_imagenet(backbone) if source == "imagenet" else (fetch(source), source)
-    content = read_file(file)
-    state, others = state_dict_of(content, source)
+    published = source == "imagenet"
+    file, source = fetch_imagenet(backbone) if published else (fetch(source), source)
+    state, others = state_dict_of(read_file(file), source)
+    names = set(state)
+    if published:
+        state = backbone.adapt(state)
     found = named_weights(state)
     targets = {encoder_name(name if whole else f"backbone.{name}"): name for name in model.state_dict()}
     if not any(".domains." in name for name in targets):
@@ -95,6 +98,7 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9) -> We
     report, chosen = _match(model.state_dict(), targets, found, getattr(backbone, "grid", None))
     report.source = source
     report.passed_over |= {f"{name} (whole)": "another part of the file" for name in others}
+    report.passed_over |= {name: "renamed or dropped by the backbone's library" for name in sorted(names - set(state))}
     if report.share < min_share:
         raise InvalidState(
             f"MODEL.WEIGHTS {source}: {report.share:.1%} of the backbone's tensors are in the file; at least "

@@ -217,14 +217,14 @@ def test_drop_path_acts_in_training_only() -> None:
     ("backbone", "end"),
     [
         (lambda: TorchvisionBackbone(SIZE, model="resnet18"), "resnet18-f37072fd.pth"),
-        (lambda: TimmBackbone(SIZE, model="resnet18.tv_in1k"), "timm/resnet18.tv_in1k/resolve/main/model.safetensors"),
+        (lambda: TimmBackbone(SIZE, model="resnet18.tv_in1k"), "hub:timm/resnet18.tv_in1k"),
         (lambda: ResNetIBN(SIZE, depth=18), "v1.0/resnet18_ibn_a-2f571257.pth"),
-        (lambda: ViT(SIZE), "timm/vit_small_patch16_224.augreg_in21k_ft_in1k/resolve/main/model.safetensors"),
+        (lambda: ViT(SIZE), "hub:timm/vit_small_patch16_224.augreg_in21k_ft_in1k"),
     ],
 )
 def test_where_imagenet_weights_are(backbone, end: str) -> None:
     url = backbone().imagenet_url()
-    assert url.startswith("https://")
+    assert url.startswith(("https://", "hub:"))
     assert url.endswith(end)
 
 

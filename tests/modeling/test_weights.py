@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import types
 from collections import OrderedDict
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -370,11 +370,11 @@ def test_hub(source: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     net = nn.Linear(2, 2)
     torch.save(other_values(net.state_dict()), tmp_path / "w.pth")
 
-    def download(repository: str, name: str) -> str:
-        asked.append((repository, name))
+    def download(repo_id: str, filename: str, revision: str | None) -> str:
+        asked.append((repo_id, filename))
         return str(tmp_path / "w.pth")
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=download))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert load_weights(net, source).share == 1.0
     assert asked == [("me/net", file)]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,21 @@ class Backbone(nn.Module):
     out_channels: int
     grid: tuple[int, int] | None = None
 
+    @classmethod
+    def pretrained_input(cls, section: Mapping[str, Any]) -> dict[str, list[float]]:
+        """Keys of `INPUT` and the numbers that the weights of `imagenet_url` expect; those left out are free.
+
+        Args:
+            section: `MODEL.BACKBONE`.
+        """
+        return {"MEAN": [0.485, 0.456, 0.406], "STD": [0.229, 0.224, 0.225]}
+
+    def adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file of `imagenet_url` under the names of today's network of the same library."""
+        return state
+
     def imagenet_url(self) -> str:
-        """Where the library behind this backbone publishes its ImageNet weights.
+        """Where the library behind this backbone publishes its weights: a file, a URL or `hub:user/name`.
 
         Raises:
             RuntimeError: nobody publishes weights for it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -140,8 +141,13 @@ class ViT(Backbone):
         count = special.shape[1]
         return Tokens(x[:, count:].transpose(1, 2).unflatten(2, self.grid), x[:, :count])
 
+    @classmethod
+    def pretrained_input(cls, section: Mapping[str, Any]) -> dict[str, list[float]]:
+        """Mean and standard deviation 0.5, which timm's weights of this kind were made with."""
+        return {"MEAN": [0.5] * 3, "STD": [0.5] * 3}
+
     def imagenet_url(self) -> str:
-        """URL of timm's ImageNet weights of the same width, depth and heads."""
+        """timm's ImageNet weights of the same width, depth and heads."""
         if not self.plain or self.options not in _PUBLISHED:
             return super().imagenet_url()
-        return f"https://huggingface.co/timm/{_PUBLISHED[self.options]}.augreg_in21k_ft_in1k/resolve/main/model.safetensors"
+        return f"hub:timm/{_PUBLISHED[self.options]}.augreg_in21k_ft_in1k"
