@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastreid_uns.errors import InvalidState
+from fastreid_uns.modeling.positions import Grid, recorded_grid
 
 COUNTER = "num_batches_tracked"  # absent from old files, and without effect on the features
 _CONTAINERS = ("model", "state_dict", "model_state_dict", "teacher", "student", "net", "network", "weights", "params")
@@ -39,12 +40,13 @@ class NamedWeights:
     left: list[str] = field(default_factory=list)  # names in the file that no part of an encoder has
 
 
-def state_dict_of(content: Any, source: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict inside a checkpoint, and the names of the other parts of the file that hold tensors.
+def open_weights(content: Any, source: str) -> tuple[dict[str, Tensor], list[str], Grid | None]:
+    """The state dict inside a checkpoint, the other parts of it that hold tensors, and the grid that it records.
 
     Raises:
         InvalidState: there are no tensors.
     """
+    config = content.get("config") if isinstance(content, Mapping) else None
     others: list[str] = []
     while isinstance(content, Mapping):
         key = next((key for key in _CONTAINERS if isinstance(content.get(key), Mapping)), None)
@@ -59,7 +61,7 @@ def state_dict_of(content: Any, source: str) -> tuple[dict[str, Tensor], list[st
             f"MODEL.WEIGHTS {source}: no tensors found; a state dict is needed, plain or under one of the keys "
             f"{', '.join(_CONTAINERS)}. Save it so."
         )
-    return state, others
+    return state, others, recorded_grid(content, config)
 
 
 def named_weights(state: State) -> NamedWeights:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -19,8 +18,8 @@ from fastreid_uns.modeling.weight_names import (
     NamedWeights,
     encoder_name,
     named_weights,
+    open_weights,
     reason,
-    state_dict_of,
 )
 
 _log = logging.getLogger(__name__)
@@ -86,16 +85,18 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9) -> We
     backbone: Any = model.backbone if whole else model
     published = source == "imagenet"
     file, source = fetch_imagenet(backbone) if published else (fetch(source), source)
-    state, others = state_dict_of(read_file(file), source)
+    state, others, recorded = open_weights(read_file(file), source)
     names = set(state)
     if published:
-        state = backbone.adapt(state)
+        state, recorded = backbone.adapt(state), recorded or backbone.published_grid
     found = named_weights(state)
     targets = {encoder_name(name if whole else f"backbone.{name}"): name for name in model.state_dict()}
     if not any(".domains." in name for name in targets):
         found.tensors = {name.replace(".domains.0.", "."): value for name, value in found.tensors.items()}
         found.origin = {name.replace(".domains.0.", "."): value for name, value in found.origin.items()}
-    report, chosen = _match(model.state_dict(), targets, found, getattr(backbone, "grid", None))
+    positions = getattr(backbone, "positions", None)
+    fit = partial(positions.fit, recorded=recorded) if positions is not None else None
+    report, chosen = _match(model.state_dict(), targets, found, fit)
     report.source = source
     report.passed_over |= {f"{name} (whole)": "another part of the file" for name in others}
     report.passed_over |= {name: "renamed or dropped by the backbone's library" for name in sorted(names - set(state))}
@@ -111,7 +112,7 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9) -> We
 
 
 def _match(
-    state: Mapping[str, Tensor], targets: Mapping[str, str], found: NamedWeights, grid: tuple[int, int] | None
+    state: Mapping[str, Tensor], targets: Mapping[str, str], found: NamedWeights, fit: Callable[..., Tensor] | None
 ) -> tuple[WeightReport, dict[str, Tensor]]:
     report = WeightReport("", found.family)
     chosen: dict[str, Tensor] = {}
@@ -121,9 +122,11 @@ def _match(
             report.missing.append(name)
             continue
         want = state[target].shape
-        if value.shape != want and grid is not None and name.endswith("pos_embed"):
-            report.reshaped.append(f"{name} {tuple(value.shape)} to {tuple(want)}")
-            value = _resize_positions(value, want[1] - grid[0] * grid[1], grid)
+        if fit is not None and name == "backbone.pos_embed" and value.dim() == 3:
+            fitted = fit(value, want[1])
+            if fitted is not value:
+                report.reshaped.append(f"{name} {tuple(value.shape)} to {tuple(want)}")
+            value = fitted
         elif (value.shape[: len(want)] == want and value.numel() == want.numel()) or value.numel() == want.numel() == 1:
             value = value.reshape(want)  # a 1x1 convolution is a linear layer
         if value.shape != want:
@@ -147,22 +150,3 @@ def _counts(name: str) -> bool:
 
 def _some(names: list[str], count: int = 4) -> str:
     return "\n".join([*names[:count], *([f"and {len(names) - count} more"] if len(names) > count else [])])
-
-
-def _resize_positions(value: Tensor, extra: int, grid: tuple[int, int]) -> Tensor:
-    """(1, extra+n, C) position embeddings for another grid of patches, bicubic; rows of the extra tokens stay."""
-    tokens, patches = value[:, :extra], value[:, extra:]
-    height, width = _guess_grid(patches.shape[1])
-    square = patches.float().reshape(1, height, width, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)
-    return torch.cat([tokens.float(), resized.flatten(2).transpose(1, 2)], dim=1)
-
-
-def _guess_grid(count: int) -> tuple[int, int]:
-    """Lines and columns of `count` patches: square if that is possible, else 2:1, 3:1, else nearest to 2:1."""
-    for ratio in (1, 2, 3):
-        width = round((count / ratio) ** 0.5)
-        if ratio * width * width == count:
-            return ratio * width, width
-    pairs = [(count // width, width) for width in range(1, int(count**0.5) + 1) if count % width == 0]
-    return min(pairs, key=lambda pair: abs(pair[0] / pair[1] - 2))

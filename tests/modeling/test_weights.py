@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastreid_uns.errors import MissingPackage
-from fastreid_uns.modeling import weight_files, weights
+from fastreid_uns.modeling import weight_files
 from fastreid_uns.modeling.backbones.base import Backbone
 from fastreid_uns.modeling.backbones.osnet import OSNet
 from fastreid_uns.modeling.backbones.small_net import SmallNet
@@ -211,7 +211,7 @@ def test_positions_are_resized_to_the_image(tmp_path: Path) -> None:
     """From 4x2 patches of 64x32 pixels to 6x3 of 96x48; the class token's row stays."""
     state = other_values(a_vit((64, 32)).state_dict())
     torch.save({"teacher": renamed(state, "backbone."), "student": renamed(state, "x.")}, tmp_path / "w.pth")
-    backbone = a_vit((96, 48))
+    backbone = a_vit((96, 48), pretrained_grid=[4, 2])
     report = load_weights(encoder_of(backbone), str(tmp_path / "w.pth"))
     old = state["pos_embed"][0, 1:].T.reshape(48, 4, 2)
     for channel in (0, 20):
@@ -220,13 +220,6 @@ def test_positions_are_resized_to_the_image(tmp_path: Path) -> None:
     torch.testing.assert_close(backbone.pos_embed[0, 0], state["pos_embed"][0, 0])
     assert report.reshaped == ["backbone.pos_embed (1, 9, 48) to (1, 19, 48)"]
     assert "backbone.pos_embed" in report.matched
-
-
-@pytest.mark.parametrize(
-    ("count", "grid"), [(196, (14, 14)), (128, (16, 8)), (192, (24, 8)), (210, (21, 10)), (8, (4, 2)), (7, (7, 1))]
-)
-def test_grid_of_foreign_positions(count: int, grid: tuple[int, int]) -> None:
-    assert weights._guess_grid(count) == grid
 
 
 def test_positions_of_a_timm_model_are_resized(tmp_path: Path) -> None:

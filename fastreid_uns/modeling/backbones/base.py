@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastreid_uns.errors import InvalidState, InvalidValue
+from fastreid_uns.modeling.positions import Grid, Positions, record_grid
 
 _log = logging.getLogger(__name__)
 
@@ -24,12 +25,22 @@ class Tokens(NamedTuple):
 class Backbone(nn.Module):
     """Normalised images (B,3,H,W) → feature map (B,C,h,w); a transformer with a class token gives `Tokens`.
 
-    The framework hands over the image size as the only positional argument of the constructor. `grid` is (h,w) of a
-    position embedding, None where there is none.
+    The framework hands over the image size as the only positional argument of the constructor. `positions` says how a
+    position embedding is filled from a file; it is None where there is none.
     """
 
     out_channels: int
-    grid: tuple[int, int] | None = None
+    positions: Positions | None = None
+    published_grid: Grid | None = None  # of the weights of `imagenet_url`, where their library states it
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(record_grid)
+
+    @property
+    def grid(self) -> Grid | None:
+        """Lines and columns of the patches of a position embedding, None where there is none."""
+        return self.positions.grid if self.positions is not None else None
 
     @classmethod
     def pretrained_input(cls, section: Mapping[str, Any]) -> dict[str, list[float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile, UnknownName
 from fastreid_uns.modeling.backbones.base import Backbone, Tokens, output_shape, set_last_stride
+from fastreid_uns.modeling.positions import Positions
 from fastreid_uns.registry import BACKBONE_REGISTRY, did_you_mean
 
 _PACKAGES = {  # networks whose ImageNet weights a package carries in itself
@@ -34,6 +35,8 @@ class TimmBackbone(Backbone):
         model: name in timm, with or without a tag, for example convnext_tiny or resnet50.tv_in1k;
             `hf-hub:user/name` for a network that somebody published, `local-dir:folder` for one in a folder.
         last_stride: of stage 4 of a ResNet: 1 (re-identification) or 2 (as published); others stay as published.
+        pretrained_grid: lines and columns of patches of the position embedding in `MODEL.WEIGHTS`; () = found out.
+        position_resize: how it comes to the grid of `size`: bicubic, bilinear, or antialiased (bicubic, as timm does).
 
     Raises:
         UnknownName: unknown model.
@@ -42,7 +45,15 @@ class TimmBackbone(Backbone):
         InvalidValue: the model gives no feature map at this size.
     """
 
-    def __init__(self, size: tuple[int, int], *, model: str = "resnet50", last_stride: int = 1) -> None:
+    def __init__(
+        self,
+        size: tuple[int, int],
+        *,
+        model: str = "resnet50",
+        last_stride: int = 1,
+        pretrained_grid: Sequence[int] = (),
+        position_resize: str = "bicubic",
+    ) -> None:
         super().__init__()
         import timm
 
@@ -60,7 +71,11 @@ class TimmBackbone(Backbone):
         self.net = net
         self.prefix = getattr(net, "num_prefix_tokens", 0)
         if hasattr(net, "num_prefix_tokens"):
-            self.grid = tuple(net.patch_embed.grid_size)
+            self.positions = Positions(tuple(net.patch_embed.grid_size), pretrained_grid, position_resize)
+            stated, patch = net.pretrained_cfg["input_size"][1:], net.patch_embed.patch_size
+            self.published_grid = (stated[0] // patch[0], stated[1] // patch[1])
+        elif pretrained_grid:
+            raise InvalidValue(f"{what}: PRETRAINED_GRID is set, but it has no position embedding. Set it to [].")
         self.model = model
         self.out_channels = output_shape(self, size, what)[1]
 
