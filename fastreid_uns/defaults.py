@@ -16,9 +16,9 @@ DEFAULTS: dict[str, Any] = {
         "TESTS": {},  # sets to evaluate on, a map of free names
     },
     "INPUT": {
-        "SIZE": [256, 128],  # height, width in pixels
-        "MEAN": [0.485, 0.456, 0.406],  # of RGB in 0..1
-        "STD": [0.229, 0.224, 0.225],
+        "SIZE": [],  # height, width in pixels; [] = what the weights of MODEL.WEIGHTS imagenet expect, else as below
+        "MEAN": [],  # of RGB in 0..1; [] = likewise
+        "STD": [],
         "VIEWS": ["train"],  # one augmented version of the batch for each name, a key of AUGMENTS
         "AUGMENTS": {"train": {}},  # presets; the keys of one are the parameters of data.augment.Augment
         "CAMERA_STYLE": {  # what views show whose preset has CAMERA_STYLE
@@ -38,8 +38,9 @@ DEFAULTS: dict[str, Any] = {
     "MODEL": {
         "NAME": "Baseline",
         "DEVICE": "auto",  # auto, cpu, cuda
-        "WEIGHTS": "",  # file or URL to start from; imagenet = what the backbone's library publishes; "" = random
+        "WEIGHTS": "",  # file or URL; imagenet = of an installed package, else of the backbone's library; "" = random
         "GHOST_BATCH": 0,  # images that share norm statistics in training; 0 = the batch of one process
+        "FREEZE_NORM": False,  # batch norms of the backbone keep their statistics in training; weight and bias train
         "DOMAIN_BN": False,  # norm layers of their own for each of the DATASETS.SOURCES
         "BACKBONE": {"NAME": "torchvision"},
         "HEAD": {"NAME": "EmbeddingHead"},
@@ -86,4 +87,11 @@ DEFAULTS: dict[str, Any] = {
     },
     "HOOKS": {},  # further hooks, a map of free names
     "PAPER": {},  # what the paper states, keys and values as above; a run says where it departs from it
+}
+
+# what becomes of the empty keys of INPUT where the starting weights expect nothing else
+USUAL_INPUT: dict[str, list[float]] = {
+    "SIZE": [256, 128],
+    "MEAN": [0.485, 0.456, 0.406],
+    "STD": [0.229, 0.224, 0.225],
 }

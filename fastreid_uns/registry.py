@@ -126,7 +126,8 @@ def _own_keywords(function: Callable) -> tuple[dict[str, Any], bool]:
 BACKBONE_REGISTRY = Registry("BACKBONE")
 HEAD_REGISTRY = Registry("HEAD")
 META_ARCH_REGISTRY = Registry(
-    "META_ARCH", reserved=["BACKBONE", "HEAD", "MEMORY", "LOSSES", "WEIGHTS", "DEVICE", "GHOST_BATCH", "DOMAIN_BN"]
+    "META_ARCH",
+    reserved=["BACKBONE", "HEAD", "MEMORY", "LOSSES", "WEIGHTS", "DEVICE", "GHOST_BATCH", "FREEZE_NORM", "DOMAIN_BN"],
 )
 LOSS_REGISTRY = Registry("LOSS", reserved=["WEIGHT"])
 MEMORY_REGISTRY = Registry("MEMORY")

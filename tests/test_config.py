@@ -29,6 +29,12 @@ def test_dump_loads_again_as_the_same_config(tmp_path):
     assert parse_config(cfg.dump()) == cfg
 
 
+@pytest.mark.parametrize("value", ["[64, a]", "[64.5, 32]"])
+def test_sizes_are_whole_numbers_although_the_default_is_empty(value):
+    with pytest.raises(ValueError, match=r"INPUT.SIZE\[.\] is .*a int such as"):
+        load_config(overrides=[f"INPUT.SIZE={value}"])
+
+
 def test_chain_of_bases_later_files_win_and_the_command_line_wins_over_all(tmp_path):
     write(tmp_path, "one.yaml", "SEED: 2\nSOLVER: {EPOCHS: 7, BASE_LR: 0.1}")
     write(tmp_path, "two.yaml", "SOLVER: {EPOCHS: 8}")

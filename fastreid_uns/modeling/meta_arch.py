@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,10 +14,12 @@ from fastreid_uns.modeling.encoder import Encoder, build_encoder
 from fastreid_uns.modeling.losses import LossSet
 from fastreid_uns.modeling.memory import Memory
 from fastreid_uns.modeling.momentum import momentum_copy, update_momentum
-from fastreid_uns.modeling.norm import domain_batch_norm, ghost_batch_norm
+from fastreid_uns.modeling.norm import domain_batch_norm, freeze_norm_statistics, ghost_batch_norm
 from fastreid_uns.modeling.weights import load_weights
-from fastreid_uns.registry import LOSS_REGISTRY, MEMORY_REGISTRY, META_ARCH_REGISTRY
+from fastreid_uns.registry import BACKBONE_REGISTRY, LOSS_REGISTRY, MEMORY_REGISTRY, META_ARCH_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, HeadOutput, PseudoLabels
+
+logger = logging.getLogger(__name__)
 
 
 class MetaArch(nn.Module):
@@ -120,11 +124,16 @@ class Baseline(MetaArch):
 
 
 def check_domains(cfg: Any) -> None:
-    """Refuse norm layers for each domain where there is one domain only, before anything is read or fetched.
+    """Refuse norm layers for each domain where they cannot be, before anything is read or fetched.
 
     Raises:
-        ValueError: `MODEL.DOMAIN_BN` without `DATASETS.SOURCES`.
+        InvalidValue: `MODEL.DOMAIN_BN` without `DATASETS.SOURCES`, or together with `MODEL.FREEZE_NORM`.
     """
+    if cfg.MODEL.DOMAIN_BN and cfg.MODEL.FREEZE_NORM:
+        raise InvalidValue(
+            "MODEL.DOMAIN_BN and MODEL.FREEZE_NORM are both true; the first gathers statistics of each domain, the "
+            "second keeps those of MODEL.WEIGHTS. Set one of them to false."
+        )
     if cfg.MODEL.DOMAIN_BN and not cfg.DATASETS.SOURCES:
         raise InvalidValue(
             "MODEL.DOMAIN_BN is true but DATASETS.SOURCES names no set; a labelled source is needed beside the "
@@ -141,6 +150,24 @@ def named_loss_inputs(out: HeadOutput, batch: Batch) -> dict[str, Tensor]:
     return {name: value for name, value in out._asdict().items() if value is not None} | rows
 
 
+def warn_of_other_input(cfg: Any) -> None:
+    """Log a warning for each key of `INPUT` that is not what the published weights of the backbone expect.
+
+    A file may hold other weights of the same network; then it is for the user to know what it expects.
+    """
+    kind = BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)
+    if not cfg.MODEL.WEIGHTS or not hasattr(kind, "pretrained_input"):
+        return
+    wanted = kind.pretrained_input(cfg.MODEL.BACKBONE)
+    for key in ("MEAN", "STD"):
+        if not np.allclose(cfg.INPUT[key], wanted[key], atol=0.005):
+            logger.warning(
+                "INPUT.%s is %s, the published weights of MODEL.BACKBONE were made with %s; MODEL.WEIGHTS is %s. "
+                "Change INPUT.%s unless those weights are others.",
+                *(key, list(cfg.INPUT[key]), wanted[key], cfg.MODEL.WEIGHTS, key),
+            )
+
+
 def build_model(cfg: Any, num_images: int) -> MetaArch:
     """The model of a config, with its starting weights, on the CPU.
 
@@ -151,7 +178,10 @@ def build_model(cfg: Any, num_images: int) -> MetaArch:
     check_domains(cfg)
     encoder = build_encoder(cfg)
     if cfg.MODEL.WEIGHTS:
+        warn_of_other_input(cfg)
         load_weights(encoder, cfg.MODEL.WEIGHTS)
+    if cfg.MODEL.FREEZE_NORM:
+        encoder.backbone = freeze_norm_statistics(encoder.backbone)
     if cfg.MODEL.DOMAIN_BN:
         domain_batch_norm(encoder, 1 + len(cfg.DATASETS.SOURCES))
     ghost_batch_norm(encoder, cfg.MODEL.GHOST_BATCH)

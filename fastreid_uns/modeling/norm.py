@@ -93,6 +93,22 @@ class GhostBatchNorm(_BatchNorm):
         return f"{super().extra_repr()}, group={self.group}"
 
 
+class FrozenBatchNorm(GhostBatchNorm):
+    """Batch norm that normalises by its running statistics in training as well and never changes them.
+
+    Weight and bias are trained as before. Parameters, buffers and their names are those of the layer that it replaces.
+    """
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__(norm, 0)
+
+    def train(self, mode: bool = True) -> FrozenBatchNorm:
+        """Evaluation mode for ever; what follows the norm inside the same layer takes the mode."""
+        super().train(mode)
+        self.training = False
+        return self
+
+
 class _SharedBatchNorm(torch.autograd.Function):
     """Batch norm over the batches of `ranks` neighbouring processes; all processes hold equally many rows.
 
@@ -179,6 +195,24 @@ def ghost_batch_norm(model: nn.Module, group: int) -> nn.Module:
             norm.group = group
             return norm
         return GhostBatchNorm(norm, group) if group else norm
+
+    return _replace(model, convert)
+
+
+def freeze_norm_statistics(model: nn.Module) -> nn.Module:
+    """Let every batch norm of a model that has running statistics keep them as they are, see `FrozenBatchNorm`.
+
+    Instance and layer norms have none and stay as they are. Names in the `state_dict` stay as well.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        The model; another module only if the model itself is a batch norm.
+    """
+
+    def convert(norm: _BatchNorm) -> nn.Module:
+        return norm if norm.running_mean is None else FrozenBatchNorm(norm)
 
     return _replace(model, convert)
 

@@ -105,6 +105,13 @@ def test_last_stride_keeps_the_positions_of_the_published_block(model: str) -> N
         torch.testing.assert_close(net.layer4[0](x)[..., ::2, ::2], block(x))
 
 
+def test_other_networks_keep_their_strides_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    backbone = build("timm", (64, 32), MODEL="tf_efficientnet_lite0", LAST_STRIDE=1)
+    assert backbone.eval()(torch.zeros(1, 3, 64, 32)).shape == (1, 1280, 2, 1)
+    assert "timm tf_efficientnet_lite0: LAST_STRIDE 1 is defined for ResNets only" in caplog.text
+
+
 def test_last_stride_of_a_shortcut_that_averages() -> None:
     backbone = TimmBackbone((64, 32), model="resnet10t")
     assert not any(isinstance(module, nn.AvgPool2d) for module in backbone.net.layer4.modules())
@@ -210,14 +217,14 @@ def test_drop_path_acts_in_training_only() -> None:
     ("backbone", "end"),
     [
         (lambda: TorchvisionBackbone(SIZE, model="resnet18"), "resnet18-f37072fd.pth"),
-        (lambda: TimmBackbone(SIZE, model="resnet18.tv_in1k"), "timm/resnet18.tv_in1k/resolve/main/model.safetensors"),
+        (lambda: TimmBackbone(SIZE, model="resnet18.tv_in1k"), "hub:timm/resnet18.tv_in1k"),
         (lambda: ResNetIBN(SIZE, depth=18), "v1.0/resnet18_ibn_a-2f571257.pth"),
-        (lambda: ViT(SIZE), "timm/vit_small_patch16_224.augreg_in21k_ft_in1k/resolve/main/model.safetensors"),
+        (lambda: ViT(SIZE), "hub:timm/vit_small_patch16_224.augreg_in21k_ft_in1k"),
     ],
 )
 def test_where_imagenet_weights_are(backbone, end: str) -> None:
     url = backbone().imagenet_url()
-    assert url.startswith("https://")
+    assert url.startswith(("https://", "hub:"))
     assert url.endswith(end)
 
 
@@ -239,7 +246,6 @@ def test_without_published_weights_the_way_out_is_named(backbone: Backbone) -> N
             ValueError,
             r"squeezenet1_1: images of 8x4 pixels do not pass .*Change INPUT.SIZE",
         ),
-        ({"NAME": "torchvision", "MODEL": "squeezenet1_1"}, ValueError, r"LAST_STRIDE 1 is defined for ResNets only"),
         ({"NAME": "torchvision", "MODEL": "resnet18", "LAST_STRIDE": 3}, ValueError, r"LAST_STRIDE is 3; 1 and 2"),
         (
             {"NAME": "torchvision", "MODEL": "squeezenet1_1", "LAST_STRIDE": 2, "STEM_RELU": False},

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastreid_uns.errors import InvalidState, InvalidValue
+from fastreid_uns.modeling.positions import Grid, Positions, record_grid
+
+_log = logging.getLogger(__name__)
 
 
 class Tokens(NamedTuple):
@@ -20,15 +25,38 @@ class Tokens(NamedTuple):
 class Backbone(nn.Module):
     """Normalised images (B,3,H,W) → feature map (B,C,h,w); a transformer with a class token gives `Tokens`.
 
-    The framework hands over the image size as the only positional argument of the constructor. `grid` is (h,w) of a
-    position embedding, None where there is none.
+    The framework hands over the image size as the only positional argument of the constructor. `positions` says how a
+    position embedding is filled from a file; it is None where there is none.
     """
 
     out_channels: int
-    grid: tuple[int, int] | None = None
+    positions: Positions | None = None
+    published_grid: Grid | None = None  # of the weights of `imagenet_url`, where their library states it
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(record_grid)
+
+    @property
+    def grid(self) -> Grid | None:
+        """Lines and columns of the patches of a position embedding, None where there is none."""
+        return self.positions.grid if self.positions is not None else None
+
+    @classmethod
+    def pretrained_input(cls, section: Mapping[str, Any]) -> dict[str, list[float]]:
+        """Keys of `INPUT` and the numbers that the weights of `imagenet_url` expect; those left out are free.
+
+        Args:
+            section: `MODEL.BACKBONE`.
+        """
+        return {"MEAN": [0.485, 0.456, 0.406], "STD": [0.229, 0.224, 0.225]}
+
+    def adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file of `imagenet_url` under the names of today's network of the same library."""
+        return state
 
     def imagenet_url(self) -> str:
-        """Where the library behind this backbone publishes its ImageNet weights.
+        """Where the library behind this backbone publishes its weights: a file, a URL or `hub:user/name`.
 
         Raises:
             RuntimeError: nobody publishes weights for it.
@@ -37,6 +65,10 @@ class Backbone(nn.Module):
             f"{type(self).__name__}: there are no published ImageNet weights for it. Set MODEL.WEIGHTS to a file, or "
             f"to '' for random initialisation."
         )
+
+    def imagenet_package(self) -> str:
+        """Name of a package that carries the same weights in itself, so that no network is needed; "" for none."""
+        return ""
 
 
 def feature_map(output: Tensor | Tokens) -> Tensor:
@@ -73,15 +105,18 @@ def output_shape(backbone: nn.Module, size: tuple[int, int], what: str) -> torch
 def set_last_stride(stages: nn.Module, stride: int, what: str) -> None:
     """Set the stride of the first block of stage 4 of a ResNet, in place: its 3x3 convolution and its shortcut.
 
+    A model without `layer4` is left as published, and the log says so.
+
     Raises:
-        ValueError: `stride` is neither 1 nor 2, or 1 is asked of a model that has no `layer4`.
+        ValueError: `stride` is neither 1 nor 2.
     """
     if stride not in (1, 2):
         raise InvalidValue(f"{what}: LAST_STRIDE is {stride}; 1 and 2 are accepted. Change it.")
     if stride == 2:
         return
     if not hasattr(stages, "layer4"):
-        raise InvalidValue(f"{what}: LAST_STRIDE 1 is defined for ResNets only. Set LAST_STRIDE to 2 (as published).")
+        _log.info("%s: LAST_STRIDE 1 is defined for ResNets only; this network keeps its strides as published.", what)
+        return
     block: nn.Module = stages.layer4[0]  # type: ignore[index, assignment]
     for name, module in list(block.named_modules()):
         if isinstance(module, nn.Conv2d) and module.stride == (2, 2):

@@ -18,7 +18,7 @@ class TorchvisionBackbone(Backbone):
     Args:
         size: height and width of the images, in pixels.
         model: name in torchvision.models, for example resnet50.
-        last_stride: of stage 4 of a ResNet: 1 (re-identification) or 2 (as published; the only choice for others).
+        last_stride: of stage 4 of a ResNet: 1 (re-identification) or 2 (as published); others stay as published.
         stem_relu: keep the ReLU after the first convolution of a ResNet (CAP trains without it).
 
     Raises:

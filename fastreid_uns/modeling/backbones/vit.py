@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.backbones.base import Backbone, Tokens
 from fastreid_uns.modeling.backbones.resnet_ibn import IBN
+from fastreid_uns.modeling.positions import Positions
 from fastreid_uns.registry import BACKBONE_REGISTRY
 
 _PUBLISHED = {(192, 12, 3): "vit_tiny_patch16_224", (384, 12, 6): "vit_small_patch16_224"}
@@ -44,6 +46,8 @@ class ViT(Backbone):
         drop_path: probability of skipping the last block in training; it rises linearly from 0 at the first.
         conv_stem: put convolutions before the patches, as TransReID-SSL and PASS pre-train; `stride` equals `patch`.
         part_tokens: tokens beside the class token; PASS has 3.
+        pretrained_grid: lines and columns of patches of the position embedding in `MODEL.WEIGHTS`; () = found out.
+        position_resize: how it comes to the grid of `size`: bicubic (DINO), bilinear (TransReID) or antialiased.
 
     Raises:
         ValueError: options that contradict each other or the image size.
@@ -51,7 +55,7 @@ class ViT(Backbone):
     Source: He et al. 2021 (TransReID); Luo et al. 2021 (TransReID-SSL); Zhu et al. 2022 (PASS).
     """
 
-    grid: tuple[int, int]
+    positions: Positions
 
     def __init__(
         self,
@@ -65,6 +69,8 @@ class ViT(Backbone):
         drop_path: float = 0.0,
         conv_stem: bool = False,
         part_tokens: int = 0,
+        pretrained_grid: Sequence[int] = (),
+        position_resize: str = "bicubic",
     ) -> None:
         super().__init__()
         from timm.models.vision_transformer import Block
@@ -74,14 +80,15 @@ class ViT(Backbone):
         self.plain = patch == 16 and not conv_stem
         self._check(heads, patch, stride, conv_stem)
         self.out_channels = width
-        self.grid = ((self.size[0] - patch) // stride + 1, (self.size[1] - patch) // stride + 1)
+        grid = ((self.size[0] - patch) // stride + 1, (self.size[1] - patch) // stride + 1)
+        self.positions = Positions(grid, pretrained_grid, position_resize)
         if conv_stem:
             proj = nn.Conv2d(64, width, patch // 2, patch // 2)
             self.patch_embed = nn.Sequential(OrderedDict(conv=_conv_stem(64), proj=proj))
         else:
             self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, patch, stride)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], width))
         if part_tokens:
             self.part_tokens = nn.Parameter(torch.zeros(1, part_tokens, width))
             self.part_pos = nn.Parameter(torch.zeros(1, part_tokens, width))
@@ -138,10 +145,15 @@ class ViT(Backbone):
         x = torch.cat([special.expand(images.shape[0], -1, -1), patches + self.pos_embed[:, 1:]], dim=1)
         x = self.norm(self.blocks(x))
         count = special.shape[1]
-        return Tokens(x[:, count:].transpose(1, 2).unflatten(2, self.grid), x[:, :count])
+        return Tokens(x[:, count:].transpose(1, 2).unflatten(2, self.positions.grid), x[:, :count])
+
+    @classmethod
+    def pretrained_input(cls, section: Mapping[str, Any]) -> dict[str, list[float]]:
+        """Mean and standard deviation 0.5, which timm's weights of this kind were made with."""
+        return {"MEAN": [0.5] * 3, "STD": [0.5] * 3}
 
     def imagenet_url(self) -> str:
-        """URL of timm's ImageNet weights of the same width, depth and heads."""
+        """timm's ImageNet weights of the same width, depth and heads."""
         if not self.plain or self.options not in _PUBLISHED:
             return super().imagenet_url()
-        return f"https://huggingface.co/timm/{_PUBLISHED[self.options]}.augreg_in21k_ft_in1k/resolve/main/model.safetensors"
+        return f"hub:timm/{_PUBLISHED[self.options]}.augreg_in21k_ft_in1k"

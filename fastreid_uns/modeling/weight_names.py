@@ -1,0 +1,202 @@
+"""Names of tensors in the files of other projects, and what they are called in an `Encoder`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreid_uns.errors import InvalidState
+from fastreid_uns.modeling.positions import Grid, recorded_grid
+
+COUNTER = "num_batches_tracked"  # absent from old files, and without effect on the features
+_CONTAINERS = ("model", "state_dict", "model_state_dict", "teacher", "student", "net", "network", "weights", "params")
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")  # of DataParallel, torch.compile, Lightning, ours
+_CLASSIFIER = r"((backbone|base|encoder_q)\.)?(fc|classifier|head(?!\.(embed|pool|part_))|_fc)\."
+_PASSED_OVER = {  # what is of no use to an encoder, by the beginning of its name, and why
+    _CLASSIFIER: "classifier, or linear layer before one; MODEL.HEAD replaces it",
+    r"heads\.(weight|classifier|cls_layer)": "classifier; MODEL.HEAD replaces it",
+    r"encoder_k\.|queue": "momentum branch of the pre-training",
+    r"pixel_(mean|std)": "normalisation of the pixels; INPUT.MEAN and INPUT.STD give it",
+    r"(encoder|teacher)\.(backbone|head)\.": "the other one of encoder and momentum encoder",
+    r"(memory|losses)\.": "of the training, not of the encoder",
+}
+
+Rename = Callable[[str], str | None]
+State = Mapping[str, Tensor]
+
+
+@dataclass
+class NamedWeights:
+    """The tensors of a file under the names of an `Encoder`; every name of the file is in `origin` or `left`."""
+
+    family: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    origin: dict[str, list[str]] = field(default_factory=dict)  # name in the encoder → names in the file
+    left: list[str] = field(default_factory=list)  # names in the file that no part of an encoder has
+
+
+def open_weights(content: Any, source: str) -> tuple[dict[str, Tensor], list[str], Grid | None]:
+    """The state dict inside a checkpoint, the other parts of it that hold tensors, and the grid that it records.
+
+    Raises:
+        InvalidState: there are no tensors.
+    """
+    config = content.get("config") if isinstance(content, Mapping) else None
+    others: list[str] = []
+    while isinstance(content, Mapping):
+        key = next((key for key in _CONTAINERS if isinstance(content.get(key), Mapping)), None)
+        if key is None:
+            break
+        others += [str(name) for name, value in content.items() if name != key and _holds_tensors(value)]
+        content = content[key]
+    items = content.items() if isinstance(content, Mapping) else ()
+    state = {str(name): value for name, value in items if isinstance(value, Tensor)}
+    if not state:
+        raise InvalidState(
+            f"MODEL.WEIGHTS {source}: no tensors found; a state dict is needed, plain or under one of the keys "
+            f"{', '.join(_CONTAINERS)}. Save it so."
+        )
+    return state, others, recorded_grid(content, config)
+
+
+def named_weights(state: State) -> NamedWeights:
+    """The tensors of a state dict under the names of an `Encoder`, by the family that their names tell."""
+    plain = {without_wrappers(name): name for name in reversed(state)}  # of two equal names the first one counts
+    bare = {short: state[name] for short, name in reversed(plain.items())}
+    family, rename = next((name, make(bare)) for name, known, make in _FAMILIES if any(map(known, bare)))
+    named = NamedWeights(family)
+    named.left = sorted(state.keys() - set(plain.values()))
+    for short, value in bare.items():
+        new = rename(short)
+        if new is None:
+            named.left.append(plain[short])
+        else:
+            new = encoder_name(new)
+            named.tensors[new] = value
+            named.origin[new] = [plain[short]]
+    if "backbone.part_token1" in named.tensors:
+        _join_part_tokens(named)
+    return named
+
+
+def without_wrappers(name: str) -> str:
+    """A name without what DataParallel, torch.compile, Lightning and the like put before it, in any order."""
+    while wrapper := next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), None):
+        name = name.removeprefix(wrapper)
+    return name
+
+
+def encoder_name(name: str) -> str:
+    """The name under which a tensor of an `Encoder` is compared: that of the network itself, without its wrappers."""
+    return f"backbone.{without_wrappers(name.removeprefix('backbone.'))}" if name.startswith("backbone.") else name
+
+
+def reason(name: str) -> str | None:
+    """Why a tensor of a file, by its own name, is of no use to an encoder; None where it should have been of use."""
+    short = without_wrappers(name)
+    if name.endswith(COUNTER):
+        return "counter of batches, without effect"
+    return next((why for pattern, why in _PASSED_OVER.items() if re.match(pattern, short)), None)
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_tensors, value.values()))
+    return isinstance(value, Tensor)
+
+
+def _join_part_tokens(named: NamedWeights) -> None:
+    """PASS keeps each token and its position apart; we keep all part tokens in one tensor, as the class token's row."""
+    named.family += ", part tokens"
+    count = sum(bool(re.fullmatch(r"backbone\.part_token\d+", key)) for key in named.tensors)
+    numbers = range(1, count + 1)
+    for whole, parts in {
+        "part_tokens": [f"part_token{i}" for i in numbers],
+        "part_pos": [f"part{i}_pos" for i in numbers],
+        "pos_embed": ["cls_pos", "pos_embed"],
+    }.items():
+        names = [f"backbone.{part}" for part in parts]
+        joined = torch.cat([named.tensors.pop(name) for name in names], dim=1)
+        named.origin[f"backbone.{whole}"] = [old for name in names for old in named.origin.pop(name)]
+        named.tensors[f"backbone.{whole}"] = joined
+
+
+def _prefixes(table: Mapping[str, str]) -> Callable[[State], Rename]:
+    """A renaming by the first prefix that fits; tensors without one are none of ours."""
+
+    def rename(key: str) -> str | None:
+        return next((new + key.removeprefix(old) for old, new in table.items() if key.startswith(old)), None)
+
+    return lambda state: rename
+
+
+def _ours(state: State) -> Rename:
+    part = "teacher." if any(key.startswith("teacher.backbone.") for key in state) else "encoder."
+    return _prefixes({part: ""})(state)
+
+
+def _sequential(state: State) -> Rename:
+    """SpCL keeps a ResNet in a `Sequential`, MMT the same without ReLU; six layers have tensors, in this order."""
+    places = sorted({int(key.split(".")[1]) for key in state if key.startswith("base.")})
+    layers = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+    table = {f"base.{place}.": f"backbone.{layer}." for place, layer in zip(places, layers, strict=False)}
+    head = {"feat_bn.": "head.embed.neck.", "feat.": "head.embed.project.", "gap.p": "head.pool.p"}
+    return _prefixes({**table, **head})(state)
+
+
+def _fastreid(state: State) -> Rename:
+    """The neck is `bnneck` in old versions; a 1x1 convolution may come before it in `bottleneck`."""
+    first = state.get("heads.bottleneck.0.weight")
+    layers = ("neck",) if first is None or first.dim() == 1 else ("project", "neck")
+    table = {f"heads.bottleneck.{i}.": f"head.embed.{layer}." for i, layer in enumerate(layers)}
+    fixed = {"backbone.": "backbone.", "heads.bnneck.": "head.embed.neck.", "heads.pool_layer.p": "head.pool.p"}
+    return _prefixes({**fixed, **table})(state)
+
+
+_EFFICIENTNET = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
+_EXPANDING = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+_NOT_EXPANDING = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_SQUEEZE = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
+
+
+def _efficientnet(state: State) -> Rename:
+    """The blocks are counted through; timm counts them within a stage, which is a run of blocks of one width."""
+    table = {f"{old}.": f"backbone.{new}." for old, new in _EFFICIENTNET.items()}
+    stage, block, width = -1, 0, 0
+    numbers = {int(found[1]) for key in state if (found := re.match(r"_blocks\.(\d+)\._project_conv\.weight", key))}
+    for number in sorted(numbers):
+        outputs = len(state[f"_blocks.{number}._project_conv.weight"])
+        stage, block = (stage, block + 1) if outputs == width else (stage + 1, 0)
+        width = outputs
+        layers = _EXPANDING if f"_blocks.{number}._expand_conv.weight" in state else _NOT_EXPANDING
+        for old, new in (layers | _SQUEEZE).items():
+            table[f"_blocks.{number}.{old}."] = f"backbone.blocks.{stage}.{block}.{new}."
+    return _prefixes(table)(state)
+
+
+_OURS = {"backbone.": "backbone.", "head.": "head."}
+_NECK = {"bottleneck.": "head.embed.neck."}  # of Bag of Tricks and TransReID
+_FAMILIES: list[tuple[str, Callable[[str], Any], Callable[[State], Rename]]] = [
+    ("fastreid_uns checkpoint", re.compile(r"(encoder|teacher)\.backbone\.").match, _ours),
+    ("fastreid_uns", re.compile(r"head\.(embed|pool|part)").match, _prefixes(_OURS)),
+    ("MoCo", re.compile(r"encoder_q\.").match, _prefixes({"encoder_q.": "backbone."})),
+    ("fast-reid", re.compile(r"heads\.(bottleneck|bnneck|pool_layer)\.").match, _fastreid),
+    ("DINO", re.compile(r"backbone\.").match, _prefixes({"backbone.": "backbone."})),
+    ("SpCL family trained with STEM_RELU false", re.compile(r"base\.3\.").match, _sequential),
+    ("SpCL family", re.compile(r"base\.\d+\.").match, _sequential),
+    ("Bag of Tricks", re.compile(r"base\.").match, _prefixes({**_NECK, "base.": "backbone."})),
+    ("EfficientNet", re.compile(r"_blocks\.\d+\.").match, _efficientnet),
+    ("plain", re.compile("").match, _prefixes({**_NECK, "": "backbone."})),
+]
