@@ -1,0 +1,1 @@
+"""The road from a folder of photos to individuals."""
