@@ -189,8 +189,8 @@ class Review:
             if given.get(frozenset((one, other))) != answer:
                 self.decisions.pair(one, other, answer)
 
-    def merge(self, groups: Sequence[tuple[int, str]]) -> None:
-        """Make two groups one.
+    def merge(self, groups: Sequence[tuple[int, str]]) -> int:
+        """Make two groups one; gives its number.
 
         Args:
             groups: number and mark of each.
@@ -205,6 +205,7 @@ class Review:
                 raise InvalidValue("review: two different groups are needed for a merge. Choose another one.")
             first, second = (_unchanged(now, number, mark) for number, mark in groups)
             self.decisions.merge(first.paths, second.paths)
+            return self._now().group_of[first.paths[0]]
 
     def split(self, number: int, mark: str, photos: Sequence[str], together: bool) -> None:
         """Take photos (ids) out of a group: into one new group, or into one each.

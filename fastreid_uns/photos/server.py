@@ -226,7 +226,7 @@ class _Pages:
         with self._one_image:
             return self._identify(content) if self._identify else {}
 
-    async def _decided(self, decide: Callable[..., Json | None], **arguments: Any) -> Response:
+    async def _decided(self, decide: Callable[..., Json | int | None], **arguments: Any) -> Response:
         done = await run_in_threadpool(decide, **arguments)
         return _json({"done": done, **await run_in_threadpool(self._state)})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,21 @@ def small_run(tmp_path) -> PhotoRun:
     run = PhotoRun.create(tmp_path / "out", photos)
     run.write_groups(members)
     return run
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    """Headless Chromium that finds no host but this computer; without one the tests are skipped."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    binary, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if binary is None or driver is None:
+        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    switches = ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1400,950")
+    for switch in (*switches, "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"):
+        options.add_argument(f"--{switch}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chromium = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield chromium
+    chromium.quit()

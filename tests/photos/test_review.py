@@ -90,7 +90,7 @@ def test_the_same_answer_from_two_windows_is_one_row(review):
 
 
 def test_merge_split_and_undo_move_photos_at_once(review):
-    review.merge([mark(review, 1), mark(review, 2)])
+    assert review.merge([mark(review, 1), mark(review, 2)]) == 1
     assert members(review, 1) == {"a1.png", "a2.png", "a3.png", "Ärger/a 4.png", "b1.png", "b2.png"} | {
         name for name in members(review, 1) if name.startswith("<img")
     }

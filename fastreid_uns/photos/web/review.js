@@ -102,10 +102,9 @@ async function decide(address, fields, done) {
     if (done) say(typeof done === "function" ? done(content) : done);
   } catch (problem) {
     complain(problem);
-  } finally {
-    waiting = false;
   }
-  await show();
+  await show(); // until then a quick key would answer the old question
+  waiting = false;
 }
 
 function undo() {
@@ -167,7 +166,7 @@ async function showGroups(mine, parameters) {
   const go = (changes) => { location.hash = `groups?${new URLSearchParams({ order, least, page: 1, ...changes })}`; };
   const choose = (name, value, options) => element("select", { name, onchange: (event) => go({ [name]: event.target.value }) },
     ...options.map(([key, label]) => element("option", { value: key, selected: key === value }, label)));
-  const merge = element("button", { class: "main", id: "merge", disabled: true, onclick: mergeChosen }, "Merge two groups");
+  const merge = element("button", { class: "main", id: "merge", disabled: true, onclick: () => mergeGroups(...chosen.values()) }, "Merge two groups");
   const cards = page.groups.map((group) => card(group, merge));
   main.replaceChildren(
     element("div", { class: "bar" },
@@ -202,13 +201,12 @@ function doubt(group) {
   return element("span", { class: "doubt" }, element("meter", { min: 0, max: 1, value: group.doubt, title: "Doubt about its least certain photo" }), `doubt ${percent(group.doubt)}`);
 }
 
-function mergeChosen() {
-  const [first, second] = [...chosen.values()];
-  mergeGroups(first, second);
-}
-
-function mergeGroups(first, second, done = `Groups ${first.number} and ${second.number} are one now.`) {
-  return decide("api/merge", { first: first.number, first_mark: first.mark, second: second.number, second_mark: second.mark }, done);
+function mergeGroups(first, second) {
+  const fields = { first: first.number, first_mark: first.mark, second: second.number, second_mark: second.mark };
+  return decide("api/merge", fields, (content) => {
+    if (location.hash.startsWith("#group/")) location.hash = `group/${content.done}`;
+    return `Groups ${first.number} and ${second.number} are one now: group ${content.done}.`;
+  });
 }
 
 // view: one group
