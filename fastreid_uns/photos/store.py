@@ -1,0 +1,448 @@
+"""The output folder of a set of photos: who is in which group, how it came to this, and what a run can go on from.
+
+    groups.csv                path,group,confidence,nearest,similarity; one row a photo
+    groups/0001/...           links to the photos (or copies), one folder a group
+    history/groups-0001.csv   every earlier version of groups.csv
+    run.json                  folders, settings, weights, audit, seconds: what the commands and the report tell
+    state/*.safetensors       what an interrupted command goes on from
+    decisions.csv, index.safetensors, report.html, report/    see decisions.py, index.py, report.py
+
+Paths are relative to the folder of photos and use `/`. Photos of a folder that was added later have the name of that
+folder in front; `run.json` says where it is. Bytes of a name that are no UTF-8 are kept (surrogateescape).
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile
+from fastreid_uns.photos.atomic import replacement, write_file
+from fastreid_uns.photos.rows import decode_rows, encode_row
+
+HEADER = ("path", "group", "confidence", "nearest", "similarity")
+GROUP_FOLDER = re.compile(r"\d{4,}")
+
+
+class Member(NamedTuple):
+    """One photo and the group that it belongs to: a row of groups.csv."""
+
+    path: str
+    group: int
+    confidence: float  # 0 to 1 that the photo belongs to its group
+    nearest: int | None = None  # the nearest other group
+    similarity: float | None = None  # cosine to it
+
+
+class PhotoRun:
+    """The output folder. Reads what is there; writes atomically and nowhere else.
+
+    Args:
+        folder: the output folder.
+
+    Raises:
+        MissingFile: no run.json in it. `PhotoRun.create` makes one.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self._about_file.is_file():
+            raise MissingFile(
+                f"{self.folder}: no grouped photos were found (run.json is missing). Name the folder that "
+                f"`fastreid-uns group PHOTOS --output` wrote."
+            )
+
+    @classmethod
+    def create(cls, folder: str | Path, photos: str | Path) -> PhotoRun:
+        """Begin a run for the photos of a folder; a run of the same photos that is there already is opened.
+
+        Raises:
+            InvalidState: the output folder belongs to other photos, is a file, or cannot be written.
+        """
+        folder, photos = Path(folder), Path(os.path.abspath(photos))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidState(f"{folder}: the output folder cannot be made ({error}). Choose another.") from error
+        if not (folder / "run.json").exists():
+            _write_json(folder / "run.json", {"version": 0, "photos": str(photos), "added": {}, "last_number": 0})
+        run = cls(folder)
+        if run.photos != photos:
+            raise InvalidState(
+                f"{folder}: this folder holds groups of {run.photos}, not of {photos}. Choose another output folder, "
+                f"or add photos with `fastreid-uns add`."
+            )
+        return run
+
+    @property
+    def _about_file(self) -> Path:
+        return self.folder / "run.json"
+
+    # what is known of the run
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The content of run.json.
+
+        Raises:
+            InvalidValue: the file is damaged.
+        """
+        try:
+            about = json.loads(self._about_file.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise InvalidValue(f"{self._about_file}: cannot be read as JSON ({error}). Restore it.") from error
+        if not isinstance(about, dict) or not isinstance(about.get("photos"), str):
+            raise InvalidValue(f"{self._about_file}: lacks the folder of the photos. Restore the file.")
+        return about
+
+    def update(self, **about: Any) -> None:
+        """Set entries of run.json; the others stay."""
+        _write_json(self._about_file, {**self.about, **about})
+
+    @property
+    def version(self) -> int:
+        """Number of the present groups.csv, from 1; 0 before the first. It follows from the history, so that a run
+        killed between two files is never a version ahead."""
+        return len(self.history()) + self.groups_file.is_file()
+
+    @property
+    def last_number(self) -> int:
+        """Highest number that a group ever had."""
+        return int(self.about.get("last_number", 0))
+
+    # where the photos are
+
+    @property
+    def photos(self) -> Path:
+        """Folder of the photos with which the run began."""
+        return Path(self.about["photos"])
+
+    def add_folder(self, folder: str | Path) -> str:
+        """Make the photos of another folder part of this run.
+
+        Returns:
+            What their paths begin with: `""` inside a folder that is known, else a new name and `/`.
+        """
+        folder = Path(os.path.abspath(folder))
+        about = self.about
+        for prefix, known in {"": about["photos"], **about.get("added", {})}.items():
+            if folder.is_relative_to(known):
+                return prefix and f"{prefix}/"
+        taken = {*about.get("added", {}), *(member.path.split("/")[0] for member in self.groups())}
+        taken |= set(os.listdir(about["photos"])) if Path(about["photos"]).is_dir() else set()
+        name = next(name for name in _variants(folder.name or "photos") if name not in taken)
+        self.update(added={**about.get("added", {}), name: str(folder)})
+        return f"{name}/"
+
+    def name_of(self, photo: str | Path) -> str:
+        """Path under which a file is entered in groups.csv.
+
+        Raises:
+            InvalidValue: the file is in none of the folders of the run.
+        """
+        file, about = Path(os.path.abspath(photo)), self.about
+        for prefix, folder in {"": about["photos"], **about.get("added", {})}.items():
+            if file.is_relative_to(folder):
+                return str(PurePosixPath(prefix, file.relative_to(folder).as_posix()))
+        raise InvalidValue(f"{photo}: the photo is outside {about['photos']}. Add its folder with `fastreid-uns add`.")
+
+    def photo(self, path: str) -> Path:
+        """File of a photo that groups.csv names.
+
+        Raises:
+            InvalidValue: the path is absolute or leads out of the folders of the run.
+        """
+        return resolve(self.about, path)
+
+    # groups
+
+    @property
+    def groups_file(self) -> Path:
+        return self.folder / "groups.csv"
+
+    def groups(self, version: int | None = None) -> list[Member]:
+        """Rows of groups.csv, or of an earlier version of it; empty before the first.
+
+        Raises:
+            InvalidValue: a row cannot be read; the message names it.
+            MissingFile: no such version.
+        """
+        if version is None or version == self.version:
+            return read_groups(self.groups_file) if self.groups_file.is_file() else []
+        file = self._history_file(version)
+        if not file.is_file():
+            raise MissingFile(f"{file}: no such version; {self.version} is the newest. Choose an earlier one.")
+        return read_groups(file)
+
+    def history(self) -> list[int]:
+        """Numbers of the earlier versions, the oldest first."""
+        names = (re.fullmatch(r"groups-(\d+)\.csv", file.name) for file in self.folder.glob("history/*.csv"))
+        return sorted(int(name[1]) for name in names if name)
+
+    def write_groups(self, members: Sequence[Member], **about: Any) -> int:
+        """Make these the groups; the groups so far become history.
+
+        Args:
+            about: entries of run.json that describe them.
+
+        Returns:
+            Number of the new version.
+
+        Raises:
+            InvalidValue: a photo occurs twice, a number is below 1, a path leads out of the folder.
+        """
+        known = self.about
+        for path, times in Counter(member.path for member in members).items():
+            resolve(known, path)
+            if times > 1:
+                raise InvalidValue(f"groups: {path!r} occurs {times} times; each photo once is accepted.")
+        content = _groups_text(members)
+        if self.groups_file.is_file():
+            earlier = self._history_file(self.version)
+            _own_folder(earlier.parent)
+            write_file(earlier, self.groups_file.read_bytes())
+        write_file(self.groups_file, content)
+        last = max(self.last_number, *(member.group for member in members), 0)
+        self.update(**about, version=self.version, last_number=last, photo_count=len(members))
+        return self.version
+
+    def restore(self, version: int) -> int:
+        """Make an earlier version the present one again, as a new version; gives its number."""
+        return self.write_groups(self.groups(version))
+
+    def _history_file(self, version: int) -> Path:
+        return self.folder / "history" / f"groups-{version:04d}.csv"
+
+    # folders of links
+
+    def link_groups(self, copy: bool = False) -> None:
+        """Bring groups/NNNN/ in line with groups.csv. Files that somebody else put there stay.
+
+        Args:
+            copy: write copies of the photos, not links to them.
+
+        Raises:
+            InvalidState: `groups` is a link or a file, or the disk does not allow it.
+        """
+        root, members = self.folder / "groups", self.groups()
+        _own_folder(root)
+        wanted = {place: self.photo(path) for path, place in layout(members).items()}
+        former = set(self._copied())
+        try:
+            for file in _files(root):
+                place = file.relative_to(root).as_posix()
+                if (file.is_symlink() or place in former) and not _is_in_place(file, wanted.get(place), copy):
+                    file.unlink()
+            for place, photo in wanted.items():
+                _own_folder((root / place).parent)
+                if not os.path.lexists(root / place):
+                    _copy(photo, root / place) if copy else (root / place).symlink_to(photo)
+            for folder in root.iterdir():
+                if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+                    folder.rmdir()
+        except OSError as error:
+            raise InvalidState(f"{root}: the folders of the groups could not be written ({error}).") from error
+        _write_json(self.folder / "state" / "copies.json", sorted(wanted) if copy else [])
+
+    def _copied(self) -> list[str]:
+        """Copies that the last call of `link_groups` made: only these are ever deleted."""
+        file = self.folder / "state" / "copies.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+    # going on after an interruption
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing to this folder. A killed process leaves no lock behind.
+
+        Raises:
+            InvalidState: another process holds the lock.
+        """
+        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise InvalidState(
+                f"{self.folder}: another process works on this folder. Wait for its end, or choose another one."
+            ) from error
+        finally:
+            os.close(descriptor)
+
+    def save_state(self, name: str, fingerprint: str, arrays: Mapping[str, NDArray]) -> None:
+        """Keep arrays for the case that the command is interrupted.
+
+        Args:
+            fingerprint: of all that the arrays depend on; a state with another one is never read.
+        """
+        _own_folder(self.folder / "state")
+        with replacement(self._state_file(name)) as part:
+            contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+            save_file(contiguous, part, metadata={"fingerprint": fingerprint})
+
+    def state(self, name: str, fingerprint: str) -> dict[str, NDArray] | None:
+        """Arrays that were kept under this name and fingerprint; None if there are none or they are damaged."""
+        try:
+            with safe_open(self._state_file(name), framework="numpy") as content:
+                if (content.metadata() or {}).get("fingerprint") != fingerprint:
+                    return None
+                return {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError):
+            return None
+
+    def clear_state(self) -> None:
+        """Forget all that was kept; the command has ended well."""
+        for file in self.folder.glob("state/*.safetensors"):
+            file.unlink()
+
+    def _state_file(self, name: str) -> Path:
+        return self.folder / "state" / f"{name}.safetensors"
+
+
+def resolve(about: Mapping[str, Any], path: str) -> Path:
+    """File of a path of groups.csv, with the folders that run.json (`about`) names.
+
+    Raises:
+        InvalidValue: the path is absolute, has `..` or a NUL in it, or is empty.
+    """
+    parts = path.split("/")
+    if not path or "\0" in path or {"", ".", ".."} & set(parts):
+        raise InvalidValue(
+            f"groups: {path!r} leads out of the folder of the photos; relative paths without '..' are accepted."
+        )
+    added = about.get("added", {})
+    if parts[0] in added and len(parts) > 1:
+        return Path(added[parts[0]], *parts[1:])
+    return Path(about["photos"], *parts)
+
+
+def read_groups(file: Path) -> list[Member]:
+    """Rows of a groups.csv.
+
+    Raises:
+        InvalidValue: header or row cannot be read; the message names the row (from 1, after the header).
+    """
+    members: list[Member] = []
+    try:
+        rows = decode_rows(file.read_bytes())
+        if tuple(next(rows, ())) != HEADER:
+            raise ValueError(f"the header is not {','.join(HEADER)}")
+        for values in rows:
+            members.append(_member(values))
+    except (ValueError, csv.Error) as error:
+        raise InvalidValue(
+            f"{file}: row {len(members) + 1} cannot be read: {error}. Mend the row, or take the file from history/."
+        ) from error
+    return members
+
+
+def layout(members: Iterable[Member]) -> dict[str, str]:
+    """Place of each photo below groups/: `0007/IMG 3.jpg`; `IMG 3-2.jpg` where two photos share a name."""
+    taken: set[str] = set()
+    places = {}
+    for member in members:
+        name = PurePosixPath(member.path)
+        folder = f"{member.group:04d}"
+        variants = (f"{folder}/{stem}{name.suffix}" for stem in _variants(name.stem))
+        place = next(place for place in variants if place.lower() not in taken)
+        taken.add(place.lower())  # some disks do not tell a.jpg from A.jpg
+        places[member.path] = place
+    return places
+
+
+def _member(values: Sequence[str]) -> Member:
+    if len(values) != len(HEADER):
+        raise ValueError(f"{len(values)} fields were found, {len(HEADER)} are accepted")
+    path, group, confidence, nearest, similarity = values
+    number = int(group)
+    if number < 1:
+        raise ValueError(f"group {number} was found, numbers from 1 are accepted")
+    return Member(
+        path,
+        number,
+        float(confidence),
+        int(nearest) if nearest else None,
+        float(similarity) if similarity else None,
+    )
+
+
+def _groups_text(members: Iterable[Member]) -> bytes:
+    rows = [encode_row(HEADER)]
+    for path, group, confidence, nearest, similarity in members:
+        if group < 1:
+            raise InvalidValue(f"groups: {path!r} has group {group}; numbers from 1 are accepted.")
+        near = ("", "") if nearest is None or similarity is None else (nearest, f"{similarity:.3f}")
+        rows.append(encode_row((path, group, f"{confidence:.2f}", *near)))
+    return b"".join(rows)
+
+
+def _variants(name: str) -> Iterator[str]:
+    """The name, then name-2, name-3, ..."""
+    yield name
+    number = 2
+    while True:
+        yield f"{name}-{number}"
+        number += 1
+
+
+def _own_folder(folder: Path) -> None:
+    """Make a folder of the run.
+
+    Raises:
+        InvalidState: it is a symbolic link or a file, or the disk does not allow it.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InvalidState(f"{folder}: the folder could not be made ({error}). Move away what is there.") from error
+    if folder.is_symlink():
+        raise InvalidState(f"{folder}: is a symbolic link; nothing is written through it. Remove the link.")
+
+
+def _files(root: Path) -> list[Path]:
+    """Files and links in the folders of the groups, and links among these folders themselves."""
+    found = []
+    for folder in root.iterdir():
+        if folder.is_symlink():
+            found.append(folder)
+        elif folder.is_dir() and GROUP_FOLDER.fullmatch(folder.name):
+            found += [file for file in folder.iterdir() if file.is_symlink() or file.is_file()]
+    return found
+
+
+def _is_in_place(file: Path, photo: Path | None, copy: bool) -> bool:
+    if photo is None:
+        return False
+    if copy:
+        return not file.is_symlink() and _same_content(file, photo)
+    return file.is_symlink() and file.readlink() == photo
+
+
+def _same_content(file: Path, photo: Path) -> bool:
+    one, other = file.stat(), photo.stat()
+    return (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)  # copy2 keeps the time
+
+
+def _copy(photo: Path, file: Path) -> None:
+    with replacement(file) as part:
+        shutil.copyfile(photo, part)
+        shutil.copystat(photo, part)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    _own_folder(file.parent)
+    write_file(file, f"{json.dumps(content, indent=2)}\n".encode())
