@@ -17,8 +17,9 @@ PROJECTS = sorted(path for path in ROOT.glob("projects/*/**/*.py") if "tests" no
 TOOLS = sorted(path for path in ROOT.glob("tools/*.py") if "__main__" in path.read_text())
 
 LAYERS = (
+    {"errors"},
     {"structures", "registry", "hook", "utils", "plugins"},
-    {"data", "pseudo_labels", "modeling", "defaults"},
+    {"data", "pseudo_labels", "modeling", "defaults", "bounds"},
     {"evaluation", "projects", "config"},
     {"engine", "predictor"},  # the predictor reads a config and extracts features
     {"builtin"},

@@ -119,7 +119,7 @@ def test_defaults_are_plain_yaml():
 
 
 def test_departures_from_a_protocol_are_named(tmp_path):
-    text = "PROTOCOL: {SOLVER: {EPOCHS: 60, BASE_LR: 0.0005}, PSEUDO_LABELS: {EPS: 0.5}}\n"
+    text = "PAPER: {SOLVER: {EPOCHS: 60, BASE_LR: 0.0005}, PSEUDO_LABELS: {EPS: 0.5}}\n"
     write(tmp_path, "p.yaml", text + "SOLVER: {EPOCHS: 60, BASE_LR: 0.0005}\nPSEUDO_LABELS: {EPS: 0.5}")
     assert deviations(load_config(tmp_path / "p.yaml")) == []
     cfg = load_config(tmp_path / "p.yaml", ["SOLVER.EPOCHS", "5", "PSEUDO_LABELS.NAME", "KMeansLabels"])

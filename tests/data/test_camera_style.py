@@ -281,7 +281,7 @@ def test_names_of_either_form_are_found(records, tmp_path):
 
 
 def test_what_is_missing_is_named_with_the_way_out(records, fakes, tmp_path):
-    instead = r"INPUT\.CAMERA_STYLE\.KIND: colours needs no files"
+    instead = r"INPUT\.CAMERA_STYLE\.KIND: colors needs no files"
     with pytest.raises(ValueError, match=rf"INPUT\.CAMERA_STYLE\.FOLDER is empty.*{instead}"):
         generated_images(records, "")
     with pytest.raises(FileNotFoundError, match=rf"there is no folder .*nowhere.*{instead}"):
@@ -315,8 +315,8 @@ def test_a_config_brings_either_kind_or_none(tiny, tmp_path):
     assert DefaultTrainer(config(tiny)).feed.style is None
     trainer = DefaultTrainer(config(tiny, **{preset: 0.5}))
     assert type(trainer.feed.style) is ColourStyle
-    with pytest.raises(ValueError, match=r"KIND: 'colors' is unknown; accepted: colours, images"):
-        DefaultTrainer(config(tiny, **{preset: 0.5, f"{section}.KIND": "colors"}))
+    with pytest.raises(ValueError, match=r"KIND is 'hues'; one of colors, images is accepted"):
+        config(tiny, **{f"{section}.KIND": "hues"})
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         DefaultTrainer(config(tiny, **{preset: 0.5, f"{section}": {"KIND": "images", "FOLDER": str(tmp_path / "no")}}))
 
