@@ -3,6 +3,7 @@
 import importlib
 
 for _module in (
+    "data.augment",
     "data.camera_sampler",
     "data.datasets.csv_file",
     "data.datasets.cuhk03",

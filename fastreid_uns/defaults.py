@@ -20,7 +20,7 @@ DEFAULTS: dict[str, Any] = {
         "MEAN": [],  # of RGB in 0..1; [] = likewise
         "STD": [],
         "VIEWS": ["train"],  # one augmented version of the batch for each name, a key of AUGMENTS
-        "AUGMENTS": {"train": {}},  # presets; the keys of one are the parameters of data.augment.Augment
+        "AUGMENTS": {"train": {"NAME": "Augment"}},  # presets, a map of free names; NAME may be left out
         "CAMERA_STYLE": {  # what views show whose preset has CAMERA_STYLE
             "KIND": "colors",  # colours of another camera, or images: generated pictures of a folder
             "FOLDER": "",  # of KIND images: <stem>_fake_<camera>to<other>.jpg, cameras counted from 1

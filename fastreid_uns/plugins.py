@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, packages_distributions
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +24,22 @@ def resolve_plugin(entry: str, folder: Path) -> str:
         folder: where the file that names it lies.
     """
     return str((folder / entry).resolve()) if "/" in entry or entry.startswith(".") else entry
+
+
+def is_installed(entry: str) -> bool:
+    """Whether an entry is part of this package or of another installed one, or has been imported already.
+
+    A folder is not, and neither is a module that Python finds in the working directory only.
+    """
+    if "/" in entry or entry.startswith("."):
+        return False
+    package = entry.partition(".")[0]
+    return (
+        package == __name__.partition(".")[0]
+        or entry in sys.modules
+        or bool(entry_points(group=GROUP, name=entry))
+        or package in packages_distributions()
+    )
 
 
 def load_plugins(entries: Sequence[str]) -> list[ModuleType]:
@@ -59,6 +75,8 @@ def _load(entry: str) -> ModuleType:
 
 def _load_folder(folder: Path) -> ModuleType:
     init = folder / "__init__.py"
+    if not folder.is_dir():
+        raise MissingPackage(f"PLUGINS: the folder {folder} does not exist. Name the place to which it was moved.")
     if not init.is_file():
         raise MissingPackage(
             f"PLUGINS: {folder} has no __init__.py; a plugin folder is a Python package. Add the file."

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastreid_uns.config import parse_config
+from fastreid_uns.config import CfgNode, parse_config
 from fastreid_uns.data.datasets.folder import folder as images_below
 from fastreid_uns.data.decode import read_pixels
 from fastreid_uns.data.image_set import ImageSet
@@ -57,19 +57,21 @@ class FeatureExtractor:
         self._model = _Extract(self.encoder)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, **options: Any) -> FeatureExtractor:
+    def from_checkpoint(
+        cls, path: str | Path, *, trust: bool = False, plugins: Sequence[str] = (), **options: Any
+    ) -> FeatureExtractor:
         """The encoder of a training run.
 
         Args:
             path: a checkpoint, or the OUTPUT_DIR of a run, of which the newest is taken.
+            trust, plugins: whose code may run, see `load_run`.
             options: keyword arguments of the class.
 
         Raises:
-            FileNotFoundError: no such checkpoint.
-            ValueError: no checkpoint of this framework.
+            FileNotFoundError, ValueError, KeyError: as `load_run`.
         """
-        content, model = load_run(path)
-        extractor = cls(model.deploy, parse_config(content["config"]).INPUT.SIZE, **options)
+        content, cfg, model = _load_run(path, trust, plugins)
+        extractor = cls(model.deploy, cfg.INPUT.SIZE, **options)
         extractor.config = content["config"]
         return extractor
 
@@ -156,24 +158,34 @@ def find_checkpoint(path: str | Path) -> str:
     return str(last_checkpoint(Path(path))) if path_manager.isdir(str(path)) else str(path)
 
 
-def load_run(path: str | Path) -> tuple[dict[str, Any], MetaArch]:
+def load_run(path: str | Path, *, trust: bool = False, plugins: Sequence[str] = ()) -> tuple[dict[str, Any], MetaArch]:
     """The content of a checkpoint of ours, and its model on the CPU.
+
+    What the model does not need may be gone since: data sets, hooks and plugins.
 
     Args:
         path: a checkpoint, or the OUTPUT_DIR of a run, of which the newest is taken.
+        trust: import the plugin folders that the checkpoint names. Their code runs, so say so only for files of your
+            own; plugins that are installed need no trust.
+        plugins: import these folders or modules instead.
 
     Raises:
         FileNotFoundError: no such checkpoint.
         ValueError: it is damaged, holds code, or is no checkpoint of this framework.
+        KeyError: the model has a part that no imported plugin registers.
     """
+    content, _, model = _load_run(path, trust, plugins)
+    return content, model
+
+
+def _load_run(path: str | Path, trust: bool, plugins: Sequence[str]) -> tuple[dict[str, Any], CfgNode, MetaArch]:
     file = find_checkpoint(path)
     content = load_checkpoint(file)
-    cfg = parse_config(content["config"], Path(file).name).clone()
-    cfg.defrost()
-    cfg.MODEL.WEIGHTS = ""  # those of the checkpoint follow
+    name, own_weights = Path(file).name, ["MODEL.WEIGHTS="]
+    cfg = parse_config(content["config"], name, own_weights, trust=trust, plugins=plugins, model_only=True)
     model = build_model(cfg, content["num_images"])
     load_model(model, content, file)
-    return content, model.eval()
+    return content, cfg, model.eval()
 
 
 class _Extract(nn.Module):

@@ -1,4 +1,4 @@
-"""The nine registries: the table of contents of what a project can add."""
+"""The ten registries: the table of contents of what a project can add."""
 
 from __future__ import annotations
 
@@ -65,6 +65,10 @@ class Registry(_Registry):
         """Keyword-only parameters of a component and their defaults, see `keywords`."""
         return keywords(self.get(name))
 
+    def types(self, name: str) -> dict[str, str]:
+        """Annotations of the keyword-only parameters of a component, as they are written; "" where there is none."""
+        return {key: _written(parameter.annotation) for key, parameter in _keyword_parameters(self.get(name)).items()}
+
     def build(self, section: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Make the component that `section.NAME` names.
 
@@ -99,9 +103,13 @@ def keywords(component: Callable) -> dict[str, Any]:
 
     A class that takes `**kwargs` has the keys of its parent as well.
     """
+    return {key: parameter.default for key, parameter in _keyword_parameters(component).items()}
+
+
+def _keyword_parameters(component: Callable) -> dict[str, inspect.Parameter]:
     if not inspect.isclass(component):
         return _own_keywords(component)[0]
-    keys: dict[str, Any] = {}
+    keys: dict[str, inspect.Parameter] = {}
     for cls in component.__mro__:
         if "__init__" in vars(cls):
             found, passes_on = _own_keywords(vars(cls)["__init__"])
@@ -111,15 +119,21 @@ def keywords(component: Callable) -> dict[str, Any]:
     return keys
 
 
+def _written(annotation: Any) -> str:
+    if annotation is inspect.Parameter.empty:
+        return ""
+    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+
+
 def _origin(component: Any) -> tuple[str, str]:
     """File and name of a component."""
     module = sys.modules.get(component.__module__)
     return getattr(module, "__file__", None) or component.__module__, component.__qualname__
 
 
-def _own_keywords(function: Callable) -> tuple[dict[str, Any], bool]:
+def _own_keywords(function: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
     parameters = inspect.signature(function).parameters.values()
-    keys = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    keys = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
     return keys, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
@@ -135,3 +149,4 @@ PSEUDO_LABEL_REGISTRY = Registry("PSEUDO_LABEL")
 SAMPLER_REGISTRY = Registry("SAMPLER")
 DATASET_REGISTRY = Registry("DATASET")
 HOOK_REGISTRY = Registry("HOOK")
+AUGMENT_REGISTRY = Registry("AUGMENT")

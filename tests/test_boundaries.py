@@ -19,7 +19,7 @@ TOOLS = sorted(path for path in ROOT.glob("tools/*.py") if "__main__" in path.re
 LAYERS = (
     {"errors"},
     {"structures", "registry", "hook", "utils", "plugins"},
-    {"data", "pseudo_labels", "modeling", "defaults"},
+    {"data", "pseudo_labels", "modeling", "defaults", "bounds"},
     {"evaluation", "projects", "config"},
     {"engine", "predictor"},  # the predictor reads a config and extracts features
     {"photos"},

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastreid_uns.data.image_set import to_device
 from fastreid_uns.errors import InvalidValue
+from fastreid_uns.registry import AUGMENT_REGISTRY
 
 ERASE_FILLS = ("mean", "zero")
 _TRIES_ERASE = 100
@@ -20,6 +21,7 @@ _TRIES_CROP = 10
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode L
 
 
+@AUGMENT_REGISTRY.register()
 class Augment:
     """One preset of augmentation: an entry of `INPUT.AUGMENTS`.
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastreid_uns.config import deviations
-from fastreid_uns.data.augment import Augment
 from fastreid_uns.data.camera_style import KINDS, CameraStyle, ColourStyle, GeneratedStyle, generated_images
 from fastreid_uns.data.feed import Feed
 from fastreid_uns.data.image_set import CachedImageSet, ImageSet, check_images
@@ -32,7 +31,13 @@ from fastreid_uns.hook import HookBase
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.meta_arch import MetaArch, build_model, check_domains
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator
-from fastreid_uns.registry import DATASET_REGISTRY, HOOK_REGISTRY, PSEUDO_LABEL_REGISTRY, SAMPLER_REGISTRY
+from fastreid_uns.registry import (
+    AUGMENT_REGISTRY,
+    DATASET_REGISTRY,
+    HOOK_REGISTRY,
+    PSEUDO_LABEL_REGISTRY,
+    SAMPLER_REGISTRY,
+)
 from fastreid_uns.structures import Record
 from fastreid_uns.utils import comm
 from fastreid_uns.utils.allocator import raise_malloc_thresholds
@@ -163,7 +168,7 @@ class DefaultTrainer(Trainer):
             sampler = JointSampler(sampler, sources, data.source_labels, data.source_domains, cameras_of(data.source))
         images = cls.build_images(cfg, [*data.target, *data.source], device, cfg.DATALOADER.FEED)
         augments = {
-            name: Augment(mean=cfg.INPUT.MEAN, std=cfg.INPUT.STD, **{k.lower(): v for k, v in preset.items()})
+            name: AUGMENT_REGISTRY.build(preset, cfg.INPUT.MEAN, cfg.INPUT.STD)
             for name, preset in cfg.INPUT.AUGMENTS.items()
         }
         for view in cfg.INPUT.VIEWS:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastreid_uns.config import refuse_other_config
 from fastreid_uns.data.feed import Feed
 from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.engine.log import Writer
@@ -290,7 +291,7 @@ class CheckpointHook(HookBase):
         """
         file = checkpoint.last_checkpoint(self.folder)
         content = checkpoint.load_checkpoint(file)
-        checkpoint.refuse_other_config(content["config"], self.config, file)
+        refuse_other_config(content["config"], self.config, file)
         self.trainer.load_state_dict(content)
         if len(content["random"]) == comm.world():
             set_random_state(content["random"][comm.rank()])

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile
@@ -17,24 +16,6 @@ from fastreid_uns.utils.paths import path_manager
 
 LAST = "last"
 BEST = "best.pth"
-
-# keys that may differ between a checkpoint and the run that resumes from it
-FREE_KEYS = (
-    "PLUGINS",
-    "OUTPUT_DIR",
-    "LOG",
-    "CHECKPOINT",
-    "TEST",
-    "DATASETS.TESTS",
-    "DATALOADER.FEED",
-    "DATALOADER.CACHE",
-    "DATALOADER.CACHE_DIR",
-    "DATALOADER.WORKERS",
-    "MODEL.DEVICE",
-    "MODEL.WEIGHTS",
-    "SOLVER.COMPILE",
-    "SOLVER.FIND_UNUSED",
-)
 
 
 def save_checkpoint(content: Mapping[str, Any], file: Path) -> None:
@@ -121,38 +102,3 @@ def load_model(model: nn.Module, content: Mapping[str, Any], file: str | Path) -
         raise InvalidValue(
             f"checkpoint: {file} was made with another model: {detail[:400]}. Use the config.yaml beside it."
         ) from error
-
-
-def refuse_other_config(saved: str, now: str, file: str | Path) -> None:
-    """Compare the config of a checkpoint with the present one, apart from keys that do not steer training.
-
-    Args:
-        saved, now: YAML texts of complete configs.
-
-    Raises:
-        ValueError: a key that matters differs; the message lists them with both values.
-    """
-    old, new = (_flat(yaml.safe_load(text)) for text in (saved, now))
-    free = [*FREE_KEYS, *([] if new.get("SOLVER.SCHEDULE") == "cosine" else ["SOLVER.EPOCHS"])]
-    differ = [
-        f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and not key.endswith(".ROOT")
-        and not any(key == name or key.startswith(f"{name}.") for name in free)
-    ]
-    if differ:
-        raise InvalidValue(
-            f"checkpoint: {file} was made with another config; these keys differ: {'; '.join(differ)}. Resume with the "
-            f"old values, or start anew in another OUTPUT_DIR with MODEL.WEIGHTS {file}."
-        )
-
-
-def _flat(tree: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{where}{key}."))
-        else:
-            flat[f"{where}{key}"] = value
-    return flat

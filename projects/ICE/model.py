@@ -34,8 +34,8 @@ class ICEModel(Baseline):
 
     Raises:
         ValueError: no momentum encoder, no memory, or unnormalized queries for one whose rows move; in
-            `update_memory`, proxies on data without cameras, or labelled source sets; in `forward`, fewer views than the
-            losses need.
+            `update_memory`, proxies on data without cameras, or labelled source sets; in `forward`, fewer views than
+            the losses need.
 
     Source: Chen et al. 2021 (ICE), official trainer; differs: its forward pass of the key through the online encoder,
     whose features it does not use, is left out.

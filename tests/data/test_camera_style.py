@@ -315,8 +315,8 @@ def test_a_config_brings_either_kind_or_none(tiny, tmp_path):
     assert DefaultTrainer(config(tiny)).feed.style is None
     trainer = DefaultTrainer(config(tiny, **{preset: 0.5}))
     assert type(trainer.feed.style) is ColourStyle
-    with pytest.raises(ValueError, match=r"KIND: 'colours' is unknown; accepted: colors, images"):
-        DefaultTrainer(config(tiny, **{preset: 0.5, f"{section}.KIND": "colours"}))
+    with pytest.raises(ValueError, match=r"KIND is 'hues'; one of colors, images is accepted"):
+        config(tiny, **{f"{section}.KIND": "hues"})
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         DefaultTrainer(config(tiny, **{preset: 0.5, f"{section}": {"KIND": "images", "FOLDER": str(tmp_path / "no")}}))
 

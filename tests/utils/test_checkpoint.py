@@ -94,17 +94,3 @@ def test_no_file_and_no_checkpoint_in_a_folder(tmp_path):
 def test_weights_of_another_model(tmp_path):
     with pytest.raises(ValueError, match=r"x\.pth was made with another model:.*size mismatch"):
         checkpoint.load_model(nn.Linear(3, 2, bias=False), content(), "x.pth")
-
-
-def test_another_config_is_refused_with_the_keys_that_differ():
-    saved = "SEED: 1\nOUTPUT_DIR: a\nSOLVER: {BASE_LR: 0.1, EPOCHS: 2}\nDATASETS: {TRAIN: {ROOT: here}}\n"
-    harmless = "SEED: 1\nOUTPUT_DIR: b\nSOLVER: {BASE_LR: 0.1, EPOCHS: 9}\nDATASETS: {TRAIN: {ROOT: there}}\n"
-    checkpoint.refuse_other_config(saved, harmless, "x.pth")
-    with pytest.raises(ValueError, match=r"SOLVER\.BASE_LR: 0\.1 -> 0\.2.*MODEL\.WEIGHTS x\.pth"):
-        checkpoint.refuse_other_config(saved, saved.replace("0.1", "0.2"), "x.pth")
-
-
-def test_more_epochs_are_refused_where_the_schedule_depends_on_them():
-    saved = "SOLVER: {SCHEDULE: cosine, EPOCHS: 2}\n"
-    with pytest.raises(ValueError, match=r"SOLVER\.EPOCHS: 2 -> 9"):
-        checkpoint.refuse_other_config(saved, saved.replace("2", "9"), "x.pth")

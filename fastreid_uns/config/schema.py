@@ -1,0 +1,160 @@
+"""Which keys a config has: sections of the frame, components, maps of components."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastreid_uns import registry
+from fastreid_uns.bounds import check_bound
+from fastreid_uns.config import renames
+from fastreid_uns.config.values import REQUIRED, SAMPLES, cast, resolve
+from fastreid_uns.defaults import DEFAULTS
+from fastreid_uns.errors import InvalidValue, UnknownName, UserError
+from fastreid_uns.registry import Registry, did_you_mean
+
+COMPONENTS: dict[str, Registry] = {
+    "MODEL": registry.META_ARCH_REGISTRY,
+    "MODEL.BACKBONE": registry.BACKBONE_REGISTRY,
+    "MODEL.HEAD": registry.HEAD_REGISTRY,
+    "MODEL.MEMORY": registry.MEMORY_REGISTRY,
+    "PSEUDO_LABELS": registry.PSEUDO_LABEL_REGISTRY,
+    "DATALOADER.SAMPLER": registry.SAMPLER_REGISTRY,
+    "DATALOADER.SOURCE_SAMPLER": registry.SAMPLER_REGISTRY,
+    "DATASETS.TRAIN": registry.DATASET_REGISTRY,
+}
+MAPS: dict[str, Registry] = {
+    "DATASETS.SOURCES": registry.DATASET_REGISTRY,
+    "DATASETS.TESTS": registry.DATASET_REGISTRY,
+    "MODEL.LOSSES": registry.LOSS_REGISTRY,
+    "HOOKS": registry.HOOK_REGISTRY,
+    "INPUT.AUGMENTS": registry.AUGMENT_REGISTRY,
+}
+FREE = ("SOLVER.OPTIMIZER_ARGS", "PAPER")  # sections whose keys are not ours to check
+OPTIONAL = ("MODEL.MEMORY", "DATASETS.TRAIN")  # components that `null` switches off
+USUAL = {"INPUT.AUGMENTS": "Augment"}  # maps whose entries need no NAME, and what it is then
+_OF_A_MODEL = ("MODEL", "INPUT.SIZE", "INPUT.MEAN", "INPUT.STD")
+
+
+class Completion:
+    """Checks a tree of keys and fills in what it leaves out.
+
+    Args:
+        origin: path of a key → the file that gives it.
+        model_only: keep as it is what a model does not need and nobody knows, such as a data set of a script that is
+            not there.
+    """
+
+    def __init__(self, origin: Mapping[str, str], *, model_only: bool = False) -> None:
+        self.origin = origin
+        self.model_only = model_only
+
+    def section(self, given: Mapping, known: Mapping, where: str) -> dict[str, Any]:
+        """`given` checked against `known`, and filled from it and from the signatures of components."""
+        self._refuse_unknown(given, known, where)
+        filled: dict[str, Any] = {}
+        for key, default in known.items():
+            path = f"{where}.{key}".lstrip(".")
+            filled[key] = self._value(given.get(key, default), default, path)
+        return {**filled, **{key: resolve(value, key) for key, value in given.items() if key not in known}}
+
+    def _value(self, value: Any, default: Any, path: str) -> Any:
+        source = self._source(path)
+        if path in MAPS:
+            return {
+                name: self._component(MAPS[path], cast(entry, {}, f"{source}.{name}"), f"{path}.{name}")
+                for name, entry in cast(value, {}, source).items()
+            }
+        if path in COMPONENTS:
+            return self._component(COMPONENTS[path], cast(value, {}, source), path)
+        if path in FREE:
+            return resolve(cast(value, {}, source), source)
+        if isinstance(default, dict):
+            return self.section(cast(value, {}, source), default, path)
+        value = cast(value, ["name"] if path == "PLUGINS" else default, source)
+        new = renames.new_value(path, value)
+        if new:
+            raise InvalidValue(f"{source}: {value} was renamed to {new}. Write the new name.")
+        check_bound(path, value, source)
+        return value
+
+    def _component(self, kind: Registry, section: dict, path: str) -> dict[str, Any]:
+        try:
+            return self._checked_component(kind, section, path)
+        except UserError:
+            if not self.model_only or _of_a_model(path):
+                raise
+            return {**resolve(section, path), "NAME": str(section.get("NAME", ""))}
+
+    def _checked_component(self, kind: Registry, section: dict, path: str) -> dict[str, Any]:
+        name = self._name(kind, section, path)
+        if not name:
+            return {"NAME": ""}
+        types = kind.types(name)
+        # a required key has no default to tell its type, its annotation does
+        samples = {key.upper(): SAMPLES.get(types[key]) for key in types}
+        known = {"NAME": name, **{key.upper(): default for key, default in kind.schema(name).items()}}
+        section = {**section, "NAME": name}
+        if path == "MODEL":
+            return self.section(section, {**known, **DEFAULTS["MODEL"], "NAME": name}, path)
+        if "WEIGHT" in kind.reserved:
+            known["WEIGHT"] = 1.0
+        self._refuse_unknown(section, known, path)
+        filled = {}
+        for key, default in known.items():
+            sample = samples.get(key) if default is REQUIRED else default
+            filled[key] = cast(section.get(key, default), sample, self._source(f"{path}.{key}"))
+        return filled
+
+    def _name(self, kind: Registry, section: Mapping, path: str) -> str:
+        parent = path.rpartition(".")[0]
+        name = cast(section.get("NAME", USUAL.get(parent, "")), "", self._source(f"{path}.NAME"))
+        if name in kind or (not name and path in OPTIONAL):
+            return name
+        if not name:
+            raise UnknownName(f"{self._file(path)}: {path} has no NAME; name a registered component.")
+        new = renames.new_value(f"{path}.NAME", name)
+        if new:
+            raise UnknownName(f"{self._source(f'{path}.NAME')}: {name} was renamed to {new}. Write the new name.")
+        try:
+            kind.get(name)
+        except UnknownName as error:
+            raise UnknownName(f"{self._source(f'{path}.NAME')}: {error}") from None
+        return name
+
+    def _refuse_unknown(self, given: Mapping, known: Mapping, where: str) -> None:
+        for key in given:
+            path = f"{where}.{key}".lstrip(".")
+            if key in known or (self.model_only and not _of_a_model(path)):
+                continue
+            renamed = renames.new_key(path)
+            if renamed:
+                raise UnknownName(f"{self._file(path)}: {renamed}")
+            raise UnknownName(
+                f"{self._file(path)}: unknown key {path}{did_you_mean(str(key), known)} "
+                f"Accepted here: {', '.join(known) or 'none'}."
+            )
+
+    def _file(self, path: str) -> str:
+        return self.origin.get(path, "defaults")
+
+    def _source(self, path: str) -> str:
+        return f"{self._file(path)}: {path}"
+
+
+def refuse_no_map(value: Any, path: str, file: str) -> None:
+    """Say that a section cannot be replaced by a value that is no map.
+
+    Raises:
+        ValueError: always.
+    """
+    found = {type(None): "null", list: "a list"}.get(type(value), repr(value))
+    if path in COMPONENTS:
+        advice = f"Write {{NAME: {value}}}." if isinstance(value, str) else "Leave it out to keep what it is."
+    else:
+        advice = "Leave it out to keep its values, or write the keys that change below it."
+    raise InvalidValue(f"{file}: {path} is {found}; a map of keys is accepted. {advice}")
+
+
+def _of_a_model(path: str) -> bool:
+    return any(path == part or path.startswith(f"{part}.") for part in _OF_A_MODEL)

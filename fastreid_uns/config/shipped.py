@@ -1,0 +1,48 @@
+"""Where a config file is found: as it is named, or among those that ship with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastreid_uns.errors import MissingFile
+from fastreid_uns.registry import did_you_mean
+from fastreid_uns.utils.paths import path_manager
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def shipped_root() -> Path:
+    """The folder below which `configs/` and `projects/` are: the installed package, or the checkout."""
+    return _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
+
+
+def find_config(name: str | Path, named_by: Path | None = None) -> Path:
+    """The file that a name means.
+
+    Args:
+        name: path relative to the working directory, or below `shipped_root()`.
+        named_by: the file that names it as `_BASE_`; the path is then relative to that file.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    local = Path(path_manager.get_local_path(str(name)))
+    first = (named_by.parent if named_by else Path.cwd()) / local
+    root = shipped_root()
+    if first.is_file():
+        return Path(first).absolute()
+    if not local.is_absolute() and ".." not in local.parts and (root / local).is_file():
+        return root / local
+    by = f", named as _BASE_ by {named_by}" if named_by else ""
+    if first.exists():
+        raise MissingFile(f"config file {first} is no file{by}. Name a YAML file.")
+    raise MissingFile(
+        f"config file {first} does not exist{by}{did_you_mean(str(local), shipped_configs())} Check the path."
+    )
+
+
+def shipped_configs() -> list[str]:
+    """The names of all configs that ship with the package."""
+    root = shipped_root()
+    files = [*root.glob("configs/**/*.yaml"), *root.glob("projects/*/configs/**/*.yaml")]
+    return sorted(file.relative_to(root).as_posix() for file in files)
