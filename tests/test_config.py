@@ -31,7 +31,7 @@ def test_dump_loads_again_as_the_same_config(tmp_path):
 
 @pytest.mark.parametrize("value", ["[64, a]", "[64.5, 32]"])
 def test_sizes_are_whole_numbers_although_the_default_is_empty(value):
-    with pytest.raises(ValueError, match=r"INPUT.SIZE\[.\] is .*a int such as"):
+    with pytest.raises(ValueError, match=r"INPUT.SIZE\[.\] is .*; a whole number such as"):
         load_config(overrides=[f"INPUT.SIZE={value}"])
 
 
