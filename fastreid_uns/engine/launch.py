@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from fastreid_uns.engine.run_folder import RunFolder
-from fastreid_uns.engine.signals import Ending, end_children, ending_at_signals
+from fastreid_uns.engine.signals import Ending, ending_at_signals
 from fastreid_uns.errors import FailedElsewhere, InvalidState, UserError
 
 T = TypeVar("T")
@@ -110,9 +110,7 @@ def run_command(main: Callable[..., T], *args: Any) -> T:
         try:
             return main(*args)
         except KeyboardInterrupt:
-            ending.say()
-            end_children()
-            raise SystemExit(ending.code) from None
+            ending.end()
         except UserError as error:
             _fail(error, str(error))
         except RuntimeError as error:
@@ -163,7 +161,7 @@ def _run_again(count: int) -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the processes speak for themselves
+    logging.disable(logging.CRITICAL)  # of torchrun, in this process: the others speak for themselves
     command = ["--standalone", f"--nproc-per-node={count}", *program, *sys.argv[1:]]
     try:
         torchrun.run(torchrun.parse_args(command))

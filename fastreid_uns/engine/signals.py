@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 GRACE = 3.0  # seconds from the signal until the process ends, whatever it is doing
 
@@ -28,12 +29,13 @@ class Ending:
     def __init__(self, last_line: Callable[[], str | None]) -> None:
         self.last_line = last_line
         self.signal: int | None = None
+        self._interrupted = False
         self._said = threading.Lock()
 
     def interrupt(self, number: int, _frame: object) -> None:
         """Handle the first signal as Ctrl-C; the ones after it change nothing."""
-        if self.signal is None:
-            self.signal = number
+        if not self._interrupted:
+            self._interrupted, self.signal = True, number
             raise KeyboardInterrupt
 
     def say(self) -> None:
@@ -43,10 +45,19 @@ class Ending:
             sys.stderr.write(f"{line}\n")
             sys.stderr.flush()
 
-    @property
-    def code(self) -> int:
-        """Exit code: 128 + number of the signal."""
-        return 128 + (self.signal or signal.SIGINT)
+    def end(self) -> NoReturn:
+        """End the process: at once after a signal, else (an interrupt that was raised by hand) as Python does.
+
+        Python's own way would wait for every thread and child, up to minutes.
+        """
+        self.say()
+        if self.signal is None:
+            raise SystemExit(128 + signal.SIGINT)
+        for child in multiprocessing.active_children():
+            child.kill()
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(128 + self.signal)
 
     def enforce(self, notes: socket.socket) -> None:
         """End the process when its main thread does not: it may be inside a library, or wait for a queue."""
@@ -54,9 +65,7 @@ class Ending:
             if number[0] in (signal.SIGINT, signal.SIGTERM):
                 self.signal = self.signal or number[0]
                 time.sleep(GRACE)
-                self.say()
-                end_children()
-                os._exit(self.code)
+                self.end()
 
 
 @contextlib.contextmanager
@@ -78,15 +87,6 @@ def ending_at_signals(ending: Ending) -> Iterator[None]:
             for number, handler in before.items():
                 signal.signal(number, handler)
             wakes.close()
-
-
-def end_children() -> None:
-    """Kill what the standard library started, such as the processes that decode images."""
-    signal_child = getattr(signal, "SIGCHLD", None)
-    if signal_child is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal_child, signal.SIG_DFL)  # torch would raise an error for each of them
-    for child in multiprocessing.active_children():
-        child.kill()
 
 
 def _leave_to_parent() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -212,8 +213,6 @@ def wrap(model: nn.Module, device: torch.device, find_unused: bool) -> nn.Module
     """
     if world() == 1:
         return model
-    return nn.parallel.DistributedDataParallel(
-        model,
-        broadcast_buffers=False,
-        find_unused_parameters=find_unused,
-    )
+    kind = nn.parallel.DistributedDataParallel
+    key = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(kind).parameters else "broadcast_buffers"
+    return kind(model, find_unused_parameters=find_unused, **{key: False})  # type: ignore[arg-type]
