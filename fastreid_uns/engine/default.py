@@ -312,8 +312,9 @@ class DefaultTrainer(Trainer):
         setup_logging(self.folder if fresh else None)
         newest = self.run.newest_checkpoint()
         if newest is not None:  # refused at once, and not when all images have been read
-            content = checkpoint.load_checkpoint(newest)
-            checkpoint.refuse_other_config(content["config"], self.cfg.dump(), newest)
+            with self.run.released_on_error():
+                content = checkpoint.load_checkpoint(newest)
+                checkpoint.refuse_other_config(content["config"], self.cfg.dump(), newest)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue the run of `OUTPUT_DIR`, or begin one with `MODEL.WEIGHTS`, which the model has been given.
@@ -324,13 +325,14 @@ class DefaultTrainer(Trainer):
         Raises:
             ValueError: the folder holds a run and `resume` is False, or the run was made with another config.
         """
-        newest = comm.on_first_rank(self.run.newest_checkpoint)
-        if not resume:
-            comm.on_first_rank(self.run.refuse_a_run)
-        elif newest is None:
+        if resume and comm.on_first_rank(self.run.newest_checkpoint):
+            self.resume()
+            return
+        with self.run.released_on_error():
+            if not resume:
+                comm.on_first_rank(self.run.refuse_a_run)
+        if resume:
             logger.warning("%s holds no checkpoint to resume from; the run starts from the beginning.", self.folder)
-        if resume and newest is not None:
-            self.hook(CheckpointHook).resume()
         self._accept()
 
     def resume(self) -> None:
@@ -340,7 +342,8 @@ class DefaultTrainer(Trainer):
             FileNotFoundError: there is none.
             ValueError: it was made with another config.
         """
-        self.hook(CheckpointHook).resume()
+        with self.run.released_on_error():
+            self.hook(CheckpointHook).resume()
         self._accept()
 
     def _accept(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -52,11 +53,9 @@ class _Console(logging.Handler):
     """Writes to what `sys.stdout` is at that moment: notebooks and tests exchange it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
+        with contextlib.suppress(OSError, ValueError):  # the reader of a pipe has gone
             sys.stdout.write(f"{self.format(record)}\n")
             sys.stdout.flush()
-        except (OSError, ValueError):  # the reader of a pipe has gone
-            pass
 
 
 class _File(logging.FileHandler):
@@ -74,6 +73,10 @@ class _File(logging.FileHandler):
             self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644
         )
         return os.fdopen(handle, "a", encoding=self.encoding)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what a full disk did not take
+            super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self.failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -9,7 +10,7 @@ import platform
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fastreid_uns.errors import InvalidState, InvalidValue, UserError
@@ -87,6 +88,15 @@ class RunFolder:
     def release(self) -> None:
         """Let other processes in."""
         self._lock = None
+
+    @contextlib.contextmanager
+    def released_on_error(self) -> Iterator[None]:
+        """Give the folder back if the block fails."""
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
 
     def refuse_a_run(self) -> None:
         """Raise if the folder holds a run that a new one would overwrite.

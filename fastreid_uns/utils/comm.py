@@ -214,5 +214,7 @@ def wrap(model: nn.Module, device: torch.device, find_unused: bool) -> nn.Module
     if world() == 1:
         return model
     kind = nn.parallel.DistributedDataParallel
-    key = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(kind).parameters else "broadcast_buffers"
+    key = (
+        "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(kind).parameters else "broadcast_buffers"
+    )
     return kind(model, find_unused_parameters=find_unused, **{key: False})  # type: ignore[arg-type]
