@@ -85,6 +85,9 @@ DEFAULTS: dict[str, Any] = {
         "RERANK": False,
         "PATIENCE": 0,  # evaluations without a better mAP after which training stops; 0 = never
     },
+    "DISTRIBUTED": {
+        "TIMEOUT_MINUTES": 30.0,  # several processes end with a message when one of them has stood still for so long
+    },
     "HOOKS": {},  # further hooks, a map of free names
     "PAPER": {},  # what the paper states, keys and values as above; a run says where it departs from it
 }

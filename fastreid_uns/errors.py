@@ -26,3 +26,7 @@ class InvalidState(UserError, RuntimeError):
 
 class MissingPackage(UserError, ImportError):
     """A package or plug-in that is not installed."""
+
+
+class FailedElsewhere(InvalidState):
+    """Another process of the run has failed; that one says why."""

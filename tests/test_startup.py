@@ -1,5 +1,6 @@
 """What a user waits for before anything happens."""
 
+import importlib
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-IMPORT = ["-c", "import fastreid_uns"]
+IMPORT = ["-c", "import fastreid_uns, fastreid_uns.engine, fastreid_uns.data"]
 HELP = [str(ROOT / "tools/train_net.py"), "--help"]
 
 
@@ -31,3 +32,22 @@ def test_nothing_heavy_is_imported(arguments):
     modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "fastreid_uns" in modules or "argparse" in modules
     assert not modules & {"torch", "numpy", "numba", "yaml", "PIL", "scipy"}
+
+
+@pytest.mark.parametrize("package", ["", ".engine", ".data", ".modeling", ".evaluation"])
+def test_public_names_exist_and_are_imported_when_they_are_used(package):
+    module = importlib.import_module(f"fastreid_uns{package}")
+    public = [name for name in dir(module) if name[0] != "_" and name not in vars(module)]
+    for name in {"", ".engine"} & {package} and ["DefaultTrainer"]:
+        assert name in dir(module)
+    for name in public:
+        assert getattr(module, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        module.nonsense  # noqa: B018
+
+
+def test_launch_is_the_function_whatever_was_imported_before():
+    from fastreid_uns.engine import launch
+    from fastreid_uns.engine.launch import launch as function
+
+    assert launch is function

@@ -1,0 +1,12 @@
+"""Images, samplers, augmentation and the batches that they give."""
+
+from fastreid_uns.utils.lazy import lazy_names
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Augment": "augment",
+        "ImageSet": "image_set",
+        "Sampler": "samplers",
+    },
+)

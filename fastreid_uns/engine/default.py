@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
+from tabulate import tabulate
 from torch import Tensor
 
 from fastreid_uns.config import deviations
@@ -22,10 +26,11 @@ from fastreid_uns.engine.hooks import (
     ReclusterHook,
     ScheduleHook,
 )
-from fastreid_uns.engine.log import build_writers
+from fastreid_uns.engine.log import Writer, build_writers, setup_logging
+from fastreid_uns.engine.run_folder import RunFolder
 from fastreid_uns.engine.solver import build_optimizer, build_schedule, precision
 from fastreid_uns.engine.trainer import Trainer
-from fastreid_uns.errors import InvalidValue, UnknownName
+from fastreid_uns.errors import InvalidValue, UnknownName, UserError
 from fastreid_uns.evaluation.evaluator import Evaluator
 from fastreid_uns.hook import HookBase
 from fastreid_uns.modeling.encoder import Encoder
@@ -39,7 +44,7 @@ from fastreid_uns.registry import (
     SAMPLER_REGISTRY,
 )
 from fastreid_uns.structures import Record
-from fastreid_uns.utils import comm
+from fastreid_uns.utils import checkpoint, comm
 from fastreid_uns.utils.allocator import raise_malloc_thresholds
 from fastreid_uns.utils.environment import environment
 from fastreid_uns.utils.seed import seed_everything
@@ -70,16 +75,14 @@ class DefaultTrainer(Trainer):
     folder: Path
 
     def __init__(self, cfg: Any) -> None:
-        device = comm.init_from_environment(cfg.MODEL.DEVICE)
+        device = comm.init_from_environment(cfg.MODEL.DEVICE, cfg.DISTRIBUTED.TIMEOUT_MINUTES)
         if device.type == "cpu":
             raise_malloc_thresholds()
         self.cfg = cfg
         self.folder = Path(cfg.OUTPUT_DIR)
-        if comm.rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(cfg.dump(), encoding="utf-8")
-            lines = [f"{name}: {value}\n" for name, value in environment(device).items()]
-            (self.folder / "environment.txt").write_text("".join(lines), encoding="utf-8")
+        self.run = RunFolder(self.folder)
+        self._accepted = False
+        self._open_folder()
         seed_everything(cfg.SEED, cfg.DETERMINISTIC)
         self.data = self.build_data(cfg)
         model = self.build_model(cfg, len(self.data.target)).to(device)
@@ -102,8 +105,7 @@ class DefaultTrainer(Trainer):
             channels_last=cfg.SOLVER.CHANNELS_LAST,
             find_unused=cfg.SOLVER.FIND_UNUSED,
         )
-        for hook in self.build_hooks(cfg, self):
-            self.add_hook(hook)
+        self.register_hooks(self.build_hooks(cfg, self))
         if cfg.PAPER:
             logger.info("Departures from the paper's settings: %s", "; ".join(deviations(cfg)) or "none")
         seed_everything(cfg.SEED + comm.rank(), cfg.DETERMINISTIC)
@@ -233,6 +235,16 @@ class DefaultTrainer(Trainer):
         return build_optimizer(cfg, model)
 
     @classmethod
+    def build_lr_scheduler(cls, cfg: Any, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule of `SOLVER`, stepped after every optimiser step."""
+        return build_schedule(cfg, optimizer)
+
+    @classmethod
+    def build_writers(cls, cfg: Any, folder: Path) -> list[Writer]:
+        """The writers of `LOG.WRITERS`; one process writes for all."""
+        return build_writers(cfg.LOG.WRITERS, folder) if comm.rank() == 0 else []
+
+    @classmethod
     def build_generator(cls, cfg: Any) -> PseudoLabelGenerator:
         """The pseudo-label generator."""
         return PSEUDO_LABEL_REGISTRY.build(cfg.PSEUDO_LABELS)
@@ -275,7 +287,7 @@ class DefaultTrainer(Trainer):
                 batch_size=cfg.TEST.BATCH_SIZE,
                 identities=identities if cfg.LOG.CLUSTER_QUALITY and bool((identities >= 0).any()) else None,
             ),
-            ScheduleHook(build_schedule(cfg, trainer.optimizer)),
+            ScheduleHook(cls.build_lr_scheduler(cfg, trainer.optimizer)),
             evaluate,
             CheckpointHook(
                 trainer.folder,
@@ -284,9 +296,7 @@ class DefaultTrainer(Trainer):
                 keep=cfg.CHECKPOINT.KEEP,
                 improved=lambda: evaluate.improved,
             ),
-            LogHook(
-                build_writers(cfg.LOG.WRITERS, trainer.folder) if comm.rank() == 0 else [], period=cfg.LOG.PERIOD_STEPS
-            ),
+            LogHook(cls.build_writers(cfg, trainer.folder), period=cfg.LOG.PERIOD_STEPS),
         ]
         if cfg.MODEL.get("MOMENTUM_ENCODER"):
             hooks.append(MomentumEncoderHook(cfg.MODEL.ENCODER_MOMENTUM))
@@ -300,9 +310,77 @@ class DefaultTrainer(Trainer):
         """The hook of a class, such as the `CheckpointHook`."""
         return next(hook for hook in self._hooks if isinstance(hook, kind))
 
+    def _open_folder(self) -> None:
+        """Claim the folder; of a run in it nothing changes before it is known that this one continues it."""
+        comm.on_first_rank(self.run.claim)
+        fresh = comm.on_first_rank(lambda: not self.run.holds_run())
+        setup_logging(self.folder if fresh else None)
+        newest = self.run.newest_checkpoint()
+        if newest is not None:  # refused at once, and not when all images have been read
+            with self.run.released_on_error():
+                content = checkpoint.load_checkpoint(newest)
+                checkpoint.refuse_other_config(content["config"], self.cfg.dump(), newest)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Continue the run of `OUTPUT_DIR`, or begin one with `MODEL.WEIGHTS`, which the model has been given.
+
+        Args:
+            resume: continue from the newest checkpoint; where there is none, begin, with a warning. False begins.
+
+        Raises:
+            ValueError: the folder holds a run and `resume` is False, or the run was made with another config.
+        """
+        if resume and comm.on_first_rank(self.run.newest_checkpoint):
+            self.resume()
+            return
+        with self.run.released_on_error():
+            if not resume:
+                comm.on_first_rank(self.run.refuse_a_run)
+        if resume:
+            logger.warning("%s holds no checkpoint to resume from; the run starts from the beginning.", self.folder)
+        self._accept()
+
     def resume(self) -> None:
-        """Continue from the newest checkpoint of `OUTPUT_DIR`."""
-        self.hook(CheckpointHook).resume()
+        """Continue from the newest checkpoint of `OUTPUT_DIR`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it was made with another config.
+        """
+        with self.run.released_on_error():
+            self.hook(CheckpointHook).resume()
+        self._accept()
+
+    def _accept(self) -> None:
+        """From here on the folder is this run's."""
+        about = "".join(f"{name}: {value}\n" for name, value in environment(self.device).items())
+        comm.on_first_rank(lambda: self.run.accept({"config.yaml": self.cfg.dump(), "environment.txt": about}))
+        setup_logging(self.folder)
+        self._accepted = True
+
+    def train(self) -> None:
+        """Run all epochs that are left, and print the scores of the last one.
+
+        Raises:
+            ValueError: the folder holds a run that was not resumed.
+            RuntimeError: another process uses the folder; see also `Trainer.train`.
+        """
+        if not self._accepted:
+            self.resume_or_load(resume=False)
+        comm.on_first_rank(self.run.claim)
+        if self.epochs_done >= self.epochs:
+            logger.info(
+                "The run in %s is finished: %d of %d epochs are done. Set SOLVER.EPOCHS higher to train longer, or "
+                "evaluate it with --eval-only.",
+                self.folder,
+                self.epochs_done,
+                self.epochs,
+            )
+        try:
+            super().train()
+        finally:
+            self.run.release()
+        log_results(self.results)
 
     @property
     def results(self) -> dict[str, dict[str, float]]:
@@ -310,14 +388,60 @@ class DefaultTrainer(Trainer):
         return self.hook(EvaluateHook).results
 
     @classmethod
+    def load_model(cls, cfg: Any) -> MetaArch:
+        """The model of `MODEL.WEIGHTS`, or else of the newest checkpoint of `OUTPUT_DIR`, on its device.
+
+        Raises:
+            FileNotFoundError: there is neither.
+            ValueError: the checkpoint is of another model.
+        """
+        device = comm.init_from_environment(cfg.MODEL.DEVICE, cfg.DISTRIBUTED.TIMEOUT_MINUTES)
+        if cfg.MODEL.WEIGHTS:
+            if Path(cfg.MODEL.WEIGHTS).is_file():
+                with contextlib.suppress(UserError):  # of another framework
+                    warn_of_other_input(cfg, checkpoint.load_checkpoint(cfg.MODEL.WEIGHTS), cfg.MODEL.WEIGHTS)
+            return cls.build_model(cfg, num_images=1).to(device)
+        file = checkpoint.last_checkpoint(Path(cfg.OUTPUT_DIR))
+        content = checkpoint.load_checkpoint(file)
+        warn_of_other_input(cfg, content, file)
+        model = cls.build_model(cfg, content["num_images"])
+        checkpoint.load_model(model, content, file)
+        return model.to(device)
+
+    @classmethod
     def test(cls, cfg: Any, model: MetaArch) -> dict[str, dict[str, float]]:
-        """Evaluate a model, which is on its device, on every one of `DATASETS.TESTS`.
+        """Evaluate a model, which is on its device, on every one of `DATASETS.TESTS`, and print the scores.
 
         Returns:
             name of the test set → mAP, mINP, rank1, rank5, rank10 in percent.
         """
         evaluators = cls.build_evaluators(cfg, next(model.parameters()).device)
-        return {name: evaluate(model) for name, evaluate in evaluators.items()}
+        results = {name: evaluate(model) for name, evaluate in evaluators.items()}
+        log_results(results)
+        return results
+
+
+def warn_of_other_input(cfg: Any, content: Mapping[str, Any], file: str | Path) -> None:
+    """Say where a config shows a model other images than it was trained with."""
+    trained = yaml.safe_load(content["config"])["INPUT"]
+    for key in ("SIZE", "MEAN", "STD"):
+        if list(cfg.INPUT[key]) != list(trained[key]):
+            logger.warning(
+                "INPUT.%s is %s, but %s was trained with %s; its scores are those of other images. Set it to %s.",
+                key,
+                list(cfg.INPUT[key]),
+                file,
+                list(trained[key]),
+                list(trained[key]),
+            )
+
+
+def log_results(results: Mapping[str, Mapping[str, float]]) -> None:
+    """A table of scores, one row for each test set."""
+    if results and comm.rank() == 0:
+        columns = list(next(iter(results.values())))
+        rows = [[name, *(numbers[column] for column in columns)] for name, numbers in results.items()]
+        logger.info("\n%s", tabulate(rows, ["data set", *columns], floatfmt=".2f"))
 
 
 def cameras_of(records: list[Record]) -> Tensor:

@@ -357,7 +357,7 @@ class LogHook(HookBase):
         trainer = self.trainer
         names = sorted(self._sums)
         means = comm.mean_over_ranks([float(self._sums[name]) / max(1, self._count) for name in names])
-        trainer.metrics = {**dict(zip(names, means, strict=True)), **trainer.metrics}
+        trainer.metrics = {**trainer.logged(), **dict(zip(names, means, strict=True)), **trainer.metrics}
         trainer.metrics["seconds_epoch"] = time.perf_counter() - trainer.epoch_began
         for writer in self.writers:
             writer.epoch(trainer.epoch, trainer.iter, trainer.metrics)

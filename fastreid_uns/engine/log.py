@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastreid_uns.errors import UnknownName
+from fastreid_uns.engine.run_folder import unwritable
+from fastreid_uns.errors import MissingPackage, UnknownName
 from fastreid_uns.registry import did_you_mean
 from fastreid_uns.utils import comm
 
@@ -17,18 +20,68 @@ logger = logging.getLogger("fastreid_uns")
 
 
 def setup_logging(folder: Path | None) -> None:
-    """Lines of rank 0 to the console and to `log.txt`, which has the tracebacks too; other ranks say warnings only."""
-    logger.handlers.clear()
-    logger.propagate = False
+    """Lines to the console and to a file of each process, which has the tracebacks too.
+
+    Rank 0 writes `log.txt`, rank r `log_rank<r>.txt`; ranks above 0 say only warnings on the console. Calling it again
+    changes the folder. Where the program shows log records on its console already, no second console is added.
+
+    Args:
+        folder: exists; None for no file.
+
+    Raises:
+        RuntimeError: the file cannot be written, or is a link, which is not followed.
+    """
     logger.setLevel(logging.DEBUG)
-    console = logging.StreamHandler(sys.stdout)
-    console.setLevel(logging.INFO if comm.rank() == 0 else logging.WARNING)
-    handlers: list[logging.Handler] = [console]
-    if folder is not None and comm.rank() == 0:
-        handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
+    for old in [handler for handler in logger.handlers if isinstance(handler, (_Console, _File))]:
+        logger.removeHandler(old)
+        old.close()
+    handlers: list[logging.Handler] = []
+    if not any(_is_console(handler) for handler in (*logger.handlers, *logging.getLogger().handlers)):
+        handlers.append(_Console(logging.INFO if comm.rank() == 0 else logging.WARNING))
+    if folder is not None:
+        handlers.append(_File(folder / (f"log_rank{comm.rank()}.txt" if comm.rank() else "log.txt")))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         logger.addHandler(handler)
+
+
+def _is_console(handler: logging.Handler) -> bool:
+    return isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr)
+
+
+class _Console(logging.Handler):
+    """Writes to what `sys.stdout` is at that moment: notebooks and tests exchange it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the reader of a pipe has gone
+            sys.stdout.write(f"{self.format(record)}\n")
+            sys.stdout.flush()
+
+
+class _File(logging.FileHandler):
+    """Appends to a file that is no link; says once when the disk is full."""
+
+    def __init__(self, file: Path) -> None:
+        try:
+            super().__init__(file, encoding="utf-8")
+        except OSError as error:
+            raise unwritable(file, error) from error
+        self.failed = False
+
+    def _open(self) -> Any:
+        handle = os.open(
+            self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644
+        )
+        return os.fdopen(handle, "a", encoding=self.encoding)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what a full disk did not take
+            super().close()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.failed:
+            self.failed = True
+            sys.stderr.write(f"warning: {self.baseFilename} cannot be written ({sys.exc_info()[1]}); lines are lost.\n")
 
 
 class Writer(Protocol):
@@ -96,8 +149,10 @@ class TensorBoardWriter:
     """Event files in `OUTPUT_DIR/tensorboard`."""
 
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise _missing("tensorboard") from error
         self.writer = SummaryWriter(str(folder / "tensorboard"))
 
     def resume(self, epoch: int) -> None:
@@ -122,8 +177,10 @@ class WandbWriter:
     """Weights & Biases; the package must be installed and logged in."""
 
     def __init__(self, folder: Path) -> None:
-        import wandb
-
+        try:
+            import wandb
+        except ImportError as error:
+            raise _missing("wandb") from error
         self.run: Any = wandb.init(dir=str(folder), name=folder.name)
 
     def resume(self, epoch: int) -> None:
@@ -158,6 +215,13 @@ def build_writers(names: list[str], folder: Path) -> list[Writer]:
         if name not in known:
             raise UnknownName(f"LOG.WRITERS: {name!r} is unknown{did_you_mean(name, known)} Known: {', '.join(known)}.")
     return [known[name](folder) for name in names]
+
+
+def _missing(package: str) -> MissingPackage:
+    return MissingPackage(
+        f"LOG.WRITERS: {package} needs the package {package}, which is not installed. Run `pip install {package}`, or "
+        f"take the name out of LOG.WRITERS."
+    )
 
 
 def _phrase(numbers: Mapping[str, float]) -> str:

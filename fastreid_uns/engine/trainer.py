@@ -95,9 +95,9 @@ class Trainer:
         self.stop_reason: str | None = None
         self._first_bad = torch.full((), -1, device=self.device)
         self._parallel = comm.wrap(model, self.device, find_unused)
+        self._logged: dict[str, tuple[float | Tensor, int]] = {}
         self._hooks: list[HookBase] = []
-        for hook in hooks:
-            self.add_hook(hook)
+        self.register_hooks(hooks)
 
     def add_hook(self, hook: HookBase) -> None:
         """Insert a hook by its order.
@@ -112,6 +112,41 @@ class Trainer:
         self._hooks.append(hook)
         self._hooks.sort(key=lambda held: held.order)
 
+    def register_hooks(self, hooks: Iterable[HookBase | None]) -> None:
+        """Insert several hooks; None is passed over.
+
+        Raises:
+            ValueError: two hooks have the same name.
+        """
+        for hook in hooks:
+            if hook is not None:
+                self.add_hook(hook)
+
+    def log(self, **values: float | Tensor) -> None:
+        """Add scalars of this moment to the averages of the epoch, as the losses are; the host does not wait.
+
+        Args:
+            values: numbers, or tensors of one element, which may be on the device.
+
+        Raises:
+            ValueError: a tensor has several elements.
+        """
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                if value.numel() != 1:
+                    raise InvalidValue(f"trainer.log: {name} has shape {tuple(value.shape)}; log a scalar.")
+                value = value.detach().float().reshape(())
+            total, count = self._logged.get(name, (0.0, 0))
+            self._logged[name] = (total + value, count + 1)
+
+    def logged(self) -> dict[str, float]:
+        """Averages of what was logged in this epoch, over all calls and over the ranks that logged it."""
+        own = {name: float(total) / count for name, (total, count) in self._logged.items()}
+        every = comm.gather_objects(own)
+        names = sorted({name for numbers in every for name in numbers})
+        held = {name: [numbers[name] for numbers in every if name in numbers] for name in names}
+        return {name: sum(values) / len(values) for name, values in held.items()}
+
     def train(self) -> None:
         """Run all epochs that are left.
 
@@ -123,6 +158,7 @@ class Trainer:
             while self.epochs_done < self.epochs and self.stop_reason is None:
                 self.epoch = self.epochs_done
                 self.metrics = {}
+                self._logged = {}
                 self.epoch_began = time.perf_counter()
                 self._call("before_epoch")
                 with self.timed("train"):
@@ -138,6 +174,8 @@ class Trainer:
         self.model.train()
         for batch in progress(self.feed.epoch(self.epoch), f"epoch {self.epoch}", self.iters_per_epoch):
             self.batch_size = len(batch.index)
+            comm.report(self.iter, f"training of epoch {self.epoch}")
+            self._call("before_step")
             self.step(batch)
             self.iter += 1
             self._call("after_step")
@@ -151,6 +189,7 @@ class Trainer:
             # gradients of the processes are averaged once, with the last part
             with contextlib.nullcontext() if joins else self._parallel.no_sync():  # type: ignore[operator]
                 self._backward(part, 1.0 / len(parts))
+        self._call("after_backward")
         if self.clip:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
@@ -202,6 +241,7 @@ class Trainer:
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Add the wall time of a block to `metrics["seconds_<stage>"]`."""
+        comm.report(self.iter, f"{stage} of epoch {self.epoch}")
         start = time.perf_counter()
         yield
         key = f"seconds_{stage}"

@@ -2,39 +2,92 @@
 
 from __future__ import annotations
 
+import atexit
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastreid_uns.errors import InvalidState
+from fastreid_uns.errors import FailedElsewhere, InvalidState, UserError
+from fastreid_uns.utils.watch import Watch
 
 T = TypeVar("T")
 
+_PATIENCE = timedelta(days=7)  # of waiting for an object of rank 0, which may cluster for hours; the watch sees to it
+_objects: dist.ProcessGroup | None = None  # gloo, so that an object needs no GPU; None = the default group
+_watch: Watch | None = None
 
-def init_from_environment(device: str) -> torch.device:
+
+def init_from_environment(device: str, timeout_minutes: float = 30.0) -> torch.device:
     """Join the process group that `torchrun` describes, and give the device of this process.
 
     Args:
         device: `cuda`, `cpu` or `auto` (CUDA where there is one).
+        timeout_minutes: after which a process that stands still ends the others, see `watch.Watch`.
 
     Raises:
-        RuntimeError: CUDA was asked for and there is none.
+        RuntimeError: CUDA was asked for and there is none, or fewer devices than processes.
     """
+    place = _device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        _join(place, timeout_minutes)
+    return place
+
+
+def _device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if not device.startswith("cuda"):
+        return torch.device(device)
+    if not torch.cuda.is_available():
         raise InvalidState(f"MODEL.DEVICE is {device} but torch finds no CUDA device; set MODEL.DEVICE cpu or auto.")
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    if device == "cuda":
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(place)
-        return place
-    return torch.device(device)
+    place = torch.device(device) if ":" in device else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if place.index >= torch.cuda.device_count():
+        raise InvalidState(
+            f"MODEL.DEVICE: process {os.environ.get('RANK', 0)} needs {place}, but torch finds "
+            f"{torch.cuda.device_count()} CUDA device(s). Start fewer processes with --num-gpus."
+        )
+    torch.cuda.set_device(place)
+    return place
+
+
+def _join(place: torch.device, timeout_minutes: float) -> None:
+    global _objects, _watch
+    limit = timedelta(minutes=2 * timeout_minutes)  # the watch, whose messages say more, comes first
+    if place.type == "cuda":
+        dist.init_process_group("nccl", timeout=limit, device_id=place)
+    else:
+        dist.init_process_group("gloo", timeout=limit)
+    if world() > 1:
+        _objects = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        _watch = Watch.from_environment(60.0 * timeout_minutes)
+    atexit.register(shutdown)
+
+
+def shutdown() -> None:
+    """Leave the process group; also done when Python ends."""
+    global _objects, _watch
+    if _watch is not None:
+        _watch.stop()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _objects = _watch = None
+
+
+def report(step: int, stage: str) -> None:
+    """Note what this process does, for the message that others give if it stands still; costs nothing.
+
+    Args:
+        step: optimiser steps done in the whole run, equal on all ranks at equal moments.
+        stage: in words.
+    """
+    if _watch is not None:
+        _watch.report(step, stage)
 
 
 def rank() -> int:
@@ -50,7 +103,7 @@ def world() -> int:
 def barrier() -> None:
     """Wait for all processes."""
     if world() > 1:
-        dist.barrier()
+        dist.barrier(group=_objects)
 
 
 def broadcast_object(value: T) -> T:
@@ -58,8 +111,30 @@ def broadcast_object(value: T) -> T:
     if world() == 1:
         return value
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_objects)
     return box[0]
+
+
+def on_first_rank(action: Callable[[], T]) -> T:
+    """What `action` gives on rank 0, on every rank; the others wait for it.
+
+    Raises:
+        RuntimeError: on the other ranks, if it raises a `UserError` on rank 0.
+    """
+    if world() == 1:
+        return action()
+    result, failure = None, None
+    if rank() == 0:
+        try:
+            result = action()
+        except UserError as error:
+            failure = error
+    result, reason = broadcast_object((result, str(failure) if failure else None))
+    if failure is not None:
+        raise failure
+    if reason is not None:
+        raise FailedElsewhere(f"process 0: {reason}")
+    return result  # type: ignore[return-value]
 
 
 def gather_objects(value: T) -> list[T]:
@@ -67,7 +142,7 @@ def gather_objects(value: T) -> list[T]:
     if world() == 1:
         return [value]
     box: list[Any] = [None] * world()
-    dist.all_gather_object(box, value)
+    dist.all_gather_object(box, value, group=_objects)
     return box
 
 
@@ -138,8 +213,8 @@ def wrap(model: nn.Module, device: torch.device, find_unused: bool) -> nn.Module
     """
     if world() == 1:
         return model
-    return nn.parallel.DistributedDataParallel(
-        model,
-        broadcast_buffers=False,
-        find_unused_parameters=find_unused,
+    kind = nn.parallel.DistributedDataParallel
+    key = (
+        "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(kind).parameters else "broadcast_buffers"
     )
+    return kind(model, find_unused_parameters=find_unused, **{key: False})  # type: ignore[arg-type]

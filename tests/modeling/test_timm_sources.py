@@ -123,7 +123,6 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
             ["MODEL.BACKBONE.NAME=ViT", "MODEL.WEIGHTS=imagenet", "INPUT.STD=[0.2, 0.3, 0.4]"],
             ([256, 128], [0.5] * 3, [0.2, 0.3, 0.4]),
         ),
-        (["MODEL.BACKBONE=null"], ([256, 128], [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])),
     ],
 )
 def test_empty_keys_of_the_input_are_what_the_weights_expect(overrides: list[str], wanted: tuple) -> None:
