@@ -171,9 +171,10 @@ def test_a_gradient_that_needs_the_moved_rows_refuses_parts(joint):
     bank, pseudo, batch, feats = joint
     memory = HybridMemory(4, target_first=True)
     memory.reset(pseudo, bank)
-    with pytest.raises(ValueError, match=r"TARGET_FIRST is true and SOLVER\.ACCUMULATE above 1.*Set ACCUMULATE to 1"):
-        with moved_once(memory):
-            memory(feats, memory.rows(batch))
+    rows = memory.rows(batch)
+    wanted = r"TARGET_FIRST is true and SOLVER\.ACCUMULATE above 1.*Set ACCUMULATE to 1"
+    with moved_once(memory), pytest.raises(ValueError, match=wanted):
+        memory(feats, rows)
 
 
 def test_saved_rows_are_clustered_after_loading(joint):
