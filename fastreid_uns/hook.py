@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 class HookBase:
     """Called by the trainer at five moments; overrides what it needs.
 
-    Hooks run by ascending `order` (recluster 10, schedule 20, momentum encoder 30, evaluate 50, checkpoint 60,
-    log 90), within equal order as they were added. `name` is the key of the hook's state in a checkpoint and must be
-    unique in a run; it is the class name unless set.
+    Hooks run by ascending `order` (recluster 10, schedule 20, momentum encoder 30, evaluate 50, log 90,
+    checkpoint 100), within equal order as they were added. `name` is the key of the hook's state in a checkpoint and
+    must be unique in a run; it is the class name unless set.
     """
 
     order: int = 50

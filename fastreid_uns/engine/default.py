@@ -13,6 +13,7 @@ from fastreid_uns.config import deviations
 from fastreid_uns.data.augment import Augment
 from fastreid_uns.data.camera_style import KINDS, CameraStyle, ColourStyle, GeneratedStyle, generated_images
 from fastreid_uns.data.feed import Feed
+from fastreid_uns.data.fingerprint import fingerprint
 from fastreid_uns.data.image_set import CachedImageSet, ImageSet, check_images
 from fastreid_uns.data.samplers import JointSampler
 from fastreid_uns.engine.hooks import (
@@ -278,6 +279,7 @@ class DefaultTrainer(Trainer):
                 period=cfg.CHECKPOINT.PERIOD,
                 keep=cfg.CHECKPOINT.KEEP,
                 improved=lambda: evaluate.improved,
+                images=fingerprint([*data.target, *data.source]),
             ),
             LogHook(
                 build_writers(cfg.LOG.WRITERS, trainer.folder) if comm.rank() == 0 else [], period=cfg.LOG.PERIOD_STEPS

@@ -57,6 +57,7 @@ class Trainer:
         epoch_began: moment at which this epoch began, by `time.perf_counter`.
         last: outputs of the latest step, detached, still on the device; of a batch in parts their mean.
         metrics: numbers of this epoch, which hooks write and the log hook reads; cleared when an epoch begins.
+        history: `epoch`, `iter` and metrics of each epoch that is done.
         folder: where the files of the run go, None for nowhere.
     """
 
@@ -95,6 +96,7 @@ class Trainer:
         self.epoch_began = 0.0
         self.last: dict[str, Tensor] = {}
         self.metrics: dict[str, float] = {}
+        self.history: list[dict[str, float]] = []
         self.stop_reason: str | None = None
         self._first_bad = torch.full((), -1, device=self.device)
         self._parallel = comm.wrap(model, self.device, find_unused)

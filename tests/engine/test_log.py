@@ -12,7 +12,7 @@ def test_json_lines_of_epochs_that_run_again_are_dropped(tmp_path):
     writer = JsonWriter(tmp_path)
     for epoch in range(4):
         writer.epoch(epoch, 10 * (epoch + 1), {"loss": float(epoch)})
-    writer.resume(2)
+    writer.resume(2, [])
     writer.epoch(2, 30, {"loss": 9.0})
     lines = [json.loads(line) for line in writer.file.read_text().splitlines()]
     assert [(line["epoch"], line["iter"], line["loss"]) for line in lines] == [(0, 10, 0.0), (1, 20, 1.0), (2, 30, 9.0)]
