@@ -65,7 +65,9 @@ DEFAULTS: dict[str, Any] = {
         "WARMUP_FACTOR": 0.01,  # of BASE_LR at the first step
         "AMP": "auto",  # bfloat16, float16, none; auto = bfloat16 where the processor has it, else none
         "CLIP_NORM": 0.0,  # largest norm of the gradient; 0 = no clipping
-        "ACCUMULATE": 1,  # parts into which a batch is cut to save memory
+        # parts into which a batch is cut to save memory: losses and memories are those of the whole batch, but batch
+        # norm (unless MODEL.GHOST_BATCH divides a part) and losses that compare images of a batch see a part at a time
+        "ACCUMULATE": 1,
         "COMPILE": False,  # torch.compile of the encoder
         "CHANNELS_LAST": True,
         "FIND_UNUSED": False,  # several processes: search for parameters without gradient in each step

@@ -57,10 +57,10 @@ class TrainerView(Protocol):
 class HookBase:
     """Called by the trainer at seven moments; overrides what it needs.
 
-    Hooks run by ascending `order` (recluster 10, schedule 20, momentum encoder 30, evaluate 50, checkpoint 60,
-    log 90), within equal order as they were added. `name` is the key of the hook's state in a checkpoint and must be
-    unique in a run; it is the class name unless set. `trainer.log(name=value)` at any moment adds a scalar to the
-    averages of the epoch.
+    Hooks run by ascending `order` (recluster 10, schedule 20, momentum encoder 30, evaluate 50, log 90,
+    checkpoint 100), within equal order as they were added. `name` is the key of the hook's state in a checkpoint and
+    must be unique in a run; it is the class name unless set. `trainer.log(name=value)` at any moment adds a scalar to
+    the averages of the epoch.
     """
 
     order: int = 50

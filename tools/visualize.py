@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -280,10 +279,9 @@ def _config(text: str, name: str, overrides: Sequence[str]) -> Any:
 def _curves_section(file: Path, folder: Path) -> list[Section]:
     from pictures import picture_html
 
-    if not file.is_file():
-        return []
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not draw_curves(lines, folder / "curves.png"):
+    from fastreid_uns.engine.log import read_metrics
+
+    if not draw_curves(read_metrics(file), folder / "curves.png"):
         return []
     return [("Curves", "Numbers of each epoch.", picture_html(folder / "curves.png", "curves"))]
 

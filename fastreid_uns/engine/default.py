@@ -13,9 +13,10 @@ import yaml
 from tabulate import tabulate
 from torch import Tensor
 
-from fastreid_uns.config import deviations
+from fastreid_uns.config import deviations, refuse_other_config
 from fastreid_uns.data.camera_style import KINDS, CameraStyle, ColourStyle, GeneratedStyle, generated_images
 from fastreid_uns.data.feed import Feed
+from fastreid_uns.data.fingerprint import fingerprint
 from fastreid_uns.data.image_set import CachedImageSet, ImageSet, check_images
 from fastreid_uns.data.samplers import JointSampler
 from fastreid_uns.engine.hooks import (
@@ -295,6 +296,7 @@ class DefaultTrainer(Trainer):
                 period=cfg.CHECKPOINT.PERIOD,
                 keep=cfg.CHECKPOINT.KEEP,
                 improved=lambda: evaluate.improved,
+                images=fingerprint([*data.target, *data.source]),
             ),
             LogHook(cls.build_writers(cfg, trainer.folder), period=cfg.LOG.PERIOD_STEPS),
         ]
@@ -319,7 +321,7 @@ class DefaultTrainer(Trainer):
         if newest is not None:  # refused at once, and not when all images have been read
             with self.run.released_on_error():
                 content = checkpoint.load_checkpoint(newest)
-                checkpoint.refuse_other_config(content["config"], self.cfg.dump(), newest)
+                refuse_other_config(content["config"], self.cfg.dump(), newest)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue the run of `OUTPUT_DIR`, or begin one with `MODEL.WEIGHTS`, which the model has been given.

@@ -1,4 +1,8 @@
-"""What happens around the steps, in this order: re-cluster, schedule, momentum encoder, evaluate, checkpoint, log."""
+"""What happens around the steps, in this order: re-cluster, schedule, momentum encoder, evaluate, log, checkpoint.
+
+The checkpoint comes last, so it holds all that the other hooks know after the epoch, and the numbers of all epochs. A
+run that is killed at any moment goes on from its newest checkpoint; what was written of later epochs is dropped.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from fastreid_uns.config import refuse_other_config
 from fastreid_uns.data.feed import Feed
 from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.engine.log import Writer
-from fastreid_uns.errors import InvalidState
+from fastreid_uns.errors import InvalidState, InvalidValue
 from fastreid_uns.evaluation.clusters import cluster_quality
 from fastreid_uns.evaluation.evaluator import Evaluator
 from fastreid_uns.evaluation.extract import extract_features
@@ -233,80 +237,10 @@ class EvaluateHook(HookBase):
         self.best, self.waited = state["best"], state["waited"]
 
 
-class CheckpointHook(HookBase):
-    """Saves every `period` epochs and after the last one; `best.pth` is the best by mAP on the first test set.
-
-    Args:
-        folder: where the files go.
-        config: YAML text of the complete config.
-        period: epochs; 0 = never.
-        keep: newest files that stay.
-        improved: tells whether this epoch's evaluation was the best so far.
-    """
-
-    order = 60
-
-    def __init__(
-        self, folder: Path, config: str, *, period: int = 1, keep: int = 1, improved: Callable[[], bool] = lambda: False
-    ) -> None:
-        self.folder = folder
-        self.config = config
-        self.period = period
-        self.keep = keep
-        self.improved = improved
-
-    def after_epoch(self) -> None:
-        """Save if it is time."""
-        trainer = self.trainer
-        if not self.period or not (trainer.last_epoch or self.improved() or _is_due(trainer.epoch, self.period)):
-            return
-        with trainer.timed("checkpoint"):
-            self._save()
-
-    def _save(self) -> None:
-        trainer = self.trainer
-        content = {
-            **trainer.state_dict(),
-            "random": comm.gather_objects(random_state()),
-            "metrics": trainer.metrics,
-            "num_images": trainer.model.num_images,
-            "config": self.config,
-        }
-        if comm.rank() == 0:
-            file = self.folder / f"checkpoint_{trainer.epochs_done:04d}.pth"
-            checkpoint.save_checkpoint(content, file)
-            checkpoint.point_to_last(file)
-            if self.improved():
-                checkpoint.save_checkpoint(content, self.folder / checkpoint.BEST)
-            for old in sorted(self.folder.glob("checkpoint_*.pth"))[: -self.keep or None]:
-                if old != file:
-                    old.unlink()
-
-    def resume(self) -> None:
-        """Continue from the newest checkpoint of the folder.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: it was made with another config.
-        """
-        file = checkpoint.last_checkpoint(self.folder)
-        content = checkpoint.load_checkpoint(file)
-        refuse_other_config(content["config"], self.config, file)
-        self.trainer.load_state_dict(content)
-        if len(content["random"]) == comm.world():
-            set_random_state(content["random"][comm.rank()])
-        else:
-            logger.warning(
-                "checkpoint: %s was written by %d processes, now there are %d; random numbers start anew.",
-                file,
-                len(content["random"]),
-                comm.world(),
-            )
-        logger.info("Resumed from %s after %d epochs", file, self.trainer.epochs_done)
-
-
 class LogHook(HookBase):
     """Averages what the model returns, on the device, and gives it to the writers.
+
+    `seconds_epoch` of a line is the time since the line before, so it holds the save after that one.
 
     Args:
         writers: see `log.build_writers`; used on rank 0.
@@ -321,8 +255,9 @@ class LogHook(HookBase):
 
     def before_train(self) -> None:
         """Tell the writers where the run begins."""
+        self._since_line = time.perf_counter()
         for writer in self.writers:
-            writer.resume(self.trainer.epochs_done)
+            writer.resume(self.trainer.epochs_done, self.trainer.history)
 
     def before_epoch(self) -> None:
         """Start the averages."""
@@ -358,7 +293,9 @@ class LogHook(HookBase):
         names = sorted(self._sums)
         means = comm.mean_over_ranks([float(self._sums[name]) / max(1, self._count) for name in names])
         trainer.metrics = {**trainer.logged(), **dict(zip(names, means, strict=True)), **trainer.metrics}
-        trainer.metrics["seconds_epoch"] = time.perf_counter() - trainer.epoch_began
+        now = time.perf_counter()
+        trainer.metrics["seconds_epoch"], self._since_line = now - self._since_line, now
+        trainer.history.append({"epoch": trainer.epoch, "iter": trainer.iter, **trainer.metrics})
         for writer in self.writers:
             writer.epoch(trainer.epoch, trainer.iter, trainer.metrics)
 
@@ -366,6 +303,125 @@ class LogHook(HookBase):
         """Close the writers."""
         for writer in self.writers:
             writer.close()
+
+
+class CheckpointHook(HookBase):
+    """Saves every `period` epochs and after the last one; `best.pth` is the best by mAP on the first test set.
+
+    Args:
+        folder: where the files go.
+        config: YAML text of the complete config.
+        period: epochs; 0 = never.
+        keep: newest files that stay.
+        improved: tells whether this epoch's evaluation was the best so far.
+        images: what tells the training images from others, see `data.fingerprint.fingerprint`; "" = not known.
+    """
+
+    order = 100
+
+    def __init__(
+        self,
+        folder: Path,
+        config: str,
+        *,
+        period: int = 1,
+        keep: int = 1,
+        improved: Callable[[], bool] = lambda: False,
+        images: str = "",
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.period = period
+        self.keep = keep
+        self.improved = improved
+        self.images = images
+        self.seconds: float | None = None
+
+    def before_epoch(self) -> None:
+        """Give the time of the save to the epoch that follows it, whose line is still to be written."""
+        if self.seconds is not None:
+            self.trainer.metrics["seconds_checkpoint"] = self.seconds
+            self.seconds = None
+
+    def after_epoch(self) -> None:
+        """Save if it is time."""
+        trainer = self.trainer
+        if not self.period or not (trainer.last_epoch or self.improved() or _is_due(trainer.epoch, self.period)):
+            return
+        start = time.perf_counter()
+        self._save()
+        self.seconds = time.perf_counter() - start
+
+    def _save(self) -> None:
+        trainer = self.trainer
+        content = {
+            **trainer.state_dict(),
+            "random": comm.gather_objects(random_state()),
+            "history": trainer.history,
+            "num_images": trainer.model.num_images,
+            "config": self.config,
+            "images": self.images,
+            "is_best": self.improved(),
+        }
+        if comm.rank() == 0:
+            file = self.folder / f"checkpoint_{trainer.epochs_done:04d}.pth"
+            checkpoint.save_checkpoint(content, file)
+            checkpoint.point_to_last(file)
+            if content["is_best"]:
+                checkpoint.copy_checkpoint(file, self.folder / checkpoint.BEST)
+            for old in checkpoint.numbered_checkpoints(self.folder)[: -self.keep or None]:
+                if old != file:
+                    old.unlink()
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint of the folder.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it was made with another config or other images, or has more epochs than `SOLVER.EPOCHS`.
+        """
+        file = checkpoint.last_checkpoint(self.folder)
+        content = checkpoint.load_checkpoint(file)
+        refuse_other_config(content["config"], self.config, file)
+        self._refuse_other_run(content, file)
+        self.trainer.load_state_dict(content)
+        self.trainer.history = content.get("history", [])
+        if comm.rank() == 0 and content.get("is_best"):  # a run may have been killed between the two files
+            checkpoint.copy_checkpoint(file, self.folder / checkpoint.BEST)
+        if len(content["random"]) == comm.world():
+            set_random_state(content["random"][comm.rank()])
+        else:
+            logger.warning(
+                "checkpoint: %s was written by %d processes, now there are %d; random numbers start anew.",
+                file,
+                len(content["random"]),
+                comm.world(),
+            )
+        logger.info("Resumed from %s after %d epochs", file, self.trainer.epochs_done)
+        if self.trainer.epochs_done == self.trainer.epochs:
+            logger.info(
+                "All %d epochs are done, nothing is left to train. To train longer raise SOLVER.EPOCHS.",
+                self.trainer.epochs,
+            )
+
+    def _refuse_other_run(self, content: Mapping[str, Any], file: Path) -> None:
+        lacking = {"optimizer", "scaler", "hooks", "random", "epochs_done", "iter"} - content.keys()
+        if lacking:
+            raise InvalidValue(
+                f"checkpoint: {file} holds weights without the state of a run ({', '.join(sorted(lacking))}). Start "
+                f"anew in another OUTPUT_DIR with MODEL.WEIGHTS {file}."
+            )
+        if content["epochs_done"] > self.trainer.epochs:
+            raise InvalidValue(
+                f"SOLVER.EPOCHS is {self.trainer.epochs}, but {file} has done {content['epochs_done']} epochs; as many "
+                f"or more are accepted. Raise it, or start anew in another OUTPUT_DIR."
+            )
+        if content.get("images") and self.images and content["images"] != self.images:
+            raise InvalidValue(
+                f"checkpoint: {file} was made with other training images: files were added, removed, renamed or "
+                f"changed since, and memory and labels count them in order. Restore the images, or start anew in "
+                f"another OUTPUT_DIR with MODEL.WEIGHTS {file}."
+            )
 
 
 def _is_due(epoch: int, period: int) -> bool:

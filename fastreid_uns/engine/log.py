@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from fastreid_uns.engine.run_folder import unwritable
 from fastreid_uns.errors import MissingPackage, UnknownName
 from fastreid_uns.registry import did_you_mean
 from fastreid_uns.utils import comm
+from fastreid_uns.utils.atomic import append, replacing
 
 logger = logging.getLogger("fastreid_uns")
 
@@ -87,8 +88,13 @@ class _File(logging.FileHandler):
 class Writer(Protocol):
     """Takes the numbers of steps and epochs."""
 
-    def resume(self, epoch: int) -> None:
-        """Forget what was written of `epoch` and later ones, which will be run again."""
+    def resume(self, epoch: int, lines: Sequence[Mapping[str, float]]) -> None:
+        """Forget what was written of `epoch` and later ones, which will be run again; restore what is lost of `lines`.
+
+        Args:
+            epoch: the one that comes next.
+            lines: `epoch`, `iter` and numbers of the epochs before it, as far as the checkpoint has them.
+        """
 
     def step(self, iteration: int, numbers: Mapping[str, float]) -> None:
         """Numbers of the steps since the last call."""
@@ -103,7 +109,7 @@ class Writer(Protocol):
 class TextWriter:
     """One line for each epoch and each period of steps, to the logger."""
 
-    def resume(self, epoch: int) -> None:
+    def resume(self, epoch: int, lines: Sequence[Mapping[str, float]]) -> None:
         """Nothing to forget."""
 
     def step(self, iteration: int, numbers: Mapping[str, float]) -> None:
@@ -127,22 +133,54 @@ class JsonWriter:
     def __init__(self, folder: Path) -> None:
         self.file = folder / "metrics.jsonl"
 
-    def resume(self, epoch: int) -> None:
-        """Drop the lines of epochs that will be run again."""
-        if self.file.is_file():
-            lines = [line for line in self.file.read_text().splitlines() if json.loads(line)["epoch"] < epoch]
-            self.file.write_text("".join(f"{line}\n" for line in lines))
+    def resume(self, epoch: int, lines: Sequence[Mapping[str, float]]) -> None:
+        """Write the lines of the epochs before anew: those of the file where they are whole, else the given ones."""
+        known = {line["epoch"]: line for line in [*lines, *read_metrics(self.file)] if line["epoch"] < epoch}
+        if not known and not os.path.lexists(self.file):
+            return
+        text = "".join(f"{json.dumps(known[number])}\n" for number in sorted(known))
+        try:
+            with replacing(self.file) as stream:
+                stream.write(text.encode())
+        except OSError as error:
+            raise unwritable(self.file, error) from error
 
     def step(self, iteration: int, numbers: Mapping[str, float]) -> None:
         """Steps are not written."""
 
     def epoch(self, epoch: int, iteration: int, numbers: Mapping[str, float]) -> None:
-        """Append a line."""
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"epoch": epoch, "iter": iteration, **numbers}) + "\n")
+        """Append a line.
+
+        Raises:
+            RuntimeError: the disk is full or not writable, or a link is in the place of the file.
+        """
+        line = json.dumps({"epoch": epoch, "iter": iteration, **numbers})
+        try:
+            append(self.file, f"{line}\n".encode())
+        except OSError as error:
+            raise unwritable(self.file, error) from error
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a `metrics.jsonl`; none if there is no such file.
+
+    A line that a full disk, or a copy that was broken off, left incomplete is passed over with a warning.
+    """
+    lines = []
+    for number, text in enumerate(
+        file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else [], 1
+    ):
+        try:
+            line = json.loads(text)
+            line["epoch"] = int(line["epoch"])
+        except (ValueError, TypeError, KeyError):
+            logger.warning("%s: line %d is damaged (%r) and is passed over.", file, number, text[-40:])
+        else:
+            lines.append(line)
+    return lines
 
 
 class TensorBoardWriter:
@@ -155,7 +193,7 @@ class TensorBoardWriter:
             raise _missing("tensorboard") from error
         self.writer = SummaryWriter(str(folder / "tensorboard"))
 
-    def resume(self, epoch: int) -> None:
+    def resume(self, epoch: int, lines: Sequence[Mapping[str, float]]) -> None:
         """TensorBoard shows the later events over the earlier ones."""
 
     def step(self, iteration: int, numbers: Mapping[str, float]) -> None:
@@ -183,7 +221,7 @@ class WandbWriter:
             raise _missing("wandb") from error
         self.run: Any = wandb.init(dir=str(folder), name=folder.name)
 
-    def resume(self, epoch: int) -> None:
+    def resume(self, epoch: int, lines: Sequence[Mapping[str, float]]) -> None:
         """A resumed run is a new one there."""
 
     def step(self, iteration: int, numbers: Mapping[str, float]) -> None:

@@ -12,8 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastreid_uns.data.image_set import to_device
 from fastreid_uns.errors import InvalidState, InvalidValue
 from fastreid_uns.hook import HookBase
+from fastreid_uns.modeling.losses import at_least_float32
+from fastreid_uns.modeling.memory import moved_once
 from fastreid_uns.modeling.meta_arch import MetaArch
 from fastreid_uns.structures import Batch
 from fastreid_uns.utils import comm
@@ -43,7 +46,7 @@ class Trainer:
         hooks: see `HookBase`.
         amp: dtype of mixed precision, None for float32; float16 brings a gradient scaler.
         clip: largest gradient norm, None for no clipping.
-        accumulate: parts into which a batch is cut to save memory; rows stay in order.
+        accumulate: parts into which a batch is cut to save memory, see `Trainer.step`.
         channels_last: memory format of the images; the model must have it too.
         find_unused: passed to DistributedDataParallel.
 
@@ -52,8 +55,9 @@ class Trainer:
         iter: optimiser steps done in the whole run.
         batch_size: images of this process in the latest step.
         epoch_began: moment at which this epoch began, by `time.perf_counter`.
-        last: outputs of the latest step, detached, still on the device.
+        last: outputs of the latest step, detached, still on the device; of a batch in parts their mean.
         metrics: numbers of this epoch, which hooks write and the log hook reads; cleared when an epoch begins.
+        history: `epoch`, `iter` and metrics of each epoch that is done.
         folder: where the files of the run go, None for nowhere.
     """
 
@@ -92,6 +96,7 @@ class Trainer:
         self.epoch_began = 0.0
         self.last: dict[str, Tensor] = {}
         self.metrics: dict[str, float] = {}
+        self.history: list[dict[str, float]] = []
         self.stop_reason: str | None = None
         self._first_bad = torch.full((), -1, device=self.device)
         self._parallel = comm.wrap(model, self.device, find_unused)
@@ -182,13 +187,18 @@ class Trainer:
         self.check_finite()
 
     def step(self, batch: Batch) -> None:
-        """One optimiser step: forward, sum of `loss*`, backward, clip, update."""
+        """One optimiser step: forward, sum of `loss*`, backward, clip, update.
+
+        In parts, the loss is the mean of theirs and memories move once, after the last one, as with the whole batch.
+        What looks at the images of a batch together sees those of a part: batch norm, unless `MODEL.GHOST_BATCH`
+        divides a part, and losses that compare the images of a batch with each other.
+        """
         parts = _split(batch, self.accumulate)
-        for number, part in enumerate(parts):
-            joins = number + 1 == len(parts) or self._parallel is self.model
-            # gradients of the processes are averaged once, with the last part
-            with contextlib.nullcontext() if joins else self._parallel.no_sync():  # type: ignore[operator]
-                self._backward(part, 1.0 / len(parts))
+        with moved_once(self.model) if len(parts) > 1 else contextlib.nullcontext():
+            outputs = [self._backward(part, number + 1 == len(parts)) for number, part in enumerate(parts)]
+        self.last = outputs[0] if len(parts) == 1 else _mean(outputs)
+        good = torch.isfinite(self.last["loss"]) | (self._first_bad >= 0)
+        self._first_bad = torch.where(good, self._first_bad, self.iter)
         self._call("after_backward")
         if self.clip:
             self.scaler.unscale_(self.optimizer)
@@ -197,10 +207,18 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _backward(self, batch: Batch, share: float) -> None:
+    def _backward(self, batch: Batch, last: bool) -> dict[str, Tensor]:
+        """The outputs of a part, detached; the processes average their gradients once, with the last part."""
         if self.channels_last:
             views = tuple(view.contiguous(memory_format=torch.channels_last) for view in batch.views)
             batch = batch._replace(views=views)
+        alone = last or self._parallel is self.model
+        with contextlib.nullcontext() if alone else self._parallel.no_sync():  # type: ignore[operator]
+            outputs, loss = self._forward(batch)
+            self.scaler.scale(loss / self.accumulate).backward()
+        return {"loss": loss.detach(), **{name: value.detach() for name, value in outputs.items()}}
+
+    def _forward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
             outputs = self._parallel(batch)
             losses = [value for name, value in outputs.items() if name.startswith("loss")]
@@ -209,11 +227,7 @@ class Trainer:
                     f"{type(self.model).__name__}.forward returned {', '.join(outputs) or 'nothing'}; at least one "
                     f"key must begin with 'loss'."
                 )
-            loss = torch.stack([value.float() for value in losses]).sum()
-        self.scaler.scale(loss * share).backward()
-        self.last = {"loss": loss.detach(), **{name: value.detach() for name, value in outputs.items()}}
-        good = torch.isfinite(self.last["loss"]) | (self._first_bad >= 0)
-        self._first_bad = torch.where(good, self._first_bad, self.iter)
+            return outputs, torch.stack([at_least_float32(value) for value in losses]).sum()
 
     def check_finite(self) -> None:
         """Raise if a loss since the start was not finite; the one place where the host waits for the device.
@@ -275,14 +289,40 @@ class Trainer:
 
 
 def _split(batch: Batch, parts: int) -> list[Batch]:
-    """The batch cut along its rows, which stay in order."""
+    """The batch cut along its rows, which stay in order; each part holds its share of every domain."""
     if parts == 1:
         return [batch]
-    rows = len(batch.index)
-    if rows % parts:
-        raise InvalidValue(
-            f"SOLVER.ACCUMULATE {parts} does not divide the {rows} images of a process. Choose a divisor."
-        )
-    views = zip(*(view.chunk(parts) for view in batch.views), strict=True)
-    rest = zip(*(value.chunk(parts) for value in batch[1:]), strict=True)
-    return [Batch(view, *values) for view, values in zip(views, rest, strict=True)]
+    rows: list[list[int]] = [[] for _ in range(parts)]
+    domains = batch.domains.tolist()
+    for domain in dict.fromkeys(domains):
+        own = [row for row, of in enumerate(domains) if of == domain]
+        size, rest = divmod(len(own), parts)
+        if rest:
+            images = f"{len(own)} images" if len(own) == len(domains) else f"{len(own)} images of domain {domain}"
+            raise InvalidValue(
+                f"SOLVER.ACCUMULATE {parts} does not divide the {images} of a process. Choose a divisor."
+            )
+        for number in range(parts):
+            rows[number] += own[number * size : (number + 1) * size]
+    return [_rows(batch, sorted(own)) for own in rows]
+
+
+def _rows(batch: Batch, rows: list[int]) -> Batch:
+    """Some rows of a batch, in order."""
+    if rows[-1] - rows[0] + 1 == len(rows):
+        part = slice(rows[0], rows[-1] + 1)
+        return Batch(tuple(view[part] for view in batch.views), *(value[part] for value in batch[1:]))
+    index = torch.tensor(rows)
+    there = to_device(index, batch.index.device)
+    views = tuple(view[there] for view in batch.views)
+    rest = [value[there if value.device == there.device else index] for value in batch[1:]]
+    return Batch(views, *rest)
+
+
+def _mean(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each scalar over the parts of a batch; of other outputs the rows of all parts."""
+    together = {name: torch.stack([part[name] for part in outputs]) for name in outputs[0]}
+    return {
+        name: at_least_float32(value).mean(0) if value[0].numel() == 1 else value.flatten(0, 1)
+        for name, value in together.items()
+    }

@@ -6,6 +6,8 @@ with. All ranks gather the same updates in the same order and hold equal rows.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastreid_uns.errors import InvalidValue
+from fastreid_uns.modeling.losses import at_least_float32
 from fastreid_uns.registry import MEMORY_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
 from fastreid_uns.utils import comm
@@ -34,6 +37,7 @@ class Memory(nn.Module):
     moves = True  # whether training moves the rows; else a clustering alone does
     splits_labels = False  # whether images of one row always have one label, so that `expect` bounds its images
     _expected: tuple[int, int] | None = None
+    _kept: list[tuple[Tensor, Tensor]] | None = None  # images of the parts of a batch, see `moved_once`
 
     def __init__(self, dim: int, *, momentum: float = 0.1, temperature: float = 0.05) -> None:
         super().__init__()
@@ -64,16 +68,24 @@ class Memory(nn.Module):
             (B, rows) float32, with gradient to `feats` only.
         """
         with torch.autocast(feats.device.type, enabled=False):
-            logits = feats.float() @ self.features.T / self.temperature
+            inputs = at_least_float32(feats)
+            logits = inputs @ self.features.to(inputs.dtype).T / self.temperature
         if self.training and self.moves:
             self.update(feats.detach(), labels)
         return logits
 
     @torch.no_grad()
     def update(self, feats: Tensor, labels: Tensor) -> None:
-        """Gather the images of all ranks, equally many each, and replace `features` by the moved rows."""
+        """Gather the images of all ranks, equally many each, and replace `features` by the moved rows.
+
+        Within `moved_once` this happens at its end.
+        """
+        if self._kept is not None:
+            self._kept.append((feats, labels))
+            return
         with torch.autocast(feats.device.type, enabled=False):
-            self.features = self._moved(comm.all_gather(feats.float(), equal=True), comm.all_gather(labels, equal=True))
+            feats = comm.all_gather(feats.to(self.features.dtype), equal=True)
+            self.features = self._moved(feats, comm.all_gather(labels, equal=True))
 
     def expect(self, most: int, images: int) -> None:
         """Before an epoch: of the `images` in a batch of all processes at most `most` have the same label."""
@@ -86,6 +98,28 @@ class Memory(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         take_shapes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@contextlib.contextmanager
+def moved_once(model: nn.Module) -> Iterator[None]:
+    """While it lasts, the memories of a model keep their rows; at its end each moves once, by all images in order.
+
+    So a batch that goes through the model in parts sees and leaves the rows that the whole batch would.
+    """
+    memories = [module for module in model.modules() if isinstance(module, Memory)]
+    for memory in memories:
+        memory._kept = []
+    try:
+        yield
+    except BaseException:
+        for memory in memories:
+            memory._kept = None
+        raise
+    for memory in memories:
+        kept, memory._kept = memory._kept, None
+        if kept:
+            feats, labels = zip(*kept, strict=True)
+            memory.update(torch.cat(feats), torch.cat(labels))
 
 
 @MEMORY_REGISTRY.register()

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.memory import InstanceMemory
 from fastreid_uns.registry import MEMORY_REGISTRY
 from fastreid_uns.structures import FeatureBank, PseudoLabels
@@ -26,6 +27,10 @@ class HybridMemory(InstanceMemory):
             writes it, instead of towards each image in turn, as the published code does.
         target_first: let the gradient of source images see the rows that the unlabelled images of the same batch have
             moved already, as the published code does by the order of its backward pass; the loss does not change.
+            Needs the whole batch at once, so `SOLVER.ACCUMULATE` 1.
+
+    Raises:
+        ValueError: a parameter out of range; in `forward`, `target_first` and a batch in parts.
 
     Source: Ge et al. 2020 (SpCL), hybrid memory and its momentum updates.
     """
@@ -74,6 +79,11 @@ class HybridMemory(InstanceMemory):
         logits = super().forward(feats, labels)
         if not (self.training and self.target_first):
             return logits
+        if self._kept is not None:
+            raise InvalidValue(
+                "MODEL.MEMORY.TARGET_FIRST is true and SOLVER.ACCUMULATE above 1; the rows that the whole batch moves "
+                "are needed for its gradient. Set ACCUMULATE to 1, or TARGET_FIRST to false."
+            )
         moved = torch.cat([before[: self._sources], self.features[self._sources :]])
         with torch.autocast(feats.device.type, enabled=False):
             after = feats.float() @ moved.T / self.temperature

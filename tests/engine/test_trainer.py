@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastreid_uns.engine.trainer import Trainer
+from fastreid_uns.engine.trainer import Trainer, _split
 from fastreid_uns.hook import HookBase
 from fastreid_uns.structures import Batch
 
@@ -167,3 +167,42 @@ def test_state_of_a_stopped_run_continues_to_the_same_weights():
     second.train()
     assert torch.equal(second.model.layer.weight, straight.model.layer.weight)
     assert second.iter == straight.iter == 9
+
+
+def test_a_batch_in_parts_logs_the_mean_over_the_parts():
+    trainer = make(accumulate=4)
+    batch = next(trainer.feed.epoch(0))
+    with torch.no_grad():
+        parts = [
+            trainer.model(Batch((batch.views[0][i : i + 2],), *(v[i : i + 2] for v in batch[1:])))
+            for i in range(0, 8, 2)
+        ]
+    trainer.step(batch)
+    for name in ("loss_a", "loss_b", "size"):
+        assert float(trainer.last[name]) == pytest.approx(sum(float(part[name]) for part in parts) / 4, rel=1e-6)
+    assert float(trainer.last["loss"]) == pytest.approx(
+        float(trainer.last["loss_a"] + trainer.last["loss_b"]), rel=1e-6
+    )
+
+
+def test_a_part_that_is_not_finite_is_noticed_whichever_it_is():
+    trainer = make(accumulate=4)
+    batch = next(trainer.feed.epoch(0))
+    batch.views[0][0] = torch.nan
+    trainer.step(batch)
+    with pytest.raises(RuntimeError, match="not finite since step 0"):
+        trainer.check_finite()
+
+
+def test_each_part_of_a_joint_batch_holds_its_share_of_every_domain():
+    """Four source images, then two unlabelled ones."""
+    number = torch.arange(6)
+    batch = Batch((number.float().view(6, 1, 1, 1),), number, number * 10, number, torch.tensor([1, 1, 1, 1, 0, 0]))
+    parts = _split(batch, 2)
+    assert [part.index.tolist() for part in parts] == [[0, 1, 4], [2, 3, 5]]
+    for part in parts:
+        assert part.labels.tolist() == [10 * i for i in part.index.tolist()]
+        assert part.views[0].flatten().tolist() == part.index.tolist()
+        assert part.domains.tolist() == [1, 1, 0]
+    with pytest.raises(ValueError, match=r"ACCUMULATE 4 does not divide the 2 images of domain 0 of a process"):
+        _split(batch, 4)

@@ -1,4 +1,5 @@
 import errno
+import logging
 import os
 import signal
 import subprocess
@@ -57,6 +58,109 @@ def test_a_process_killed_while_saving_leaves_the_old_file(tmp_path):
     assert checkpoint.load_checkpoint(file)["model"]["weight"][0, 0] == 1
     checkpoint.save_checkpoint(content(2.0), file)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_every_flipped_bit_is_refused(tmp_path):
+    """One bit in each of 150 bytes spread over the file, headers and checksum included, and in each of the last 90."""
+    checkpoint.save_checkpoint(content(), tmp_path / "a.pth")
+    whole = (tmp_path / "a.pth").read_bytes()
+    places = {*range(0, len(whole), len(whole) // 150), *range(len(whole) - 90, len(whole))}
+    for place in sorted(places):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        (tmp_path / "b.pth").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"b\.pth is "):
+            checkpoint.load_checkpoint(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 0.999])
+def test_a_file_that_was_cut_off(tmp_path, share):
+    checkpoint.save_checkpoint(content(), tmp_path / "a.pth")
+    whole = (tmp_path / "a.pth").read_bytes()
+    (tmp_path / "a.pth").write_bytes(whole[: max(4, int(share * len(whole)))])
+    with pytest.raises(ValueError, match=r"a\.pth is damaged or cut off.*Delete it to go on from an earlier one"):
+        checkpoint.load_checkpoint(tmp_path / "a.pth")
+
+
+def test_a_file_without_our_checksum_is_read_by_those_of_its_archive(tmp_path):
+    torch.save(content(3.0), tmp_path / "a.pth")
+    assert checkpoint.load_checkpoint(tmp_path / "a.pth")["model"]["weight"][0, 0] == 3
+    whole = bytearray((tmp_path / "a.pth").read_bytes())
+    place = whole.index(torch.full((4,), 3.0).numpy().tobytes())
+    whole[place + 2] ^= 1
+    (tmp_path / "a.pth").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"damaged or cut off \(the checksum of a/data/0 is another one\)"):
+        checkpoint.load_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"", "an empty file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html><html><body>Sign in</body></html>", "an HTML page"),
+        (b"epoch 3 loss 0.5\n", "text that begins with 'epoch 3"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "a PNG picture"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(tmp_path, data, kind):
+    (tmp_path / "a.pth").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"checkpoint: \S*a\.pth is {kind}"):
+        checkpoint.load_checkpoint(tmp_path / "a.pth")
+
+
+def test_a_planted_link_is_replaced_and_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("keep me")
+    (tmp_path / "a.pth").symlink_to(victim)
+    (tmp_path / "a.pth.part").symlink_to(victim)
+    (tmp_path / "last").symlink_to(victim)
+    checkpoint.save_checkpoint(content(), tmp_path / "a.pth")
+    checkpoint.point_to_last(tmp_path / "a.pth")
+    assert victim.read_text() == "keep me"
+    assert not (tmp_path / "a.pth").is_symlink()
+    assert not (tmp_path / "last").is_symlink()
+
+
+def test_the_mask_of_the_user_decides_who_may_read(tmp_path):
+    old = os.umask(0o027)
+    try:
+        checkpoint.save_checkpoint(content(), tmp_path / "a.pth")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a.pth").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("pointer", [None, "", "checkpoint_0099.pth", "../elsewhere.pth", "\0\xff"])
+def test_without_a_good_pointer_the_newest_checkpoint_is_found(tmp_path, pointer, caplog):
+    for name in ("checkpoint_0003.pth", "checkpoint_0012.pth", "checkpoint_10000.pth", "checkpoint_x.pth", "best.pth"):
+        (tmp_path / name).touch()
+    (tmp_path.parent / "elsewhere.pth").touch()
+    if pointer is not None:
+        (tmp_path / "last").write_text(pointer)
+    logging.getLogger("fastreid_uns").propagate = True
+    assert checkpoint.last_checkpoint(tmp_path).name == "checkpoint_10000.pth"
+    assert "names no checkpoint; checkpoint_10000.pth is the newest one" in caplog.text
+    checkpoint.point_to_last(tmp_path / "checkpoint_0003.pth")
+    assert checkpoint.last_checkpoint(tmp_path).name == "checkpoint_0003.pth"
+
+
+def test_the_copy_of_a_checkpoint_is_equal_and_written_whole(tmp_path, monkeypatch):
+    one, two = tmp_path / "a.pth", tmp_path / "best.pth"
+    checkpoint.save_checkpoint(content(1.0), one)
+    checkpoint.copy_checkpoint(one, two)
+    assert one.read_bytes() == two.read_bytes()
+    checkpoint.save_checkpoint(content(2.0), one)
+
+    def full(source, target):
+        target.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    with pytest.raises(RuntimeError, match=r"best\.pth could not be written.*No space left"):
+        checkpoint.copy_checkpoint(one, two)
+    assert checkpoint.load_checkpoint(two)["model"]["weight"][0, 0] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "best.pth"]
 
 
 class Malicious:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastreid_uns.modeling.memory import moved_once
 from fastreid_uns.projects.SpCL.losses import UnifiedContrastLoss
 from fastreid_uns.projects.SpCL.memory import HybridMemory
 from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
@@ -145,6 +146,35 @@ def test_source_rows_move_once_towards_the_mean_of_their_images(joint):
     assert not torch.allclose(memory.features[0], plain.features[0])
     memory(feats[3:], memory.rows(batch)[3:])
     torch.testing.assert_close(memory.features[:2], expected)  # no source image, no change
+
+
+@pytest.mark.parametrize("keys", [{}, {"source_mean": True}])
+def test_a_joint_batch_in_parts_moves_rows_and_costs_as_the_whole_one(joint, keys):
+    """Parts of one source and one unlabelled image each."""
+    bank, pseudo, batch, feats = joint
+    whole, parts = (HybridMemory(4, momentum=0.3, **keys) for _ in range(2))
+    for held in (whole, parts):
+        held.reset(pseudo, bank)
+    rows, loss = whole.rows(batch), UnifiedContrastLoss()
+    expected = loss(whole.label_logits(whole(feats, rows)), batch.labels, batch.domains)
+    costs = []
+    with moved_once(parts):
+        for i in range(3):
+            part = [i, i + 3]
+            logits = parts.label_logits(parts(feats[part], rows[part]))
+            costs.append(loss(logits, batch.labels[part], batch.domains[part]))
+    torch.testing.assert_close(torch.stack(costs).mean(), expected)
+    assert torch.equal(parts.features, whole.features)
+
+
+def test_a_gradient_that_needs_the_moved_rows_refuses_parts(joint):
+    bank, pseudo, batch, feats = joint
+    memory = HybridMemory(4, target_first=True)
+    memory.reset(pseudo, bank)
+    rows = memory.rows(batch)
+    wanted = r"TARGET_FIRST is true and SOLVER\.ACCUMULATE above 1.*Set ACCUMULATE to 1"
+    with moved_once(memory), pytest.raises(ValueError, match=wanted):
+        memory(feats, rows)
 
 
 def test_saved_rows_are_clustered_after_loading(joint):
