@@ -1,0 +1,329 @@
+"""Files, bytes, Pillow images and arrays as RGB pixels of 8 bits: what a viewer shows.
+
+Every part that looks at a picture reads it here.
+
+* Orientation: the tag of the camera (EXIF or XMP) is applied; a damaged tag counts as none.
+* Transparency: composed on white, for alpha channels, palettes and single transparent colours.
+* Grey, palette, CMYK, YCbCr, Lab and 1-bit pictures: as Pillow converts them to RGB. Colour profiles are not applied.
+* Several frames or pages: the first one.
+* More than 8 bits, or floating point: `to_eight_bits` says by which rule.
+
+An 8-bit RGB JPEG without an orientation tag keeps its pixels bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import stat
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from fastreid_uns.errors import InvalidValue, MissingFile
+from fastreid_uns.utils.paths import path_manager, printable
+
+BACKGROUND = (255, 255, 255)
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")  # none starts a program
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+_ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+_REMEDY = "Replace it, or leave it out."
+# what Pillow and its codecs raise for files that are no image, broken or cut off
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,  # where warnings are errors
+)
+_SIGNATURES = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"II*\0", b"MM\0*", b"BM", b"GIF8", b"\0\0\0\x0cjP")
+_OTHERS = {
+    b"%PDF": "a PDF document",
+    b"PK\x03\x04": "a ZIP archive",
+    b"%!PS": "a PostScript document",
+    b"8BPS": "a Photoshop document",
+    b"\x1f\x8b": "a gzip archive",
+}
+
+
+class UnreadableImage(InvalidValue):
+    """A picture that cannot be read.
+
+    Attributes:
+        where: its name.
+        cause: what was found, a clause without a full stop.
+        remedy: what to do, a sentence.
+    """
+
+    def __init__(self, where: str, cause: str = "", remedy: str = _REMEDY) -> None:
+        super().__init__(where, cause, remedy)  # all three, so that it survives the way out of a worker process
+        self.where, self.cause, self.remedy = where, cause, remedy
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.cause}. {self.remedy}" if self.cause else self.where
+
+
+class _Refused(ValueError):
+    """Cause and remedy, where the name is not known."""
+
+
+def read_image(source: Any, name: str = "") -> Image.Image:
+    """An RGB picture as a viewer shows it.
+
+    Args:
+        source: a path, the bytes of a file, a Pillow image, or an array of shape (H,W), (H,W,1), (H,W,3) or (H,W,4):
+            grey, RGB or RGB and alpha, of any type that `to_eight_bits` accepts. It is not changed.
+        name: of the picture in messages, where `source` is no path.
+
+    Returns:
+        Mode RGB, loaded. It is the given image where nothing had to be done.
+
+    Raises:
+        MissingFile: the path leads nowhere.
+        UnreadableImage: it is no picture, damaged, empty, too large, or its values cannot be mapped.
+    """
+    with _opened(source, name) as image:
+        image.load()  # TIFF files are upright after it, and the tags of PNG may come last
+        rgb = _as_rgb(image)
+        turn = _UPRIGHT.get(_orientation(image))
+        return rgb if turn is None else rgb.transpose(turn)
+
+
+def read_pixels(source: Any, size: tuple[int, int], name: str = "") -> np.ndarray:
+    """The picture of `read_image` at one size, resized with Pillow's bicubic filter as the published recipes do.
+
+    Args:
+        source, name: see `read_image`.
+        size: height and width in pixels.
+
+    Returns:
+        (3,H,W) uint8.
+    """
+    resized = read_image(source, name).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+
+
+def read_size(source: Any, name: str = "") -> tuple[int, int]:
+    """Height and width in pixels as a viewer shows the picture, from its header alone.
+
+    Raises: as `read_image`, as far as the header tells.
+    """
+    with _opened(source, name) as image:
+        width, height = image.size
+        tags = getattr(image, "tag_v2", None)
+        if tags is not None:  # Pillow may have exchanged the sides already
+            width, height = int(tags[256]), int(tags[257])
+        return (width, height) if _orientation(image, header_only=True) >= 5 else (height, width)
+
+
+def why_unreadable(path: str | Path) -> str:
+    """Why a file cannot be decoded to its last row; empty if it can."""
+    try:
+        read_image(path)
+    except MissingFile:
+        return "missing"
+    except UnreadableImage as error:
+        return error.cause
+    return ""
+
+
+def to_eight_bits(values: np.ndarray) -> np.ndarray:
+    """Values of any depth as uint8; the largest one of the picture decides what they mean.
+
+    | type | largest value | read as | becomes |
+    |---|---|---|---|
+    | bool | | off, on | 0, 255 |
+    | integer | up to 255 | 8 bits | the value |
+    | integer | up to 4095 | 12 bits (many cameras write them into files of 16) | value >> 4 |
+    | integer | up to 65535 | 16 bits | value >> 8, as Pillow reads colour pictures of 16 bits |
+    | integer | above | as many bits as it takes | the upper 8 |
+    | floating point | up to 1.1 | 0..1 | rounded value * 255 |
+    | floating point | up to 280 | 0..255 | the rounded value |
+    | floating point | above | as integers | as integers |
+
+    Floating-point values may overshoot by a tenth at either end, as resizing filters do; they are clipped.
+
+    Args:
+        values: any shape, at least one value.
+
+    Raises:
+        ValueError: negative values, NaN or infinite ones, or a type that is no number.
+    """
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values * np.uint8(255)
+    if values.dtype.kind not in "iuf":
+        raise _Refused(f"the values are of type {values.dtype}", "Pass integers, floating-point numbers or booleans.")
+    real = values.dtype.kind == "f"
+    low, high = values.min(), values.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise _Refused("some values are NaN or infinite", "Replace them by numbers, or leave it out.")
+    top = 1.0 if real and high <= 1.1 else 255.0
+    if low < (-0.1 * max(1.0, high) if real else 0):
+        raise _Refused(
+            f"the values run from {low:.4g} to {high:.4g}, and none may be negative",
+            "Do not normalise them; map them to 0..1 or 0..255.",
+        )
+    if high <= (1.1 * top if real else 255):
+        return np.rint(np.clip(values * (255 / top) if real else values, 0, 255)).astype(np.uint8)
+    bits = next((depth for depth in (12, 16) if high < 2**depth), int(high).bit_length())
+    return (np.clip(values, 0, None) // 2 ** (bits - 8)).astype(np.uint8)
+
+
+@contextmanager
+def _opened(source: Any, name: str) -> Iterator[Image.Image]:
+    """A Pillow image of the source, header read; what goes wrong under it is told with the name of the picture."""
+    head = b""
+    try:
+        if isinstance(source, (str, Path, bytes, bytearray, memoryview)):
+            with _stream(source) as stream:
+                head = stream.peek()[:64]
+                with Image.open(stream, formats=_formats()) as image:
+                    yield image
+        elif isinstance(source, np.ndarray):
+            yield _from_array(source)
+        elif isinstance(source, Image.Image):
+            _check_sides(*source.size)
+            yield source
+        else:
+            raise _Refused(f"{_kind(source)} is no picture", "Pass a path, bytes, a Pillow image or an array.")
+    except FileNotFoundError:
+        raise MissingFile(f"{_where(source, name)}: there is no such file. Check the path.") from None
+    except _BROKEN as error:
+        raise UnreadableImage(_where(source, name), *_cause(error, head)) from error
+
+
+def _where(source: object, name: str) -> str:
+    return printable(source) if isinstance(source, (str, Path)) else name or f"a picture given as {_kind(source)}"
+
+
+def _kind(source: object) -> str:
+    return (
+        f"an array {source.shape}" if isinstance(source, np.ndarray) else f"an object of type {type(source).__name__}"
+    )
+
+
+def _stream(source: str | Path | bytes | bytearray | memoryview) -> io.BufferedReader:
+    if not isinstance(source, (str, Path)):
+        return io.BufferedReader(io.BytesIO(source))
+    local = path_manager.get_local_path(os.fspath(source))
+    mode = os.stat(local).st_mode
+    if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
+        raise _Refused(f"this is {_KINDS.get(stat.S_IFMT(mode), 'a device')}, no file", _REMEDY)
+    return open(local, "rb")
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
+        raise _Refused(f"an array {array.shape}; (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) is accepted", "Reshape it.")
+    _check_sides(array.shape[1], array.shape[0])
+    return Image.fromarray(np.ascontiguousarray(to_eight_bits(array)))
+
+
+def _check_sides(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise _Refused(f"the picture is empty ({height} x {width} pixels)", "Leave it out, or crop it again.")
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Loaded pixels in RGB, not yet upright."""
+    if image.mode in _DEEP_MODES:
+        return _deep_as_rgb(image)
+    if _is_transparent(image):
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _deep_as_rgb(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    gray = to_eight_bits(values)
+    if getattr(image, "tag_v2", {}).get(262) == 0:  # TIFF, 0 is white: Pillow heeds it up to 8 bits
+        gray = 255 - gray
+    if isinstance(key := image.info.get("transparency"), int):  # PNG: one value is transparent
+        gray = np.where(values == key, np.uint8(BACKGROUND[0]), gray)
+    return Image.fromarray(gray).convert("RGB")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    if image.mode in _ALPHA_MODES or (image.mode == "P" and image.palette and image.palette.mode.endswith("A")):
+        return True
+    return image.mode in ("P", "RGB", "L", "1") and image.info.get("transparency") is not None
+
+
+def _orientation(image: Image.Image, header_only: bool = False) -> int:
+    """1 to 8, as EXIF numbers them."""
+    try:
+        tags = Image.Image.getexif(image) if header_only else image.getexif()
+        value = tags.get(ExifTags.Base.Orientation, 1)
+    except _BROKEN:
+        return 1
+    return value if value in _UPRIGHT else 1
+
+
+def _cause(error: BaseException, head: bytes) -> tuple[str, str]:
+    """What to say of an error: cause and remedy."""
+    if isinstance(error, _Refused):
+        return error.args[0], error.args[1]
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        return f"the picture is too large; at most {most:,} pixels are accepted", "Make it smaller, or leave it out."
+    if isinstance(error, UnidentifiedImageError):
+        return _what_instead(head)
+    if isinstance(error, OSError) and error.strerror:
+        return f"the file cannot be read ({error.strerror})", _REMEDY
+    return f"the picture is damaged or cut off ({str(error) or type(error).__name__})", _REMEDY
+
+
+def _what_instead(head: bytes) -> tuple[str, str]:
+    """What a file is that no picture format claims, judged by its first bytes."""
+    text = head.lstrip().lower()
+    if not head:
+        return "the file is empty", _REMEDY
+    if head.startswith(b"version https://git-lfs"):
+        return "the file is a Git LFS pointer, not the picture itself", "Fetch the pictures with git lfs pull."
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "the file is a web page (HTML), no picture", "Download it again, or leave it out."
+    if head[4:8] == b"ftyp":
+        brand = head[8:12].decode("ascii", "replace")
+        return f"the file is of the HEIF family ({printable(brand)}), which is not read", "Convert it to JPEG or PNG."
+    if head.startswith(_SIGNATURES):
+        return "the picture is damaged or cut off (its header cannot be read)", _REMEDY
+    kind = next((what for start, what in _OTHERS.items() if head.startswith(start)), "")
+    if not kind and all(byte >= 32 or byte in b"\t\r\n" for byte in head):
+        kind = "text"
+    formats = ", ".join(_formats())
+    return f"the file is {kind or 'in no known picture format'}; accepted are {formats}", "Convert it, or leave it out."

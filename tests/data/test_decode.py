@@ -1,0 +1,429 @@
+"""Pixels of each kind of picture against Pillow's own operations, and what is said of files that are none."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps, features
+
+from fastreid_uns.data.decode import (
+    UnreadableImage,
+    read_image,
+    read_pixels,
+    read_size,
+    to_eight_bits,
+    why_unreadable,
+)
+from fastreid_uns.errors import InvalidValue, MissingFile, UserError
+
+ORIENTATION = 274
+WHITE = (255, 255, 255)
+
+
+def noise(*shape: int, high: int = 256, dtype: type = np.uint8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, high, shape).astype(dtype)
+
+
+def gradient(height: int = 24, width: int = 16) -> np.ndarray:
+    """Smooth, without any symmetry: each of the eight orientations gives another picture."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([y * 255 // height, x * 255 // width, (y * y + x) % 256], axis=2).astype(np.uint8)
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image)
+
+
+def read(source, **options) -> np.ndarray:
+    image = read_image(source, **options)
+    assert image.mode == "RGB"
+    return pixels(image)
+
+
+def encoded(image: Image.Image, form: str, **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+# plain pictures keep their pixels
+
+
+def test_a_plain_jpeg_keeps_its_pixels_bit_for_bit(tmp_path):
+    Image.fromarray(noise(64, 32, 3)).save(tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as image:
+        whole = pixels(image.convert("RGB"))
+        small = pixels(image.convert("RGB").resize((8, 16), Image.Resampling.BICUBIC))
+    assert np.array_equal(read(tmp_path / "a.jpg"), whole)
+    assert np.array_equal(read(str(tmp_path / "a.jpg")), whole)
+    assert np.array_equal(read((tmp_path / "a.jpg").read_bytes()), whole)
+    found = read_pixels(tmp_path / "a.jpg", (16, 8))
+    assert found.flags.c_contiguous
+    assert np.array_equal(found, small.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(("form", "options"), [("JPEG", {}), ("PNG", {}), ("BMP", {}), ("TIFF", {}), ("PPM", {})])
+def test_rgb_files_of_each_format(form, options):
+    data = encoded(Image.fromarray(noise(9, 7, 3)), form, **options)
+    assert np.array_equal(read(data), pixels(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+# orientation
+
+
+def file_with_orientation(form: str, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return encoded(Image.fromarray(gradient()), form, exif=exif)
+
+
+FORMS = ["JPEG", "PNG", "TIFF", pytest.param("WEBP", marks=pytest.mark.skipif(not features.check("webp"), reason=""))]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_equals_that_of_pillow(form, orientation, tmp_path):
+    data = file_with_orientation(form, orientation)
+    expected = pixels(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    assert np.array_equal(read(data), expected)
+    assert read(data).shape == ((16, 24, 3) if orientation >= 5 else (24, 16, 3))
+    (tmp_path / "a").write_bytes(data)
+    assert read_size(tmp_path / "a") == expected.shape[:2]
+    assert np.array_equal(read(Image.open(io.BytesIO(data))), expected)  # a Pillow image that a user opened
+
+
+@pytest.mark.parametrize(
+    ("orientation", "undo"),
+    [
+        (1, lambda a: a),
+        (2, lambda a: a[:, ::-1]),
+        (3, lambda a: a[::-1, ::-1]),
+        (4, lambda a: a[::-1]),
+        (5, lambda a: a.transpose(1, 0, 2)),
+        (6, lambda a: np.rot90(a, -1)),  # the camera was held upright: a quarter turn clockwise
+        (7, lambda a: a[::-1, ::-1].transpose(1, 0, 2)),
+        (8, lambda a: np.rot90(a, 1)),
+    ],
+)
+def test_orientation_by_hand(orientation, undo):
+    assert np.array_equal(read(file_with_orientation("PNG", orientation)), undo(gradient()))
+
+
+def test_orientation_of_xmp_counts():
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><d tiff:Orientation="6"/></x:xmpmeta>'
+    data = encoded(Image.fromarray(gradient()), "JPEG", xmp=xmp)
+    assert np.array_equal(read(data), pixels(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))))
+    assert read(data).shape == (16, 24, 3)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"])
+def test_a_damaged_orientation_tag_counts_as_none(exif):
+    data = encoded(Image.fromarray(gradient()), "JPEG", exif=exif)
+    assert np.array_equal(read(data), pixels(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_an_unknown_orientation_counts_as_none():
+    assert np.array_equal(read(file_with_orientation("PNG", 9)), gradient())
+
+
+def test_orientation_of_deep_and_transparent_pictures():
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    deep = noise(6, 4, high=2**16, dtype=np.uint16)
+    expected = np.rot90(deep >> 8, -1)
+    assert np.array_equal(read(encoded(Image.fromarray(deep), "PNG", exif=exif))[..., 0], expected)
+    data = encoded(Image.fromarray(noise(6, 4, 4)), "PNG", exif=exif)
+    assert np.array_equal(read(data), on_white(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))))
+
+
+# modes
+
+
+def on_white(image: Image.Image) -> np.ndarray:
+    image = image.convert("RGBA")
+    return pixels(Image.alpha_composite(Image.new("RGBA", image.size, (*WHITE, 255)), image).convert("RGB"))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"])
+def test_opaque_modes_equal_the_conversion_of_pillow(mode):
+    image = Image.fromarray(noise(9, 7, 3))
+    if mode == "LAB":
+        image = Image.frombytes("LAB", (7, 9), noise(9, 7, 3).tobytes())
+    image = image.convert(mode)
+    assert np.array_equal(read(image), pixels(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "La", "RGBa", "PA"])
+def test_alpha_is_composed_on_white(mode):
+    image = Image.fromarray(noise(9, 7, 4))
+    for step in {"La": ["LA", "La"], "PA": ["P", "PA"]}.get(mode, [mode]):
+        image = image.convert(step)
+    assert np.array_equal(read(image), on_white(image.convert("LA") if mode == "La" else image))
+
+
+def test_hidden_colours_do_not_show():
+    image = Image.new("RGBA", (3, 2), (255, 0, 0, 0))
+    assert np.array_equal(read(image), np.full((2, 3, 3), 255))
+    image.putpixel((0, 0), (255, 0, 0, 51))  # a fifth of red on white
+    assert read(image)[0, 0].tolist() == [255, 204, 204]
+
+
+@pytest.mark.parametrize("form", ["PNG", "GIF"])
+def test_palettes_with_a_transparent_colour(form):
+    image = Image.fromarray(noise(9, 7, 3)).quantize(8)
+    data = encoded(image, form, transparency=3)
+    opened = Image.open(io.BytesIO(data))
+    assert np.array_equal(read(data), on_white(opened))
+    assert not np.array_equal(read(data), pixels(opened.convert("RGB")))
+
+
+def test_palettes_with_alpha_of_each_colour():
+    image = Image.fromarray(noise(9, 7, 3)).quantize(4)
+    data = encoded(image, "PNG", transparency=bytes([0, 60, 120, 255]))
+    assert np.array_equal(read(data), on_white(Image.open(io.BytesIO(data))))
+
+
+@pytest.mark.parametrize(("mode", "key"), [("RGB", (10, 20, 30)), ("L", 10), ("1", 0)])
+def test_one_transparent_colour_without_a_palette(mode, key):
+    image = Image.new(mode, (4, 2), key)
+    image.putpixel((1, 1), (200, 100, 50) if mode == "RGB" else 255)
+    data = encoded(image, "PNG", transparency=key)
+    assert np.array_equal(read(data), on_white(Image.open(io.BytesIO(data))))
+    assert read(data)[0, 0].tolist() == [255, 255, 255]
+
+
+def test_jpegs_in_cmyk_and_grey():
+    for mode in ("CMYK", "L"):
+        data = encoded(Image.fromarray(gradient()).convert(mode), "JPEG")
+        assert np.array_equal(read(data), pixels(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_the_first_of_several_frames(form):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue")]
+    data = encoded(
+        frames[0], form, save_all=True, append_images=frames[1:], **({"lossless": True} if form == "WEBP" else {})
+    )
+    assert np.array_equal(read(data), np.broadcast_to([255, 0, 0], (8, 8, 3)))
+
+
+# depth
+
+
+def test_sixteen_bits_keep_their_upper_eight():
+    deep = (np.arange(2048).reshape(64, 32) * 31).astype(np.uint16)
+    for source in (encoded(Image.fromarray(deep), "PNG"), encoded(Image.fromarray(deep), "TIFF"), deep):
+        found = read(source)
+        assert np.array_equal(found, np.repeat((deep // 256)[..., None], 3, axis=2))
+
+
+def test_grey_and_colour_of_sixteen_bits_agree():
+    """Pillow cannot write colour of 16 bits, so the PPM is written by hand; big endian."""
+    deep = noise(5, 4, high=2**16, dtype=np.uint16)
+    deep[0, 0] = 65535
+    grey = b"P5 4 5 65535\n" + deep.astype(">u2").tobytes()
+    colour = b"P6 4 5 65535\n" + np.repeat(deep[..., None], 3, axis=2).astype(">u2").tobytes()
+    assert np.abs(read(grey).astype(int) - read(colour)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "expected"),
+    [
+        ([0, 1, 255], np.uint16, [0, 1, 255]),
+        ([0, 1, 255], np.int64, [0, 1, 255]),
+        ([0, 16, 256, 4095], np.uint16, [0, 1, 16, 255]),  # 12 bits: value // 16
+        ([0, 255, 256, 4096, 65535], np.uint16, [0, 0, 1, 16, 255]),  # 16 bits: value // 256
+        ([0, 4096, 65535], np.int32, [0, 16, 255]),
+        ([0, 65536, 131071], np.int32, [0, 128, 255]),  # 17 bits: value // 512
+        ([0, 2**31, 2**32 - 1], np.uint32, [0, 128, 255]),
+        ([0, 2**63], np.uint64, [0, 128]),
+        ([False, True], bool, [0, 255]),
+        ([0.0, 0.5, 1.0], np.float32, [0, 128, 255]),  # 127.5 rounds to the even number
+        ([0.0, 0.25, 1.0], np.float16, [0, 64, 255]),
+        ([-0.05, 0.2, 1.06], np.float64, [0, 51, 255]),
+        ([0.0, 1.0, 127.6, 255.0], np.float32, [0, 1, 128, 255]),
+        ([-12.0, 10.4, 271.0], np.float64, [0, 10, 255]),
+        ([0.0, 16.0, 4095.0], np.float32, [0, 1, 255]),
+        ([0.0, 256.0, 65535.0], np.float32, [0, 1, 255]),
+    ],
+)
+def test_the_largest_value_says_what_the_numbers_mean(values, dtype, expected):
+    array = np.array([values], dtype)
+    assert to_eight_bits(array).dtype == np.uint8
+    assert to_eight_bits(array).tolist() == [expected]
+    assert np.array_equal(read(array), np.repeat(np.array([expected])[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_deep_tiff_files_follow_the_same_rule(dtype):
+    deep = noise(6, 4, high=4096, dtype=dtype)
+    deep[0, 0] = 4095
+    assert np.array_equal(read(encoded(Image.fromarray(deep), "TIFF"))[..., 0], deep.astype(int) // 16)
+
+
+def test_one_transparent_value_of_sixteen_bits():
+    deep = np.array([[40_000, 256], [40_001, 65_535]], np.uint16)
+    found = read(encoded(Image.fromarray(deep), "PNG", transparency=40_000))
+    assert found[..., 0].tolist() == [[255, 1], [156, 255]]
+
+
+def test_tiff_files_whose_zero_is_white():
+    deep = noise(6, 4, high=2**16, dtype=np.uint16)
+    deep[0, 0] = 65535
+    data = encoded(Image.fromarray(deep), "TIFF", tiffinfo={262: 0})
+    assert np.array_equal(read(data)[..., 0], 255 - (deep >> 8))
+    shallow = encoded(Image.fromarray(noise(6, 4)), "TIFF", tiffinfo={262: 0})
+    assert np.array_equal(read(shallow), pixels(Image.open(io.BytesIO(shallow)).convert("RGB")))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 1), (5, 4, 3), (5, 4, 4)])
+def test_arrays_of_each_shape_and_type(shape, dtype):
+    eight = noise(*shape)
+    eight.flat[0] = 255
+    given = {np.uint8: eight, np.uint16: eight.astype(np.uint16) * 257}.get(dtype, (eight / 255).astype(dtype))
+    mode = {2: "L", 1: "L", 3: "RGB", 4: "RGBA"}[len(shape) if len(shape) == 2 else shape[2]]
+    image = Image.frombytes(mode, (4, 5), eight.tobytes())
+    expected = on_white(image) if mode == "RGBA" else pixels(image.convert("RGB"))
+    kept = given.copy()
+    assert np.array_equal(read(given), expected)
+    assert np.array_equal(read(given[:, ::-1]), expected[:, ::-1])  # no block of memory
+    assert np.array_equal(given, kept)
+
+
+# what is refused
+
+
+def refusal(source, **options) -> str:
+    with pytest.raises(UnreadableImage) as caught:
+        read_image(source, **options)
+    assert isinstance(caught.value, UserError)
+    assert isinstance(caught.value, InvalidValue)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("array", "cause"),
+    [
+        (np.zeros((5, 0, 3), np.uint8), r"the picture is empty (5 x 0 pixels)"),
+        (np.zeros((0, 5), np.uint16), r"the picture is empty (0 x 5 pixels)"),
+        (np.zeros((3, 32, 16), np.uint8), "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4) is accepted"),
+        (np.zeros(7), "is accepted"),
+        (np.full((2, 2), np.nan), "NaN or infinite"),
+        (np.full((2, 2), np.inf), "NaN or infinite"),
+        (np.array([[-1, 5]]), "the values run from -1 to 5, and none may be negative"),
+        (np.array([[-0.5, 1.0]]), "Do not normalise them"),
+        (np.array([[-2.1, 2.6]]), "Do not normalise them"),
+        (np.array([["a"]]), "the values are of type <U1"),
+        (np.zeros((2, 2), complex), "complex128"),
+    ],
+)
+def test_arrays_that_are_no_picture(array, cause):
+    message = refusal(array, name="image 7")
+    assert message.startswith("image 7: ")
+    assert cause in message
+
+
+@pytest.mark.parametrize("source", [None, 5, [1, 2], ["a.jpg"]])
+def test_other_objects_are_no_picture(source):
+    assert "is no picture. Pass a path, bytes, a Pillow image or an array." in refusal(source)
+
+
+def test_an_empty_pillow_image():
+    assert "the picture is empty (4 x 0 pixels)" in refusal(Image.new("RGB", (0, 4)))
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "cause", "remedy"),
+    [
+        (b"", "the file is empty", "Replace it, or leave it out."),
+        (LFS, "the file is a Git LFS pointer, not the picture itself", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>Not found</html>", "the file is a web page (HTML)", "Download it again"),
+        (b"hello\n", "the file is text", "Convert it"),
+        (b"%PDF-1.4", "a PDF document", "Convert it"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a PostScript document", "Convert it"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "of the HEIF family (heic)", "Convert it to JPEG"),
+        (bytes(range(200)), "in no known picture format", "Convert it"),
+        (b"\xff\xd8\xff\xe0", "damaged or cut off", "Replace it"),
+        (b"\x89PNG\r\n\x1a\n", "damaged or cut off", "Replace it"),
+    ],
+)
+def test_files_that_are_no_picture(tmp_path, content, cause, remedy):
+    (tmp_path / "x.jpg").write_bytes(content)
+    message = refusal(tmp_path / "x.jpg")
+    assert message.startswith(f"{tmp_path / 'x.jpg'}: ")
+    assert cause in message
+    assert remedy in message
+    assert why_unreadable(tmp_path / "x.jpg") in message
+    with pytest.raises(UnreadableImage):
+        read_size(tmp_path / "x.jpg")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP", "TIFF", "GIF", "WEBP"])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_truncated_files(form, share):
+    data = encoded(Image.fromarray(noise(64, 48, 3)), form)
+    message = refusal(data[: int(share * len(data))], name="a.img")
+    assert message.startswith("a.img: the picture is damaged or cut off (")
+
+
+def test_places_that_are_no_file(tmp_path):
+    os.mkfifo(tmp_path / "x.jpg")
+    assert "this is a pipe, no file" in refusal(tmp_path / "x.jpg")
+    assert "this is a folder, no file" in refusal(tmp_path)
+    assert "this is a device, no file" in refusal("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s.jpg"))
+        assert "this is a socket, no file" in refusal(tmp_path / "s.jpg")
+
+
+def test_a_missing_file_is_a_kind_of_its_own(tmp_path):
+    with pytest.raises(MissingFile, match=r"a\.jpg: there is no such file"):
+        read_image(tmp_path / "a.jpg")
+    assert why_unreadable(tmp_path / "a.jpg") == "missing"
+    assert "embedded null byte" in refusal("a\0.jpg")
+
+
+def test_oversized_files_are_refused_before_they_are_decoded(monkeypatch):
+    data = encoded(Image.new("1", (100, 60)), "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2999)
+    assert "the picture is too large; at most 5,998 pixels are accepted. Make it smaller" in refusal(data)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)
+    assert read(data).shape == (60, 100, 3)
+
+
+def test_messages_print_whatever_the_name_holds(tmp_path):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/\xffa\n\x1b[31mb.jpg")
+    Path(name).write_bytes(b"")
+    message = refusal(name)
+    assert r"\xffa\n\x1b[31mb.jpg: the file is empty" in message
+    message.encode()
+    Image.new("RGB", (2, 2)).save(name, "PNG")
+    assert read(name).shape == (2, 2, 3)
+
+
+def test_the_error_survives_the_way_between_processes():
+    error = pickle.loads(pickle.dumps(UnreadableImage("a.jpg", "the file is empty", "Replace it.")))
+    assert (error.where, error.cause, error.remedy) == ("a.jpg", "the file is empty", "Replace it.")
+    assert str(error) == "a.jpg: the file is empty. Replace it."
+
+
+def test_no_file_is_left_open(tmp_path, recwarn):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"x")
+    before = set(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        read_image(tmp_path / "a.png")
+        why_unreadable(tmp_path / "b.png")
+    assert set(os.listdir("/proc/self/fd")) == before
+    assert not recwarn.list
