@@ -79,7 +79,7 @@ def named(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def test_import_reader_resolves_each_form():
     text = (
-        "import torch, fastreid_uns.data.feed\nfrom fastreid_uns import plugins\nfrom ..engine import log\n"
+        "import torch, fastreid_uns.data.loader\nfrom fastreid_uns import plugins\nfrom ..engine import log\n"
         "from . import extract\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import fastreid_uns.config\n"
         "def later():\n    from fastreid_uns.modeling.heads import EmbeddingHead\n"
     )

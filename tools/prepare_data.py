@@ -124,9 +124,9 @@ def find_faults(records: list[Record], quick: bool) -> list[tuple[str, str]]:
     """Images that are missing, or (unless `quick`) do not decode to the end."""
     if quick:
         return [(record.path, "missing") for record in records if not path_manager.isfile(record.path)]
-    from fastreid_uns.data.image_set import unreadable_images
+    from fastreid_uns.data.image_check import find_unreadable, reason
 
-    return unreadable_images(records, threads=os.cpu_count() or 1)
+    return [(records[i].path, reason(error)) for i, error in find_unreadable(records).items()]
 
 
 def look(path: str) -> tuple[bytes, tuple[int, int]] | None:

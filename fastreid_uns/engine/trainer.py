@@ -23,9 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class BatchSource(Protocol):
-    """What a trainer needs of a feed."""
-
-    labels: Tensor
+    """What a trainer needs of a loader."""
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of one epoch."""
@@ -36,10 +34,10 @@ class Trainer:
 
     Args:
         model: on its device already.
-        feed: gives the batches of an epoch.
+        train_loader: gives the batches of an epoch.
         optimizer: over the parameters of `model`.
         epochs: clustering rounds.
-        iters_per_epoch: batches that the feed gives in each.
+        iters_per_epoch: batches that the loader gives in each.
         hooks: see `HookBase`.
         amp: dtype of mixed precision, None for float32; float16 brings a gradient scaler.
         clip: largest gradient norm, None for no clipping.
@@ -62,7 +60,7 @@ class Trainer:
     def __init__(
         self,
         model: MetaArch,
-        feed: BatchSource,
+        train_loader: BatchSource,
         optimizer: torch.optim.Optimizer,
         *,
         epochs: int,
@@ -75,7 +73,7 @@ class Trainer:
         find_unused: bool = False,
     ) -> None:
         self.model = model
-        self.feed = feed
+        self.train_loader = train_loader
         self.optimizer = optimizer
         self.epochs = epochs
         self.iters_per_epoch = iters_per_epoch
@@ -136,7 +134,7 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         self.model.train()
-        for batch in progress(self.feed.epoch(self.epoch), f"epoch {self.epoch}", self.iters_per_epoch):
+        for batch in progress(self.train_loader.epoch(self.epoch), f"epoch {self.epoch}", self.iters_per_epoch):
             self.batch_size = len(batch.index)
             self.step(batch)
             self.iter += 1
@@ -243,6 +241,5 @@ def _split(batch: Batch, parts: int) -> list[Batch]:
         raise InvalidValue(
             f"SOLVER.ACCUMULATE {parts} does not divide the {rows} images of a process. Choose a divisor."
         )
-    views = zip(*(view.chunk(parts) for view in batch.views), strict=True)
-    rest = zip(*(value.chunk(parts) for value in batch[1:]), strict=True)
-    return [Batch(view, *values) for view, values in zip(views, rest, strict=True)]
+    share = rows // parts
+    return [batch.rows(slice(first, first + share)) for first in range(0, rows, share)]
