@@ -17,7 +17,9 @@ PROJECTS = sorted(path for path in ROOT.glob("projects/*/**/*.py") if "tests" no
 TOOLS = sorted(path for path in ROOT.glob("tools/*.py") if "__main__" in path.read_text())
 
 LAYERS = (
-    {"structures", "registry", "hook", "utils", "plugins"},
+    {"errors"},
+    {"utils"},
+    {"structures", "registry", "hook", "plugins"},
     {"data", "pseudo_labels", "modeling", "defaults"},
     {"evaluation", "projects", "config"},
     {"engine", "predictor"},  # the predictor reads a config and extracts features

@@ -142,7 +142,10 @@ def test_a_task_of_adaptation_without_its_source_is_refused(task):
     file = CONFIGS / f"{task}.yaml"
     source = next(iter(load_config(file).DATASETS.SOURCES))
     cfg = load_config(file, [f"DATASETS.SOURCES.{source}=null"])
-    for build in (lambda cfg: DefaultTrainer.build_train_set(cfg, torch.device("cpu")), lambda cfg: build_model(cfg, 8)):  # before images and weights are read
+    for build in (
+        lambda cfg: DefaultTrainer.build_train_set(cfg, torch.device("cpu")),
+        lambda cfg: build_model(cfg, 8),
+    ):  # before images and weights are read
         with pytest.raises(ValueError, match=r"MODEL\.DOMAIN_BN is true but DATASETS\.SOURCES names no set.*Name one"):
             build(cfg)
 
