@@ -68,7 +68,7 @@ import sys, torch
 from pathlib import Path
 from fastreid_uns.config import load_config
 from fastreid_uns.engine.default import DefaultTrainer
-from fastreid_uns.engine.hooks import ReclusterHook
+from fastreid_uns.engine.recluster import ReclusterHook
 from fastreid_uns.utils import comm
 
 torch.set_num_threads(1)

@@ -28,9 +28,8 @@ DEFAULTS: dict[str, Any] = {
         "ON_BAD_IMAGE": "stop",  # stop before the first epoch, or skip with a count
     },
     "DATALOADER": {
-        "FEED": "loader",  # loader (decode in every epoch) or cached (decode once)
-        "CACHE": "device",  # where the cached feed keeps the pixels: device, host or disk
-        "CACHE_DIR": "",  # folder of the pixel file of CACHE disk; "" = OUTPUT_DIR/cache
+        "CACHE": "none",  # where decoded images are held: device, host or disk; none = decode them in every epoch
+        "CACHE_DIR": "",  # folder of the pixel files of CACHE disk; "" = OUTPUT_DIR/cache
         "WORKERS": 4,  # processes that decode
         "SAMPLER": {"NAME": "ClusterSampler"},
         "SOURCE_SAMPLER": {"NAME": "ClusterSampler"},  # of each labelled set, with its true labels

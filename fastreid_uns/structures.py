@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastreid_uns.errors import InvalidValue
+from fastreid_uns.utils.transfer import to_device
 
 if TYPE_CHECKING:
     from torch import Tensor, device
@@ -50,6 +51,35 @@ class Batch(NamedTuple):
     labels: Tensor  # (B,) int64
     cameras: Tensor  # (B,) int64, -1 unknown
     domains: Tensor  # (B,) int64 on the CPU, 0 = the unlabelled set, 1.. = labelled source sets
+    most: int | None = None  # images of one label among the rows of all processes, at most; None = not known
+
+    def rows(self, index: slice | Tensor) -> Batch:
+        """Some rows of the batch.
+
+        Args:
+            index: a slice, or (R,) int64 positions on the CPU. Positions may repeat, so `most` is not known after them.
+        """
+        if isinstance(index, slice):
+            own, most = index, self.most
+        else:
+            own, most = to_device(index, self.index.device), None
+        return Batch(
+            views=tuple(view[own] for view in self.views),
+            index=self.index[own],
+            labels=self.labels[own],
+            cameras=self.cameras[own],
+            domains=self.domains[index],
+            most=most,
+        )
+
+    def to(self, device: device) -> Batch:
+        """The batch on a device, all but `domains`, which the host reads; the host does not wait."""
+        return self._replace(
+            views=tuple(to_device(view, device) for view in self.views),
+            index=to_device(self.index, device),
+            labels=to_device(self.labels, device),
+            cameras=to_device(self.cameras, device),
+        )
 
 
 class HeadOutput(NamedTuple):

@@ -57,7 +57,7 @@ def test_a_truncated_image_stops_the_run_before_the_first_epoch(tiny, photos):
 def test_a_truncated_image_is_left_out_with_a_count(tiny, photos, heard):
     cut(photos / "3.jpg")
     trainer = train(config(tiny, photos, "INPUT.ON_BAD_IMAGE=skip"))
-    assert len(trainer.data.target) == 9
+    assert trainer.train_set.num_images == 9
     assert "1 of 10 images cannot be read" in heard.text
 
 

@@ -18,7 +18,8 @@ TOOLS = sorted(path for path in ROOT.glob("tools/*.py") if "__main__" in path.re
 
 LAYERS = (
     {"errors"},
-    {"structures", "registry", "hook", "utils", "plugins"},
+    {"utils"},
+    {"structures", "registry", "hook", "plugins"},
     {"data", "pseudo_labels", "modeling", "defaults", "bounds"},
     {"evaluation", "projects", "config"},
     {"engine", "predictor"},  # the predictor reads a config and extracts features
@@ -80,7 +81,7 @@ def named(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def test_import_reader_resolves_each_form():
     text = (
-        "import torch, fastreid_uns.data.feed\nfrom fastreid_uns import plugins\nfrom ..engine import log\n"
+        "import torch, fastreid_uns.data.loader\nfrom fastreid_uns import plugins\nfrom ..engine import log\n"
         "from . import extract\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import fastreid_uns.config\n"
         "def later():\n    from fastreid_uns.modeling.heads import EmbeddingHead\n"
     )

@@ -100,7 +100,7 @@ def reduced(cfg, tiny_set: dict, folder: Path) -> list[str]:
         "DATASETS.TRAIN": tiny_set,
         "INPUT.SIZE": [64, 32],
         "INPUT.CAMERA_STYLE.KIND": "colors",
-        "DATALOADER.FEED": "cached",
+        "DATALOADER.CACHE": "device",
         "DATALOADER.WORKERS": 0,
         "DATALOADER.SAMPLER.BATCH_SIZE": 16,
         "MODEL.WEIGHTS": "",

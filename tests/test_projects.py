@@ -13,7 +13,7 @@ import yaml
 
 from fastreid_uns.config import load_config
 from fastreid_uns.engine.default import DefaultTrainer
-from fastreid_uns.engine.hooks import ReclusterHook
+from fastreid_uns.engine.recluster import ReclusterHook
 from fastreid_uns.utils import checkpoint
 
 ROOT = Path(__file__).parents[1]

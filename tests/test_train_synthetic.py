@@ -8,7 +8,7 @@ import torch
 
 from fastreid_uns.config import load_config
 from fastreid_uns.engine.default import DefaultTrainer
-from fastreid_uns.engine.hooks import ReclusterHook
+from fastreid_uns.engine.recluster import ReclusterHook
 from fastreid_uns.hook import HookBase
 from fastreid_uns.structures import NoClusters, PseudoLabels
 from fastreid_uns.utils import checkpoint
@@ -122,11 +122,11 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tiny, tmp_path, stop_aft
     assert [line["clusters"] for line in again] == [line["clusters"] for line in lines]
 
 
-def test_equal_seeds_equal_weights_and_the_feed_does_not_matter(tiny, tmp_path):
+def test_equal_seeds_equal_weights_and_the_cache_does_not_matter(tiny, tmp_path):
     recipe = [*tiny, *RECIPE]
     states = [
         run([*recipe, *change, f"OUTPUT_DIR={tmp_path / str(i)}"]).model.state_dict()
-        for i, change in enumerate([["DATALOADER.FEED=loader"], ["DATALOADER.FEED=cached"], ["SEED=2"]])
+        for i, change in enumerate([["DATALOADER.CACHE=none"], ["DATALOADER.CACHE=device"], ["SEED=2"]])
     ]
     assert_equal_states(states[0], states[1])
     with pytest.raises(AssertionError):
@@ -209,8 +209,8 @@ def test_a_labelled_source_beside_the_unlabelled_target(tiny, tiny_set):
 
     source = yaml.safe_dump({**tiny_set, "SEED": 5}, default_flow_style=True, width=10**6).strip()
     trainer = run([*tiny, *RECIPE, f"DATASETS.SOURCES.other={source}", "MODEL.DOMAIN_BN=true"])
-    assert len(trainer.data.source) == 96
-    classes = int(trainer.data.source_labels.max()) + 1
+    assert len(trainer.train_set) == trainer.train_set.num_images + 96
+    classes = trainer.train_set.num_classes
     clusters = trainer.hook(ReclusterHook).pseudo.num_clusters
     assert len(trainer.model.memory.features) == classes + clusters
 
@@ -223,7 +223,7 @@ def test_mixed_precision_compile_free_run(tiny, amp):
 
 def test_a_training_set_without_a_name():
     with pytest.raises(ValueError, match=r"DATASETS\.TRAIN has no NAME"):
-        DefaultTrainer.build_data(load_config())
+        DefaultTrainer.build_train_set(load_config(), torch.device("cpu"))
 
 
 def test_one_image_is_too_few(tiny, tmp_path):

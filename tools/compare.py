@@ -104,8 +104,8 @@ def run(config: str, kind: str, seed: int, overrides: list[str], fraction: float
 
     from fastreid_uns.config import load_config
     from fastreid_uns.engine.default import DefaultTrainer
-    from fastreid_uns.engine.hooks import ReclusterHook
     from fastreid_uns.engine.log import setup_logging
+    from fastreid_uns.engine.recluster import ReclusterHook
     from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
     from fastreid_uns.structures import PseudoLabels
     from fastreid_uns.utils.environment import environment
@@ -134,7 +134,8 @@ def run(config: str, kind: str, seed: int, overrides: list[str], fraction: float
         results = DefaultTrainer.test(cfg, trainer.model)
     else:
         if kind == "supervised":
-            identities = torch.tensor([record.identity for record in trainer.data.target])
+            images = trainer.train_set.records[: trainer.train_set.num_images]
+            identities = torch.tensor([record.identity for record in images])
             trainer.hook(ReclusterHook).generator = TrueLabels(identities)
         trainer.train()
         results = trainer.results

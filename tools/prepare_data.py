@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import inspect
 import logging
-import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -21,7 +20,7 @@ from tabulate import tabulate
 
 from fastreid_uns.data.datasets.layout import count, known_counts, splits
 from fastreid_uns.data.datasets.own_matches import own_matches
-from fastreid_uns.data.decode import read_size, why_unreadable
+from fastreid_uns.data.decode import read_size
 from fastreid_uns.errors import UserError
 from fastreid_uns.plugins import load_plugins, resolve_plugin
 from fastreid_uns.registry import DATASET_REGISTRY
@@ -129,9 +128,9 @@ def find_faults(records: list[Record], quick: bool) -> list[tuple[str, str]]:
     paths = [record.path for record in records]
     if quick:
         return [(path, "missing") for path in paths if not path_manager.isfile(path)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reasons = progress(pool.map(why_unreadable, paths), "check images", len(paths))
-        return [(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason]
+    from fastreid_uns.data.image_check import find_unreadable, reason
+
+    return [(paths[i], reason(error)) for i, error in find_unreadable(records).items()]
 
 
 def look(path: str) -> tuple[bytes, tuple[int, int]] | None:

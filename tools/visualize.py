@@ -343,7 +343,7 @@ def _cluster_section(
 ) -> list[Section]:
     from pictures import rows_html, write_png
 
-    from fastreid_uns.data.image_set import check_images
+    from fastreid_uns.data.image_check import check_images
     from fastreid_uns.registry import DATASET_REGISTRY
 
     labels = content.get("hooks", {}).get("ReclusterHook", {}).get("labels")

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastreid_uns.data.image_set import to_device
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.registry import AUGMENT_REGISTRY
+from fastreid_uns.utils.transfer import to_device
 
 ERASE_FILLS = ("mean", "zero")
 _TRIES_ERASE = 100
@@ -26,11 +26,11 @@ class Augment:
     """One preset of augmentation: an entry of `INPUT.AUGMENTS`.
 
     Order: resized crop and rotation, flip, pad and crop, jitter, blur, gray, erase. All random numbers are drawn on
-    the CPU and apart from the images, so that a run does not depend on the device, the feed or the process count.
+    the CPU and apart from the images, so that a run does not depend on the device, the cache or the process count.
 
     Args:
         mean, std: of the channels in 0..1, by which the encoder normalises; they set the fill of erasing.
-        camera_style: probability that the feed shows the image as another camera would, before all else; see
+        camera_style: probability that the loader shows the image as another camera would, before all else; see
             `INPUT.CAMERA_STYLE` and `data.camera_style`.
         flip: probability of a mirror image.
         pad: pixels of black on each side before a random crop to the old size; 0 = none.

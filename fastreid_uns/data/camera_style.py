@@ -10,12 +10,14 @@ from os.path import basename, join, splitext
 import torch
 from torch import Tensor
 
-from fastreid_uns.data.image_set import ImageSet, to_device
+from fastreid_uns.data.image_set import ImageSet
+from fastreid_uns.data.train_set import TrainSet
 from fastreid_uns.errors import InvalidValue, MissingFile
 from fastreid_uns.structures import Record
 from fastreid_uns.utils.comm import gather_objects, rank, world
 from fastreid_uns.utils.paths import path_manager
 from fastreid_uns.utils.progress import progress
+from fastreid_uns.utils.transfer import to_device
 
 KINDS = ("colors", "images")
 _INSTEAD = "INPUT.CAMERA_STYLE.KIND: colors needs no files; CAMERA_STYLE: 0 in INPUT.AUGMENTS switches styles off."
@@ -31,18 +33,18 @@ class CameraStyle(ABC):
     """Shows images as other cameras would, before they are augmented.
 
     Args:
-        cameras: (N+S,) int64 of all images of a feed, -1 unknown.
-        count: N; the labelled source images after them stay as they are, their cameras are others.
+        train_set: the images. Those of labelled sources stay as they are, their cameras are others.
 
     Attributes:
-        numbers: the C known cameras of the N images, ascending. A style is named by its position there.
+        numbers: the C known cameras of the N unlabelled images, ascending. A style is named by its position there.
 
     Raises:
         ValueError: fewer than two cameras are known.
     """
 
-    def __init__(self, cameras: Tensor, count: int) -> None:
-        own = cameras[:count].cpu()
+    def __init__(self, train_set: TrainSet) -> None:
+        count = train_set.num_images
+        own = train_set.cameras[:count]
         self.numbers: list[int] = own[own >= 0].unique().tolist()
         if len(self.numbers) < 2:
             known = f"camera {self.numbers[0]} only" if self.numbers else "no camera at all"
@@ -52,7 +54,7 @@ class CameraStyle(ABC):
             )
         place = torch.full((self.numbers[-1] + 1,), -1)
         place[self.numbers] = torch.arange(len(self.numbers))
-        self._place = torch.full((len(cameras),), -1)
+        self._place = torch.full((len(train_set),), -1)
         self._place[:count] = torch.where(own < 0, own, place[own.clamp_min(0)])
 
     def choose(self, index: Tensor, draws: Tensor, probability: float) -> Tensor:
@@ -88,12 +90,11 @@ class ColourStyle(CameraStyle):
     The space is RGB of 0..255 turned to three orthonormal axes: grey, red against blue, green against both. There each
     coordinate x of camera s becomes (x - mean_s) * deviation_t / deviation_s + mean_t. The numbers of a camera are
     those of all pixels of its images at the size of training. They come from integer sums, and the change is computed
-    in integers, so that they do not depend on the device, the feed, or the number of processes; nothing of it needs to
+    in integers, so that they do not depend on the device, the cache, or the number of processes; nothing of it needs to
     be saved. Several processes share the one pass over the images; all must call.
 
     Args:
-        images: all images of a feed.
-        count: N, see `CameraStyle`.
+        train_set: see `CameraStyle`.
         device: where the sums are made.
 
     Raises:
@@ -103,9 +104,9 @@ class ColourStyle(CameraStyle):
     (Ohta et al. 1980), and a deviation changes by a factor of at most 8.
     """
 
-    def __init__(self, images: ImageSet, count: int, *, device: torch.device | str = "cpu") -> None:
-        super().__init__(images.cameras, count)
-        mean, covariance = self._moments(images, torch.device(device))
+    def __init__(self, train_set: TrainSet, *, device: torch.device | str = "cpu") -> None:
+        super().__init__(train_set)
+        mean, covariance = self._moments(train_set.images, torch.device(device))
         mean = mean @ _OPPONENT.T
         spread = torch.einsum("ij,cjk,ik->ci", _OPPONENT, covariance, _OPPONENT).clamp_min(0).sqrt()
         gain = (spread[None] / spread[:, None].clamp_min(1e-6)).clamp(1 / _MOST, _MOST)  # (from, to, axis)
@@ -158,7 +159,7 @@ class GeneratedStyle(CameraStyle):
     """Shows generated pictures in place of images.
 
     Args:
-        cameras, count: see `CameraStyle`.
+        train_set: see `CameraStyle`.
         images: the generated pictures, in any order.
         origins: (G,) index of the image that each picture shows anew. A picture that is missing is never wanted: the
             image is then shown as it is.
@@ -169,10 +170,10 @@ class GeneratedStyle(CameraStyle):
         ValueError: fewer than two cameras are known.
     """
 
-    def __init__(self, cameras: Tensor, count: int, images: ImageSet, origins: Tensor) -> None:
-        super().__init__(cameras, count)
+    def __init__(self, train_set: TrainSet, images: ImageSet, origins: Tensor) -> None:
+        super().__init__(train_set)
         self.images = images
-        self._table = torch.full((len(cameras), len(self.numbers)), -1)
+        self._table = torch.full((len(train_set), len(self.numbers)), -1)
         style = torch.searchsorted(torch.tensor(self.numbers), images.cameras)
         self._table[origins, style] = torch.arange(len(origins))
 

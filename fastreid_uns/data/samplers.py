@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastreid_uns.data.train_set import TrainSet
 from fastreid_uns.errors import InvalidState, InvalidValue
 from fastreid_uns.registry import SAMPLER_REGISTRY
 from fastreid_uns.structures import PseudoLabels
@@ -189,26 +190,18 @@ class JointSampler(Sampler):
     Args:
         target: draws from the clusters of the target.
         sources: one for each source set, drawing from its true classes; the batch sizes add up.
-        labels: (S,) classes of the source images.
-        domains: (S,) int64, number of the source set, from 1.
-        cameras: (S,) int64, -1 unknown.
+        train_set: domains, classes and cameras of all images.
 
     Raises:
-        ValueError: the numbers of samplers and source sets, of labels and cameras, or of batches disagree.
+        ValueError: the numbers of samplers and source sets, or of batches, disagree.
     """
 
-    def __init__(
-        self, target: Sampler, sources: Sequence[Sampler], labels: Tensor, domains: Tensor, cameras: Tensor
-    ) -> None:
-        if domains.unique().tolist() != list(range(1, len(sources) + 1)):
+    def __init__(self, target: Sampler, sources: Sequence[Sampler], train_set: TrainSet) -> None:
+        domains = train_set.domains[train_set.num_images :].unique().tolist()
+        if domains != list(range(1, len(sources) + 1)):
             raise InvalidValue(
-                f"JointSampler: {len(sources)} source samplers for the domains {domains.unique().tolist()}; domains "
-                f"must count 1..{len(sources)}. Give one sampler for each source set."
-            )
-        if not len(labels) == len(domains) == len(cameras):
-            raise InvalidValue(
-                f"JointSampler: {len(labels)} labels, {len(domains)} domains and {len(cameras)} cameras; there must be "
-                f"one of each for each source image."
+                f"JointSampler: {len(sources)} source samplers for the domains {domains}; domains must count "
+                f"1..{len(sources)}. Give one sampler for each source set."
             )
         lengths = [len(sampler) for sampler in (target, *sources)]
         if len(set(lengths)) > 1:
@@ -221,17 +214,18 @@ class JointSampler(Sampler):
         self.rows = torch.cat([part.rows + start for part, start in zip(self._parts, first[:-1], strict=True)])
         self._plan = None
         self._sources = []
-        for domain in range(1, len(sources) + 1):
-            members = (domains == domain).nonzero().flatten()
-            classes, local = labels[members].unique(return_inverse=True)
-            self._sources.append((members.numpy(), PseudoLabels(local, torch.zeros(len(classes), 0)), cameras[members]))
+        for domain in domains:
+            members = (train_set.domains == domain).nonzero().flatten()
+            classes, local = train_set.classes[members].unique(return_inverse=True)
+            pseudo = PseudoLabels(local, torch.zeros(len(classes), 0))
+            self._sources.append((members.numpy(), pseudo, train_set.cameras[members]))
 
     def plan(self, rng: np.random.Generator, pseudo: PseudoLabels, cameras: Tensor) -> np.ndarray:
         """See `Sampler.plan`; the parts draw from streams of their own, derived from the seed of the target."""
         streams = rng.spawn(len(self._parts))
         plans = []
         for part, stream, (members, classes, seen) in zip(self._parts, streams, self._sources, strict=False):
-            plans.append(len(pseudo.labels) + members[part.plan(stream, classes, seen)])
+            plans.append(members[part.plan(stream, classes, seen)])
         plans.append(self._parts[-1].plan(streams[-1], pseudo, cameras))
         return np.concatenate(plans, axis=1)
 

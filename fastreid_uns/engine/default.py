@@ -6,60 +6,43 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
 from tabulate import tabulate
-from torch import Tensor
 
 from fastreid_uns.config import deviations, refuse_other_config
-from fastreid_uns.data.camera_style import KINDS, CameraStyle, ColourStyle, GeneratedStyle, generated_images
-from fastreid_uns.data.feed import Feed
-from fastreid_uns.data.fingerprint import fingerprint
-from fastreid_uns.data.image_set import CachedImageSet, ImageSet, check_images
-from fastreid_uns.data.samplers import JointSampler
+from fastreid_uns.data import build as data
+from fastreid_uns.data.image_set import ImageSet
+from fastreid_uns.data.loader import TrainLoader
+from fastreid_uns.data.train_set import TrainSet
 from fastreid_uns.engine.hooks import (
     CheckpointHook,
     EvaluateHook,
     LogHook,
     MomentumEncoderHook,
-    ReclusterHook,
     ScheduleHook,
 )
 from fastreid_uns.engine.log import Writer, build_writers, setup_logging
+from fastreid_uns.engine.recluster import ReclusterHook
 from fastreid_uns.engine.run_folder import RunFolder
 from fastreid_uns.engine.solver import build_optimizer, build_schedule, precision
 from fastreid_uns.engine.trainer import Trainer
-from fastreid_uns.errors import InvalidValue, UnknownName, UserError
+from fastreid_uns.errors import UserError
 from fastreid_uns.evaluation.evaluator import Evaluator
 from fastreid_uns.hook import HookBase
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.meta_arch import MetaArch, build_model, check_domains
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator
-from fastreid_uns.registry import (
-    AUGMENT_REGISTRY,
-    DATASET_REGISTRY,
-    HOOK_REGISTRY,
-    PSEUDO_LABEL_REGISTRY,
-    SAMPLER_REGISTRY,
-)
-from fastreid_uns.structures import Record
+from fastreid_uns.registry import HOOK_REGISTRY, PSEUDO_LABEL_REGISTRY
+from fastreid_uns.structures import ReIDData
 from fastreid_uns.utils import checkpoint, comm
 from fastreid_uns.utils.allocator import raise_malloc_thresholds
 from fastreid_uns.utils.environment import environment
 from fastreid_uns.utils.seed import seed_everything
 
 logger = logging.getLogger(__name__)
-
-
-class TrainData(NamedTuple):
-    """The images of a run: N unlabelled ones, and S of the labelled source sets."""
-
-    target: list[Record]
-    source: list[Record]
-    source_labels: Tensor  # (S,) classes 0..C-1, counted over all source sets
-    source_domains: Tensor  # (S,) 1.. for each set
 
 
 class DefaultTrainer(Trainer):
@@ -72,7 +55,7 @@ class DefaultTrainer(Trainer):
         ValueError, FileNotFoundError, KeyError, RuntimeError: before the first step, with the key to change.
     """
 
-    feed: Feed
+    train_loader: TrainLoader
     folder: Path
 
     def __init__(self, cfg: Any) -> None:
@@ -85,18 +68,17 @@ class DefaultTrainer(Trainer):
         self._accepted = False
         self._open_folder()
         seed_everything(cfg.SEED, cfg.DETERMINISTIC)
-        self.data = self.build_data(cfg)
-        model = self.build_model(cfg, len(self.data.target)).to(device)
+        self.train_set = self.build_train_set(cfg, device)
+        model = self.build_model(cfg, self.train_set.num_images).to(device)
         if cfg.SOLVER.CHANNELS_LAST:
             model = model.to(memory_format=torch.channels_last)
         if cfg.SOLVER.COMPILE:
             for module in model.modules():
                 if isinstance(module, Encoder):
                     module.compile()
-        feed = self.build_feed(cfg, self.data, device)
         super().__init__(
             model,
-            feed,
+            self.build_train_loader(cfg, self.train_set, device),
             self.build_optimizer(cfg, model),
             epochs=cfg.SOLVER.EPOCHS,
             iters_per_epoch=cfg.SOLVER.ITERS_PER_EPOCH,
@@ -122,38 +104,10 @@ class DefaultTrainer(Trainer):
         )
 
     @classmethod
-    def build_data(cls, cfg: Any) -> TrainData:
-        """Read the training sets; only source sets keep their identities.
-
-        Raises:
-            ValueError: no training set is named, it has fewer than two images, or a source set is missing.
-        """
+    def build_train_set(cls, cfg: Any, device: torch.device) -> TrainSet:
+        """The training images, see `data.build.build_train_set`."""
         check_domains(cfg)
-        if not cfg.DATASETS.TRAIN.NAME:
-            raise InvalidValue("DATASETS.TRAIN has no NAME; name a data set, such as {NAME: folder, ROOT: my/images}.")
-        target = DATASET_REGISTRY.build(cfg.DATASETS.TRAIN).train
-        target = check_images(target, on_bad=cfg.INPUT.ON_BAD_IMAGE, what="DATASETS.TRAIN")
-        if len(target) < 2:
-            raise InvalidValue(
-                f"DATASETS.TRAIN: {cfg.DATASETS.TRAIN.NAME} has {len(target)} training image(s); clustering needs at "
-                f"least two. Check its ROOT."
-            )
-        source: list[Record] = []
-        labels: list[int] = []
-        domains: list[int] = []
-        for domain, (name, section) in enumerate(cfg.DATASETS.SOURCES.items(), start=1):
-            what = f"DATASETS.SOURCES.{name}"
-            records = check_images(DATASET_REGISTRY.build(section).train, on_bad=cfg.INPUT.ON_BAD_IMAGE, what=what)
-            if any(record.identity < 0 for record in records):
-                raise InvalidValue(f"{what} has images without identity; a source set must be labelled throughout.")
-            classes = {
-                identity: len(set(labels)) + i for i, identity in enumerate(sorted({r.identity for r in records}))
-            }
-            labels += [classes[record.identity] for record in records]
-            domains += [domain] * len(records)
-            source += records
-        logger.info("%s training images, %s of labelled sources", f"{len(target):,}", f"{len(source):,}")
-        return TrainData(target, source, torch.tensor(labels, dtype=torch.int64), torch.tensor(domains))
+        return data.build_train_set(cfg, device)
 
     @classmethod
     def build_model(cls, cfg: Any, num_images: int) -> MetaArch:
@@ -161,74 +115,14 @@ class DefaultTrainer(Trainer):
         return build_model(cfg, num_images)
 
     @classmethod
-    def build_feed(cls, cfg: Any, data: TrainData, device: torch.device) -> Feed:
-        """Images, sampler and augmentation of training."""
-        section = cfg.DATALOADER.SAMPLER
-        where = (cfg.SOLVER.ITERS_PER_EPOCH, cfg.SEED, comm.rank(), comm.world())
-        sampler = SAMPLER_REGISTRY.build(section, *where)
-        if data.source:
-            sources = [SAMPLER_REGISTRY.build(cfg.DATALOADER.SOURCE_SAMPLER, *where) for _ in cfg.DATASETS.SOURCES]
-            sampler = JointSampler(sampler, sources, data.source_labels, data.source_domains, cameras_of(data.source))
-        images = cls.build_images(cfg, [*data.target, *data.source], device, cfg.DATALOADER.FEED)
-        augments = {
-            name: AUGMENT_REGISTRY.build(preset, cfg.INPUT.MEAN, cfg.INPUT.STD)
-            for name, preset in cfg.INPUT.AUGMENTS.items()
-        }
-        for view in cfg.INPUT.VIEWS:
-            if view not in augments:
-                raise UnknownName(
-                    f"INPUT.VIEWS: {view!r} is no preset of INPUT.AUGMENTS; known: {', '.join(augments)}."
-                )
-        return Feed(
-            images,
-            sampler,
-            [augments[view] for view in cfg.INPUT.VIEWS],
-            seed=cfg.SEED,
-            device=device,
-            cameras=images.cameras,
-            source_labels=data.source_labels if data.source else None,
-            source_domains=data.source_domains if data.source else None,
-            style=cls.build_camera_style(cfg, data, images, device),
-        )
+    def build_train_loader(cls, cfg: Any, train_set: TrainSet, device: torch.device) -> TrainLoader:
+        """The batches of training, see `data.build.build_train_loader`."""
+        return data.build_train_loader(cfg, train_set, device)
 
     @classmethod
-    def build_camera_style(
-        cls, cfg: Any, data: TrainData, images: ImageSet, device: torch.device
-    ) -> CameraStyle | None:
-        """What shows images as other cameras would; None if no view has `CAMERA_STYLE`.
-
-        Raises:
-            ValueError: unknown `INPUT.CAMERA_STYLE.KIND`, or fewer than two cameras.
-            FileNotFoundError: generated pictures are missing.
-        """
-        if not any(cfg.INPUT.AUGMENTS[view].get("CAMERA_STYLE") for view in cfg.INPUT.VIEWS):
-            return None
-        kind, count = cfg.INPUT.CAMERA_STYLE.KIND, len(data.target)
-        if kind == "colors":
-            return ColourStyle(images, count, device=device)
-        if kind != "images":
-            raise InvalidValue(f"INPUT.CAMERA_STYLE.KIND: {kind!r} is unknown; accepted: {', '.join(KINDS)}.")
-        found, origins = generated_images(data.target, cfg.INPUT.CAMERA_STYLE.FOLDER)
-        good = check_images(found, on_bad=cfg.INPUT.ON_BAD_IMAGE, what="INPUT.CAMERA_STYLE.FOLDER")
-        if len(good) < len(found):
-            paths = {record.path for record in good}
-            origins = origins[[record.path in paths for record in found]]
-        return GeneratedStyle(images.cameras, count, cls.build_images(cfg, good, device, cfg.DATALOADER.FEED), origins)
-
-    @classmethod
-    def build_images(cls, cfg: Any, records: list[Record], device: torch.device, feed: str) -> ImageSet:
-        """An image set that decodes (`loader`) or holds its pixels (`cached`).
-
-        Raises:
-            ValueError: unknown `DATALOADER.FEED`.
-        """
-        images = ImageSet(records, tuple(cfg.INPUT.SIZE), workers=cfg.DATALOADER.WORKERS)
-        if feed == "loader":
-            return images
-        if feed == "cached":
-            folder = cfg.DATALOADER.CACHE_DIR or Path(cfg.OUTPUT_DIR) / "cache"
-            return CachedImageSet(images, where=cfg.DATALOADER.CACHE, device=device, folder=folder)
-        raise InvalidValue(f"DATALOADER.FEED: {feed!r} is unknown; accepted: loader, cached.")
+    def build_test_loader(cls, cfg: Any, name: str, device: torch.device) -> tuple[ReIDData, ImageSet]:
+        """One of `DATASETS.TESTS` and its images, see `data.build.build_test_loader`."""
+        return data.build_test_loader(cfg, name, device)
 
     @classmethod
     def build_optimizer(cls, cfg: Any, model: MetaArch) -> torch.optim.Optimizer:
@@ -253,40 +147,28 @@ class DefaultTrainer(Trainer):
     @classmethod
     def build_evaluators(cls, cfg: Any, device: torch.device) -> dict[str, Evaluator]:
         """An evaluator for each of `DATASETS.TESTS`, by name."""
-        evaluators = {}
-        for name, section in cfg.DATASETS.TESTS.items():
-            data = DATASET_REGISTRY.build(section)
-            if not data.query or not data.gallery:
-                raise InvalidValue(
-                    f"DATASETS.TESTS.{name}: {section.NAME} has {len(data.query)} query and {len(data.gallery)} "
-                    f"gallery images; evaluation needs both. Drop it with `DATASETS.TESTS.{name} null`, or add a split."
-                )
-            images = cls.build_images(cfg, [*data.query, *data.gallery], device, "loader")
-            evaluators[name] = Evaluator(
-                data,
-                images,
+        return {
+            name: Evaluator(
+                *cls.build_test_loader(cfg, name, device),
                 rerank=cfg.TEST.RERANK,
                 batch_size=cfg.TEST.BATCH_SIZE,
                 amp=precision(cfg.SOLVER.AMP, device),
             )
-        return evaluators
+            for name in cfg.DATASETS.TESTS
+        }
 
     @classmethod
     def build_hooks(cls, cfg: Any, trainer: DefaultTrainer) -> list[HookBase]:
         """The hooks of the core, then those of `HOOKS`."""
-        data = trainer.data
-        identities = torch.tensor([record.identity for record in data.target])
         evaluate = EvaluateHook(
             cls.build_evaluators(cfg, trainer.device), period=cfg.TEST.PERIOD, patience=cfg.TEST.PATIENCE
         )
         hooks: list[HookBase] = [
             ReclusterHook(
                 cls.build_generator(cfg),
-                trainer.feed.images,
-                trainer.feed,
-                source_labels=data.source_labels if data.source else None,
+                trainer.train_loader,
                 batch_size=cfg.TEST.BATCH_SIZE,
-                identities=identities if cfg.LOG.CLUSTER_QUALITY and bool((identities >= 0).any()) else None,
+                measure=cfg.LOG.CLUSTER_QUALITY,
             ),
             ScheduleHook(cls.build_lr_scheduler(cfg, trainer.optimizer)),
             evaluate,
@@ -296,7 +178,7 @@ class DefaultTrainer(Trainer):
                 period=cfg.CHECKPOINT.PERIOD,
                 keep=cfg.CHECKPOINT.KEEP,
                 improved=lambda: evaluate.improved,
-                images=fingerprint([*data.target, *data.source]),
+                images=trainer.train_set.fingerprint(),
             ),
             LogHook(cls.build_writers(cfg, trainer.folder), period=cfg.LOG.PERIOD_STEPS),
         ]
@@ -444,8 +326,3 @@ def log_results(results: Mapping[str, Mapping[str, float]]) -> None:
         columns = list(next(iter(results.values())))
         rows = [[name, *(numbers[column] for column in columns)] for name, numbers in results.items()]
         logger.info("\n%s", tabulate(rows, ["data set", *columns], floatfmt=".2f"))
-
-
-def cameras_of(records: list[Record]) -> Tensor:
-    """(N,) camera of each record."""
-    return torch.tensor([record.camera for record in records], dtype=torch.int64)

@@ -16,139 +16,14 @@ import torch
 from torch import Tensor
 
 from fastreid_uns.config import refuse_other_config
-from fastreid_uns.data.feed import Feed
-from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.engine.log import Writer
-from fastreid_uns.errors import InvalidState, InvalidValue
-from fastreid_uns.evaluation.clusters import cluster_quality
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.evaluation.evaluator import Evaluator
-from fastreid_uns.evaluation.extract import extract_features
 from fastreid_uns.hook import HookBase
-from fastreid_uns.modeling.memory import Memory
-from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
-from fastreid_uns.structures import FeatureBank, NoClusters, PseudoLabels
 from fastreid_uns.utils import checkpoint, comm
 from fastreid_uns.utils.seed import random_state, set_random_state
 
 logger = logging.getLogger(__name__)
-
-
-class ReclusterHook(HookBase):
-    """Before each epoch: features of all training images → pseudo labels → model, feed and sampler.
-
-    Args:
-        generator: makes the labels, on rank 0 only.
-        images: the N unlabelled images, then the S labelled source images.
-        feed: receives the labels.
-        source_labels: (S,) classes of the source images, None without sources.
-        batch_size: images in one forward pass of the extraction.
-        identities: (N,) true identities to measure the clusters by, for the log only; None to leave it out.
-    """
-
-    order = 10
-
-    def __init__(
-        self,
-        generator: PseudoLabelGenerator,
-        images: ImageSet,
-        feed: Feed,
-        *,
-        source_labels: Tensor | None = None,
-        batch_size: int = 256,
-        identities: Tensor | None = None,
-    ) -> None:
-        self.generator = generator
-        self.images = images
-        self.feed = feed
-        self.source_labels = source_labels
-        self.batch_size = batch_size
-        self.identities = identities
-        self.pseudo: PseudoLabels | None = None
-
-    def before_epoch(self) -> None:
-        """Cluster, and hand the labels on."""
-        trainer = self.trainer
-        with trainer.timed("extract"):
-            bank = self._bank()
-        self.pseudo = pseudo = self._cluster(bank)
-        trainer.model.update_memory(pseudo.to(trainer.device), bank)
-        self.feed.labels = pseudo.labels
-        self.feed.sampler.set_epoch(trainer.epoch, pseudo, bank.cameras)
-        if isinstance(trainer.model.memory, Memory):
-            trainer.model.memory.expect(self.feed.most_of_one_label(), self.feed.sampler.batch_size)
-        sizes = pseudo.sizes
-        trainer.metrics.update(
-            clusters=pseudo.num_clusters,
-            outliers=int((pseudo.labels < 0).sum()),
-            largest_cluster=int(sizes.max()),
-            median_cluster=int(sizes.median()),
-        )
-        if self.identities is not None:
-            trainer.metrics.update(cluster_quality(pseudo.labels, self.identities))
-        if pseudo.num_clusters == 1:
-            logger.warning(
-                "PSEUDO_LABELS: all %d clustered images are in one cluster, there is nothing to tell apart; lower EPS.",
-                int(sizes.sum()),
-            )
-
-    def _bank(self) -> FeatureBank:
-        model = self.trainer.model
-        count = len(self.images) - (0 if self.source_labels is None else len(self.source_labels))
-        cameras = self.images.cameras[:count]
-        rows = model.memory_bank()
-        if rows is not None:
-            return FeatureBank(rows, cameras)
-        outputs = extract_features(
-            model, self.images, device=self.trainer.device, batch_size=self.batch_size, amp=self.trainer.amp
-        )
-        feats = outputs.pop("feats")
-        bank = FeatureBank(feats[:count], cameras, {name: value[:count] for name, value in outputs.items()})
-        if self.source_labels is not None:
-            bank.source_feats, bank.source_labels = feats[count:], self.source_labels
-        return bank
-
-    def _cluster(self, bank: FeatureBank) -> PseudoLabels:
-        """The labels of rank 0 on every rank; an error of rank 0 as well, lest the others wait for ever."""
-        result: PseudoLabels | Exception | None = None
-        seconds: dict[str, float] = {}
-        if comm.rank() == 0:
-            try:
-                result = self._generate(bank).to("cpu")
-                seconds = self.generator.seconds
-            except (ValueError, RuntimeError, ImportError, OSError, MemoryError) as error:
-                if comm.world() == 1:
-                    raise
-                result = error
-        result, seconds = comm.broadcast_object((result, seconds))
-        if not isinstance(result, PseudoLabels):
-            raise InvalidState(f"pseudo labels failed on rank 0: {result}") from result
-        for stage, spent in seconds.items():
-            self.trainer.metrics[f"seconds_{stage}"] = spent
-        return result
-
-    def _generate(self, bank: FeatureBank) -> PseudoLabels:
-        try:
-            return self.generator(bank, self.trainer.epoch)
-        except NoClusters as error:
-            if self.pseudo is None:
-                raise
-            logger.warning("%s The labels of the epoch before are kept for this one.", error)
-            labels = self.pseudo.labels
-            kept = centroids(bank.feats, labels.to(bank.feats.device))
-            return PseudoLabels(labels, kept.cpu(), self.pseudo.extras)
-
-    def state_dict(self) -> dict[str, Any]:
-        """State of the generator, and the labels of the last epoch."""
-        state: dict[str, Any] = {"generator": self.generator.state_dict()}
-        if self.pseudo is not None:
-            state |= {"labels": self.pseudo.labels, "centroids": self.pseudo.centroids, "extras": self.pseudo.extras}
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore both."""
-        self.generator.load_state_dict(state["generator"])
-        if "labels" in state:
-            self.pseudo = PseudoLabels(state["labels"], state["centroids"], state["extras"])
 
 
 class ScheduleHook(HookBase):
@@ -314,7 +189,7 @@ class CheckpointHook(HookBase):
         period: epochs; 0 = never.
         keep: newest files that stay.
         improved: tells whether this epoch's evaluation was the best so far.
-        images: what tells the training images from others, see `data.fingerprint.fingerprint`; "" = not known.
+        images: what tells the training images from others, see `TrainSet.fingerprint`; "" = not known.
     """
 
     order = 100

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastreid_uns.data.image_set import to_device
 from fastreid_uns.errors import InvalidState, InvalidValue
 from fastreid_uns.hook import HookBase
 from fastreid_uns.modeling.losses import at_least_float32
@@ -26,9 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class BatchSource(Protocol):
-    """What a trainer needs of a feed."""
-
-    labels: Tensor
+    """What a trainer needs of a loader."""
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of one epoch."""
@@ -39,10 +36,10 @@ class Trainer:
 
     Args:
         model: on its device already.
-        feed: gives the batches of an epoch.
+        train_loader: gives the batches of an epoch.
         optimizer: over the parameters of `model`.
         epochs: clustering rounds.
-        iters_per_epoch: batches that the feed gives in each.
+        iters_per_epoch: batches that the loader gives in each.
         hooks: see `HookBase`.
         amp: dtype of mixed precision, None for float32; float16 brings a gradient scaler.
         clip: largest gradient norm, None for no clipping.
@@ -66,7 +63,7 @@ class Trainer:
     def __init__(
         self,
         model: MetaArch,
-        feed: BatchSource,
+        train_loader: BatchSource,
         optimizer: torch.optim.Optimizer,
         *,
         epochs: int,
@@ -79,7 +76,7 @@ class Trainer:
         find_unused: bool = False,
     ) -> None:
         self.model = model
-        self.feed = feed
+        self.train_loader = train_loader
         self.optimizer = optimizer
         self.epochs = epochs
         self.iters_per_epoch = iters_per_epoch
@@ -177,7 +174,7 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         self.model.train()
-        for batch in progress(self.feed.epoch(self.epoch), f"epoch {self.epoch}", self.iters_per_epoch):
+        for batch in progress(self.train_loader.epoch(self.epoch), f"epoch {self.epoch}", self.iters_per_epoch):
             self.batch_size = len(batch.index)
             comm.report(self.iter, f"training of epoch {self.epoch}")
             self._call("before_step")
@@ -308,15 +305,10 @@ def _split(batch: Batch, parts: int) -> list[Batch]:
 
 
 def _rows(batch: Batch, rows: list[int]) -> Batch:
-    """Some rows of a batch, in order."""
+    """Some rows of a batch, in order, none of them twice."""
     if rows[-1] - rows[0] + 1 == len(rows):
-        part = slice(rows[0], rows[-1] + 1)
-        return Batch(tuple(view[part] for view in batch.views), *(value[part] for value in batch[1:]))
-    index = torch.tensor(rows)
-    there = to_device(index, batch.index.device)
-    views = tuple(view[there] for view in batch.views)
-    rest = [value[there if value.device == there.device else index] for value in batch[1:]]
-    return Batch(views, *rest)
+        return batch.rows(slice(rows[0], rows[-1] + 1))
+    return batch.rows(torch.tensor(rows))._replace(most=batch.most)
 
 
 def _mean(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -35,9 +35,7 @@ class Memory(nn.Module):
 
     features: Tensor
     moves = True  # whether training moves the rows; else a clustering alone does
-    splits_labels = False  # whether images of one row always have one label, so that `expect` bounds its images
-    _expected: tuple[int, int] | None = None
-    _kept: list[tuple[Tensor, Tensor]] | None = None  # images of the parts of a batch, see `moved_once`
+    _kept: list[tuple[Tensor, Tensor, int | None]] | None = None  # images of the parts of a batch, see `moved_once`
 
     def __init__(self, dim: int, *, momentum: float = 0.1, temperature: float = 0.05) -> None:
         super().__init__()
@@ -57,12 +55,14 @@ class Memory(nn.Module):
         """(B,) the row to which each image of the batch belongs."""
         raise NotImplementedError
 
-    def forward(self, feats: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, feats: Tensor, labels: Tensor, most: int | None = None) -> Tensor:
         """Similarity to every row, divided by the temperature; in training rows that move are updated afterwards.
 
         Args:
             feats: (B, D) unit length.
             labels: (B,) row of each image.
+            most: no row has more images than this in the batch of all processes, see `Batch.most`; None = not known,
+                which gives the same rows in more operations.
 
         Returns:
             (B, rows) float32, with gradient to `feats` only.
@@ -71,29 +71,24 @@ class Memory(nn.Module):
             inputs = at_least_float32(feats)
             logits = inputs @ self.features.to(inputs.dtype).T / self.temperature
         if self.training and self.moves:
-            self.update(feats.detach(), labels)
+            self.update(feats.detach(), labels, most)
         return logits
 
     @torch.no_grad()
-    def update(self, feats: Tensor, labels: Tensor) -> None:
+    def update(self, feats: Tensor, labels: Tensor, most: int | None = None) -> None:
         """Gather the images of all ranks, equally many each, and replace `features` by the moved rows.
 
         Within `moved_once` this happens at its end.
         """
         if self._kept is not None:
-            self._kept.append((feats, labels))
+            self._kept.append((feats, labels, most))
             return
         with torch.autocast(feats.device.type, enabled=False):
             feats = comm.all_gather(feats.to(self.features.dtype), equal=True)
-            self.features = self._moved(feats, comm.all_gather(labels, equal=True))
+            self.features = self._moved(feats, comm.all_gather(labels, equal=True), most)
 
-    def expect(self, most: int, images: int) -> None:
-        """Before an epoch: of the `images` in a batch of all processes at most `most` have the same label."""
-        self._expected = (most, images) if self.splits_labels else None
-
-    def _moved(self, feats: Tensor, labels: Tensor) -> Tensor:
-        most, images = self._expected or (0, 0)
-        return move_in_order(self.features, feats, labels, self.momentum, most if len(labels) <= images else None)
+    def _moved(self, feats: Tensor, labels: Tensor, most: int | None) -> Tensor:
+        return move_in_order(self.features, feats, labels, self.momentum, most)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         take_shapes(self, state_dict, prefix)
@@ -118,8 +113,8 @@ def moved_once(model: nn.Module) -> Iterator[None]:
     for memory in memories:
         kept, memory._kept = memory._kept, None
         if kept:
-            feats, labels = zip(*kept, strict=True)
-            memory.update(torch.cat(feats), torch.cat(labels))
+            feats, labels, most = zip(*kept, strict=True)
+            memory.update(torch.cat(feats), torch.cat(labels), most[0])
 
 
 @MEMORY_REGISTRY.register()
@@ -133,8 +128,6 @@ class ClusterMemory(Memory):
     Source: Dai et al. 2022 (Cluster Contrast), eq. 5 (plain) and the hard variant of its first version.
     """
 
-    splits_labels = True
-
     def __init__(self, dim: int, *, momentum: float = 0.1, temperature: float = 0.05, hard: bool = False) -> None:
         super().__init__(dim, momentum=momentum, temperature=temperature)
         self.hard = hard
@@ -147,9 +140,9 @@ class ClusterMemory(Memory):
         """(B,) the label of each image."""
         return batch.labels
 
-    def _moved(self, feats: Tensor, labels: Tensor) -> Tensor:
+    def _moved(self, feats: Tensor, labels: Tensor, most: int | None) -> Tensor:
         if not self.hard:
-            return super()._moved(feats, labels)
+            return super()._moved(feats, labels, most)
         similarity = (feats * self.features[labels]).sum(1)
         hardest = similarity.argsort(stable=True)
         order, rows, first = _by_row(labels[hardest])
@@ -166,7 +159,6 @@ class InstanceMemory(Memory):
     """
 
     num_source: Tensor
-    splits_labels = True
 
     def __init__(self, dim: int, *, momentum: float = 0.2, temperature: float = 0.05) -> None:
         super().__init__(dim, momentum=momentum, temperature=temperature)

@@ -18,6 +18,7 @@ from fastreid_uns.modeling.norm import domain_batch_norm, freeze_norm_statistics
 from fastreid_uns.modeling.weights import load_weights
 from fastreid_uns.registry import BACKBONE_REGISTRY, LOSS_REGISTRY, MEMORY_REGISTRY, META_ARCH_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, HeadOutput, PseudoLabels
+from fastreid_uns.utils.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class Baseline(MetaArch):
             rows = self.memory.rows(batch)
             if self.teacher is not None:
                 inputs["teacher_logits"] = inputs["teacher_feats"] @ self.memory.features.T / self.memory.temperature
-            inputs["logits"] = self.memory(out.feats, rows)
+            inputs["logits"] = self.memory(out.feats, rows, batch.most)
             inputs["labels"] = rows
         return inputs
 
@@ -143,11 +144,13 @@ def check_domains(cfg: Any) -> None:
 
 def named_loss_inputs(out: HeadOutput, batch: Batch) -> dict[str, Tensor]:
     """What the output of a head and a batch inputs to losses, on the device: all but the views."""
-    rows = {
-        name: value.to(batch.index.device, non_blocking=True)
-        for name, value in zip(batch._fields[1:], batch[1:], strict=True)
+    return {
+        **{name: value for name, value in out._asdict().items() if value is not None},
+        "index": batch.index,
+        "labels": batch.labels,
+        "cameras": batch.cameras,
+        "domains": to_device(batch.domains, batch.index.device),
     }
-    return {name: value for name, value in out._asdict().items() if value is not None} | rows
 
 
 def warn_of_other_input(cfg: Any) -> None:

@@ -104,7 +104,7 @@ class ReplacedMemory(Memory):
         most = most[:, :count]
         return most.scatter(1, labels[:, None], -most.gather(1, labels[:, None]))
 
-    def _moved(self, feats: Tensor, labels: Tensor) -> Tensor:
+    def _moved(self, feats: Tensor, labels: Tensor, most: int | None) -> Tensor:
         """The rows after the batch has been written; of a repeated image the last feature stays."""
         rows, position = labels, torch.arange(len(labels), device=labels.device)
         last = ((rows[:, None] == rows[None]) * position).amax(1)

@@ -215,10 +215,7 @@ class ACFL(MetaArch):
 
     def _pairs(self, batch: Batch) -> tuple[Batch, Batch]:
         """The queries and the partners of a batch of pairs."""
-        first, second = (
-            Batch(tuple(view[start::2] for view in batch.views), *(value[start::2] for value in batch[1:]))
-            for start in (0, 1)
-        )
+        first, second = batch.rows(slice(0, None, 2)), batch.rows(slice(1, None, 2))
         if not self._pairs_checked:
             if len(batch.index) % 2 or not torch.equal(first.labels, second.labels):
                 raise InvalidValue(

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreid_uns.data.image_set import to_device
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.memory import Memory
@@ -16,6 +15,7 @@ from fastreid_uns.modeling.proxies import CameraProxies
 from fastreid_uns.registry import META_ARCH_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
 from fastreid_uns.utils import comm
+from fastreid_uns.utils.transfer import to_device
 
 
 @META_ARCH_REGISTRY.register()

@@ -73,10 +73,10 @@ class HybridMemory(InstanceMemory):
         """(N, D) rows of the unlabelled images, None before the first clustering."""
         return self.features[int(self.num_source) :] if len(self.features) else None
 
-    def forward(self, feats: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, feats: Tensor, labels: Tensor, most: int | None = None) -> Tensor:
         """(B, rows) similarity to every row, see `Memory.forward`; `labels` (B,) are rows."""
         before = self.features
-        logits = super().forward(feats, labels)
+        logits = super().forward(feats, labels, most)
         if not (self.training and self.target_first):
             return logits
         if self._kept is not None:
@@ -103,8 +103,8 @@ class HybridMemory(InstanceMemory):
         total = logits.new_zeros(len(logits), len(self.label_sizes)).index_add(1, self.row_labels, logits)
         return (total / self.label_sizes.clamp_min(1))[:, :-1]
 
-    def _moved(self, feats: Tensor, labels: Tensor) -> Tensor:
-        features = super()._moved(feats, labels)
+    def _moved(self, feats: Tensor, labels: Tensor, most: int | None) -> Tensor:
+        features = super()._moved(feats, labels, most)
         if not self.source_mean:
             return features
         old = self.features[: self._sources]

@@ -33,7 +33,6 @@ class InBatchModel(MetaArch):
 
     def loss_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Every tensor that a loss can ask for, by name, with V x B rows."""
-        views = len(batch.views)
         images = torch.stack(batch.views, dim=1).flatten(0, 1)
-        rows = Batch((images,), *(value.repeat_interleave(views, output_size=len(images)) for value in batch[1:]))
+        rows = batch._replace(views=()).rows(torch.arange(len(images)) // len(batch.views))
         return named_loss_inputs(self.encoder(images, rows.domains), rows)

@@ -15,9 +15,11 @@ from scipy import stats
 from fastreid_uns.config import load_config
 from fastreid_uns.data.augment import Augment
 from fastreid_uns.data.camera_style import CameraStyle, ColourStyle, GeneratedStyle, generated_images
-from fastreid_uns.data.feed import Feed
-from fastreid_uns.data.image_set import CachedImageSet, ImageSet
+from fastreid_uns.data.image_set import ImageSet
+from fastreid_uns.data.loader import TrainLoader
+from fastreid_uns.data.pixel_cache import CachedImageSet
 from fastreid_uns.data.samplers import ClusterSampler, JointSampler, RandomSampler
+from fastreid_uns.data.train_set import TrainSet
 from fastreid_uns.engine.default import DefaultTrainer
 from fastreid_uns.structures import Batch, PseudoLabels, Record
 
@@ -62,31 +64,30 @@ def fakes(records, tmp_path_factory) -> Path:
 
 def style_of(kind: str, images: ImageSet, fakes: Path, cached: bool = False, workers: int = 0) -> CameraStyle:
     if kind == "colors":
-        return ColourStyle(images, COUNT)
-    found, origins = generated_images(
-        [Record(p, -1, c) for p, c in zip(images.paths, images.cameras.tolist(), strict=True)][:COUNT], str(fakes)
-    )
+        return ColourStyle(TrainSet(images))
+    found, origins = generated_images(images.records, str(fakes))
     pictures = ImageSet(found, SIZE, workers=workers)
-    return GeneratedStyle(images.cameras, COUNT, CachedImageSet(pictures) if cached else pictures, origins)
+    return GeneratedStyle(TrainSet(images), CachedImageSet(pictures) if cached else pictures, origins)
 
 
 def batches(
     images: ImageSet, style: CameraStyle | None, views: list[Augment], rank: int = 0, world: int = 1, epochs=(0, 1)
 ) -> list[Batch]:
     sampler = RandomSampler(4, 5, rank, world, batch_size=6)
-    feed = Feed(images, sampler, views, seed=5, device="cpu", cameras=images.cameras, style=style)
-    feed.labels = torch.arange(COUNT) % 4
+    train_set = TrainSet(images)
+    train_set.pseudo = PseudoLabels(torch.arange(COUNT) % 4, torch.zeros(4, 2))
+    loader = TrainLoader(train_set, sampler, views, seed=5, device="cpu", style=style)
     found = []
     for epoch in epochs:
-        sampler.set_epoch(epoch, PseudoLabels(feed.labels, torch.zeros(4, 2)), images.cameras)
-        found += feed.epoch(epoch)
+        loader.plan(epoch)
+        found += loader.epoch(epoch)
     return found
 
 
 def assert_equal(first: list[Batch], second: list[Batch]) -> None:
     for a, b in zip(first, second, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
-        assert all(torch.equal(x, y) for x, y in zip(a[1:], b[1:], strict=True))
+        assert torch.equal(a.index, b.index)
 
 
 def opponent(rgb: np.ndarray) -> np.ndarray:
@@ -118,7 +119,7 @@ def shown(style: CameraStyle, images: ImageSet, index: list[int], wanted: list[i
 
 def test_colours_equal_the_plain_form(records):
     images = ImageSet(records, SIZE)
-    style = ColourStyle(images, COUNT)
+    style = ColourStyle(TrainSet(images))
     assert style.numbers == [0, 1, 3]
     pixels = [opponent(np.asarray(Image.open(record.path), np.float64)) for record in records]
     of_camera = {
@@ -138,7 +139,7 @@ def test_two_greys_worked_by_hand(tmp_path):
         np.repeat([[low, high]], 16, 0).repeat(4, 1)[..., None].repeat(3, 2) for low, high in ((100, 120), (50, 130))
     ]
     images = ImageSet(save(tmp_path, [half.astype(np.uint8) for half in halves], [0, 1]), SIZE)
-    found = shown(ColourStyle(images, 2), images, [0, 1], [1, 0])
+    found = shown(ColourStyle(TrainSet(images)), images, [0, 1], [1, 0])
     assert torch.equal(found[0], images[1])
     assert torch.equal(found[1], images[0])
 
@@ -147,18 +148,19 @@ def test_a_camera_without_contrast_takes_the_mean_of_the_other_and_colours_stay_
     steep = np.zeros((*SIZE, 3), np.uint8)
     steep[:8] = [250, 10, 10]
     images = ImageSet(save(tmp_path, [np.full((*SIZE, 3), 77, np.uint8), steep], [0, 1]), SIZE)
-    found = shown(ColourStyle(images, 2), images, [0, 1], [1, 0])
+    found = shown(ColourStyle(TrainSet(images)), images, [0, 1], [1, 0])
     # half of the pixels of camera 1 are 250, 10, 10, half are black
     assert torch.equal(found[0], torch.tensor([125, 5, 5], dtype=torch.uint8).view(3, 1, 1).expand(3, *SIZE))
     # its spread shrinks to an eighth, the most that is allowed, around 77
     assert sorted(found[1, 0].unique().tolist()) == [61, 93]
 
 
-def test_colours_do_not_depend_on_the_feed_and_leave_the_images_alone(records, fakes, tmp_path):
+def test_colours_do_not_depend_on_the_cache_and_leave_the_images_alone(records, fakes, tmp_path):
     decoded = ImageSet(records, SIZE)
     cached = CachedImageSet(ImageSet(records, SIZE))
+    assert cached.check() == {}
     kept = cached.pixels.clone()
-    found = [shown(ColourStyle(images, COUNT), images, [0, 4, 2], [1, 2, 0]) for images in (decoded, cached)]
+    found = [shown(ColourStyle(TrainSet(images)), images, [0, 4, 2], [1, 2, 0]) for images in (decoded, cached)]
     assert torch.equal(*found)
     assert not torch.equal(found[0], kept[[0, 4, 2]])
     assert torch.equal(cached.pixels, kept)
@@ -201,7 +203,7 @@ def test_the_picture_of_the_image_and_the_camera_is_shown(records, fakes):
 
 
 @pytest.mark.parametrize("kind", ["colors", "images"])
-def test_feed_workers_and_resume_change_nothing(records, fakes, kind):
+def test_cache_workers_and_resume_change_nothing(records, fakes, kind):
     views = [Augment(camera_style=0.5, pad=3), Augment(camera_style=0.5, **PLAIN)]
 
     def run(workers: int = 0, cached: bool = False, epochs=(0, 1)) -> list[Batch]:
@@ -229,7 +231,7 @@ def test_slices_of_two_processes_make_up_the_batch_of_one(records, fakes, kind):
             assert all(torch.equal(view[rows], own) for view, own in zip(batch.views, part.views, strict=True))
 
 
-def test_a_view_without_styles_is_that_of_a_feed_without_them(records, fakes):
+def test_a_view_without_styles_is_that_of_a_loader_without_them(records, fakes):
     images = ImageSet(records, SIZE)
     views = [Augment(pad=3), Augment(camera_style=1.0, pad=3)]
     for kind in ("colors", "images"):
@@ -243,28 +245,18 @@ def test_a_view_without_styles_is_that_of_a_feed_without_them(records, fakes):
 def test_images_of_labelled_sources_stay_as_they_are(records):
     """Eight unlabelled images, then four of a source, whose cameras are others."""
     images = ImageSet(records, SIZE)
-    classes, domains = torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.int64)
+    classes, domains = torch.tensor([-1] * 8 + [0, 0, 1, 1]), torch.tensor([0] * 8 + [1] * 4)
+    train_set = TrainSet(images, domains=domains, classes=classes)
     sampler = JointSampler(
         RandomSampler(4, 5, 0, 1, batch_size=4),
         [ClusterSampler(4, 5, 0, 1, batch_size=4, num_instances=2)],
-        classes,
-        domains,
-        images.cameras[8:],
+        train_set,
     )
-    feed = Feed(
-        images,
-        sampler,
-        [Augment(camera_style=1.0, **PLAIN)],
-        seed=0,
-        device="cpu",
-        cameras=images.cameras,
-        source_labels=classes,
-        source_domains=domains,
-        style=ColourStyle(images, 8),
-    )
-    feed.labels = torch.arange(8) % 2
-    sampler.set_epoch(0, PseudoLabels(feed.labels, torch.zeros(2, 2)), images.cameras[:8])
-    for batch in feed.epoch(0):
+    views, style = [Augment(camera_style=1.0, **PLAIN)], ColourStyle(train_set)
+    loader = TrainLoader(train_set, sampler, views, seed=0, device="cpu", style=style)
+    train_set.pseudo = PseudoLabels(torch.arange(8) % 2, torch.zeros(2, 2))
+    loader.plan(0)
+    for batch in loader.epoch(0):
         levels = (batch.views[0] * 255).round().byte()
         for index, picture in zip(batch.index.tolist(), levels, strict=True):
             assert torch.equal(picture, images[index]) == (index >= 8)
@@ -295,7 +287,7 @@ def test_what_is_missing_is_named_with_the_way_out(records, fakes, tmp_path):
     with pytest.raises(ValueError, match=r"CAMERA_STYLE is 1\.5; a probability"):
         Augment(camera_style=1.5)
     images = ImageSet(records, SIZE)
-    with pytest.raises(ValueError, match="feed: a view has CAMERA_STYLE above 0 but no style is given"):
+    with pytest.raises(ValueError, match="train loader: a view has CAMERA_STYLE above 0 but no style is given"):
         batches(images, None, [Augment(camera_style=0.5)])
 
 
@@ -303,7 +295,7 @@ def test_what_is_missing_is_named_with_the_way_out(records, fakes, tmp_path):
 def test_too_few_cameras_are_refused(records, cameras, found):
     images = ImageSet([record._replace(camera=c) for record, c in zip(records, cameras, strict=False)], SIZE)
     with pytest.raises(ValueError, match=rf"of the 4 training images {found} is known.*Set CAMERA_STYLE to 0"):
-        ColourStyle(images, 4)
+        ColourStyle(TrainSet(images))
 
 
 def config(tiny: list[str], **keys: object):
@@ -312,32 +304,31 @@ def config(tiny: list[str], **keys: object):
 
 def test_a_config_brings_either_kind_or_none(tiny, tmp_path):
     preset, section = "INPUT.AUGMENTS.train.CAMERA_STYLE", "INPUT.CAMERA_STYLE"
-    assert DefaultTrainer(config(tiny)).feed.style is None
+    assert DefaultTrainer(config(tiny)).train_loader.style is None
     trainer = DefaultTrainer(config(tiny, **{preset: 0.5}))
-    assert type(trainer.feed.style) is ColourStyle
+    assert type(trainer.train_loader.style) is ColourStyle
     with pytest.raises(ValueError, match=r"KIND is 'hues'; one of colors, images is accepted"):
         config(tiny, **{f"{section}.KIND": "hues"})
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         DefaultTrainer(config(tiny, **{preset: 0.5, f"{section}": {"KIND": "images", "FOLDER": str(tmp_path / "no")}}))
 
     (tmp_path / "fakes").mkdir()
-    records = trainer.data.target
+    records = trainer.train_set.records
     for record in records:
-        for other in set(trainer.feed.style.numbers) - {record.camera}:
+        for other in set(trainer.train_loader.style.numbers) - {record.camera}:
             Image.new("RGB", (16, 32)).save(tmp_path / "fakes" / fake_name(record, other))
     broken = tmp_path / "fakes" / fake_name(records[3], 0 if records[3].camera else 1)
     broken.write_bytes(b"no image")
     keys = {preset: 1.0, section: {"KIND": "images", "FOLDER": str(tmp_path / "fakes")}}
     with pytest.raises(ValueError, match=r"INPUT\.CAMERA_STYLE\.FOLDER: 1 of 192 images cannot be read"):
         DefaultTrainer(config(tiny, **keys))
-    for feed in ("loader", "cached"):
-        style = DefaultTrainer(
-            config(tiny, **keys, **{"INPUT.ON_BAD_IMAGE": "skip", "DATALOADER.FEED": feed})
-        ).feed.style
+    for cache in ("none", "host", "disk"):
+        changes = {"INPUT.ON_BAD_IMAGE": "skip", "DATALOADER.CACHE": cache}
+        style = DefaultTrainer(config(tiny, **keys, **changes)).train_loader.style
         assert type(style) is GeneratedStyle
         assert len(style.images) == 191
         # all pictures are black but the one that is left out
-        images = trainer.feed.images
+        images = trainer.train_loader.images
         every = list(range(len(records)))
         wanted = [style.numbers.index(0 if record.camera else 1) for record in records]
         found = shown(style, images, every, wanted)
@@ -351,7 +342,7 @@ def test_cpu_and_gpu_show_the_same(records, fakes):
     device = CachedImageSet(ImageSet(records, SIZE), where="device", device="cuda")
     index, wanted = [0, 4, 2, 10], torch.tensor([[1, 2, -1, -1], [-1, -1, -1, -1]])
     for on_host, on_device in (
-        (ColourStyle(host, COUNT), ColourStyle(device, COUNT, device="cuda")),
+        (ColourStyle(TrainSet(host)), ColourStyle(TrainSet(device), device="cuda")),
         (style_of("images", host, fakes), style_of("images", device, fakes, cached=True)),
     ):
         (expected,) = on_host.stream([index], [wanted], host.stream([index], "cpu"), torch.device("cpu"))

@@ -1,9 +1,5 @@
 import gc
 import multiprocessing
-import os
-import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastreid_uns.data import image_set
-from fastreid_uns.data.image_set import CachedImageSet, ImageSet, check_images, unreadable_images
+from fastreid_uns.data.decode import UnreadableImage
+from fastreid_uns.data.image_set import ImageSet
+from fastreid_uns.errors import MissingFile
 from fastreid_uns.structures import Record
 
 SIZE = (8, 4)
@@ -113,174 +110,40 @@ def test_errors_name_the_file_and_the_set_goes_on(records, tmp_path, workers):
         SIZE,
         workers=workers,
     )
-    with pytest.raises(ValueError, match=r"^\S*broken\.png: the file is text; accepted are JPEG"):
+    with pytest.raises(ValueError, match=r"^\S*broken\.png: the file is text; accepted are "):
         list(images.stream([[0], [7], [1]], CPU))
     with pytest.raises(FileNotFoundError, match=r"^\S*missing\.png: there is no such file"):
         list(images.stream([[8]], CPU))
     assert len(list(images.stream([[0], [1]], CPU))) == 2
 
 
-@pytest.mark.parametrize("where", ["device", "host", "disk"])
-def test_a_cache_holds_the_same_images(records, tmp_path, where):
-    images = ImageSet(records, SIZE)
-    cached = CachedImageSet(images, where=where, device=CPU, folder=tmp_path / "cache")
-    batches = [[0, 6], [3], [2, 2, 5]]
-    assert cached.pixels.shape == (7, 3, *SIZE)
-    assert (len(cached), cached.paths, cached.size) == (7, images.paths, SIZE)
-    assert torch.equal(cached[4], images[4])
-    both = zip(cached.stream(batches, CPU), images.stream(batches, CPU), strict=True)
-    assert all(torch.equal(a, b) for a, b in both)
-
-
-def cache_file(folder: Path) -> Path:
-    (file,) = folder.iterdir()
-    return file
-
-
-def test_a_file_is_used_again_until_an_image_or_the_size_changes(records, tmp_path):
-    folder = tmp_path / "cache"
-    first = CachedImageSet(ImageSet(records, SIZE), where="disk", folder=folder)
-    file = cache_file(folder)
-    assert file.stat().st_size == first.pixels.numel()
-    written = file.stat().st_mtime_ns
-    CachedImageSet(ImageSet(records, SIZE), where="disk", folder=folder)
-    assert cache_file(folder).stat().st_mtime_ns == written
-    write(Path(records[0].path), 99)
-    os.utime(records[0].path, ns=(1, 1))
-    changed = CachedImageSet(ImageSet(records, SIZE), where="disk", folder=folder)
-    assert torch.equal(changed[0], pixels_of(records[0]))
-    assert not torch.equal(changed[0], first[0])
-    CachedImageSet(ImageSet(records, (4, 4)), where="disk", folder=folder)
-    assert len(list(folder.iterdir())) == 3
-
-
-def test_a_file_that_was_cut_off_is_written_again(records, tmp_path):
-    folder = tmp_path / "cache"
-    CachedImageSet(ImageSet(records, SIZE), where="disk", folder=folder)
-    file = cache_file(folder)
-    file.write_bytes(file.read_bytes()[:-1])
-    assert torch.equal(CachedImageSet(ImageSet(records, SIZE), where="disk", folder=folder)[6], pixels_of(records[6]))
-
-
-@pytest.mark.parametrize("limit", [100, 7 * 3 * 8 * 4 - 1])
-def test_a_full_disk_leaves_nothing_behind(records, tmp_path, limit, monkeypatch):
-    folder = tmp_path / "cache"
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if limit == 100:  # the place is reserved, writing fails
-        monkeypatch.setattr("fastreid_uns.data.image_set._reserve", lambda partial, shape: partial.touch())
-        folder.mkdir()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
-    try:
-        with pytest.raises(RuntimeError, match=r"cache cannot take the 0\.00 GiB of pixels \(File too large\)"):
-            CachedImageSet(ImageSet(records, SIZE), where="disk", folder=folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert list(folder.iterdir()) == []
-
-
-def test_two_runs_that_write_the_same_file_leave_each_other_alone(records, tmp_path, monkeypatch):
-    """As on two hosts, whose processes may have the same number: the second starts while the first one writes."""
-    write, second = image_set._write_share, []
-
-    def interrupted(*arguments):
-        if not second:
-            second.append(None)
-            second[0] = CachedImageSet(ImageSet(records, SIZE), where="disk", folder=tmp_path)
-        write(*arguments)
-
-    monkeypatch.setattr(image_set, "_write_share", interrupted)
-    first = CachedImageSet(ImageSet(records, SIZE), where="disk", folder=tmp_path)
-    for cached in (first, second[0]):
-        (pixels,) = cached.stream([list(range(len(records)))], "cpu")
-        assert torch.equal(pixels, torch.stack([pixels_of(record) for record in records]))
-    assert [file.suffix for file in tmp_path.iterdir() if file.name.startswith("pixels")] == [".bin"]
-
-
-def test_a_bad_image_stops_the_cache_and_leaves_nothing_behind(records, tmp_path):
-    Path(records[3].path).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"3\.png"):
-        CachedImageSet(ImageSet(records, SIZE), where="disk", folder=tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
-    Path(records[3].path).unlink()
-    with pytest.raises(FileNotFoundError, match=r"3\.png: there is no such file"):
-        CachedImageSet(ImageSet(records, SIZE), where="disk", folder=tmp_path / "cache")
-
-
-def test_cache_arguments_are_checked(records):
-    images = ImageSet(records, SIZE)
-    with pytest.raises(ValueError, match=r"DATALOADER.CACHE: 'gpu' is unknown; accepted: device, host, disk"):
-        CachedImageSet(images, where="gpu")
-    with pytest.raises(ValueError, match=r"DATALOADER.CACHE disk: no folder"):
-        CachedImageSet(images, where="disk")
-    with pytest.raises(ValueError, match="the set has no images"):
-        CachedImageSet(ImageSet([], SIZE))
-    with pytest.raises(RuntimeError, match=r"CACHE host: 7 images need [\d.]+ GiB.*DATALOADER.CACHE to disk"):
-        CachedImageSet(ImageSet(records, (2**22, 2**22)))
-
-
-TWO_PROCESSES = """
-import sys, torch, torch.distributed as dist
-from fastreid_uns.data.image_set import CachedImageSet, ImageSet, check_images
-from fastreid_uns.structures import Record
-torch.set_num_threads(1)
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-records = [Record(f"{folder}/{i}.png", -1, 0) for i in range(7)]
-images = ImageSet(records, (8, 4))
-cached = CachedImageSet(images, where="disk", folder=folder + "/cache")
-assert all(torch.equal(cached[i], images[i]) for i in range(7))
-absent = [Record(f"{folder}/absent{i}.png", -1, 0) for i in range(2)]
-kept = check_images([*absent, *records], on_bad="skip", what="set")
-assert kept == records
-broken = [*records, Record(f"{folder}/broken.png", -1, 0)]
-expected, message = [(RuntimeError, "another process could not write its share"), (ValueError, "broken.png")][rank]
-try:
-    CachedImageSet(ImageSet(broken, (8, 4)), where="disk", folder=folder + "/cache")
-except expected as error:
-    assert message in str(error)
-else:
-    raise SystemExit("no error")
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_write_one_file_together(records, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_decode_gives_the_errors_beside_the_pixels(records, tmp_path, workers):
     (tmp_path / "broken.png").write_text("no image")
-    run = [sys.executable, "-c", TWO_PROCESSES]
-    processes = [subprocess.Popen([*run, str(rank), str(tmp_path)]) for rank in range(2)]
-    assert [process.wait(60) for process in processes] == [0, 0]
-    pixels = np.fromfile(cache_file(tmp_path / "cache"), np.uint8).reshape(7, 3, *SIZE)
-    assert np.array_equal(pixels[6], pixels_of(records[6]).numpy())
+    bad = [Record(str(tmp_path / name), 0, 0) for name in ("broken.png", "missing.png")]
+    images = ImageSet([*records, *bad], SIZE, workers=workers)
+    (first, none), (second, errors) = images.decode([[0, 1], [8, 2, 7]], CPU)
+    assert none == {}
+    assert {index: type(error) for index, error in errors.items()} == {8: MissingFile, 7: UnreadableImage}
+    assert torch.equal(first, torch.stack([pixels_of(record) for record in records[:2]]))
+    assert torch.equal(second[1], pixels_of(records[2]))
+    assert not second[[0, 2]].any()
 
 
-def damaged(records, tmp_path) -> list[Record]:
+def test_what_is_left_out_is_counted_no_more(records):
+    images = ImageSet(records, SIZE)
+    list(images.stream([[0]], CPU))
+    images.keep([1, 4, 6])
+    assert len(images) == 3
+    assert images.paths == [records[i].path for i in (1, 4, 6)]
+    assert images.cameras.tolist() == [records[i].camera for i in (1, 4, 6)]
+    (pixels,) = images.stream([[2, 0]], CPU)
+    assert torch.equal(pixels, torch.stack([pixels_of(records[6]), pixels_of(records[1])]))
+
+
+def test_check_reads_to_the_last_row(records, tmp_path):
     whole = tmp_path / "whole.jpg"
     Image.effect_noise((64, 64), 50).save(whole)
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:-400])
-    (tmp_path / "text.jpg").write_text("no image")
-    bad = [Record(str(tmp_path / name), 0, 0) for name in ("cut.jpg", "text.jpg", "gone.jpg")]
-    return [bad[0], records[0], bad[1], records[1], bad[2], Record(str(whole), 0, 0)]
-
-
-def test_finds_cut_wrong_and_missing_files(records, tmp_path):
-    mixed = damaged(records, tmp_path)
-    found = unreadable_images(mixed, threads=2)
-    assert [path for path, _ in found] == [mixed[0].path, mixed[2].path, mixed[4].path]
-    assert "truncated" in found[0][1]
-    assert "the file is text" in found[1][1]
-    assert found[2][1] == "missing"
-
-
-def test_bad_images_stop_or_are_left_out(records, tmp_path, caplog):
-    mixed = damaged(records, tmp_path)
-    with pytest.raises(
-        ValueError,
-        match=r"(?s)market: 3 of 6 images.*cut\.jpg \(.*truncated.*prepare_data\.py.*INPUT\.ON_BAD_IMAGE: skip",
-    ):
-        check_images(mixed, on_bad="stop", what="market")
-    assert check_images(mixed, on_bad="skip", what="market") == [mixed[1], mixed[3], mixed[5]]
-    assert "market: 3 of 6 images cannot be read" in caplog.text
-    assert check_images(records, on_bad="stop", what="market") == records
-    with pytest.raises(ValueError, match=r"INPUT.ON_BAD_IMAGE: 'ignore' is unknown; accepted: stop, skip"):
-        check_images(records, on_bad="ignore", what="market")
+    mixed = [records[0], Record(str(tmp_path / "cut.jpg"), 0, 0), Record(str(whole), 0, 0)]
+    assert list(ImageSet(mixed, SIZE).check()) == [1]

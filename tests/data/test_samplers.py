@@ -6,8 +6,10 @@ import pytest
 import torch
 from scipy import stats
 
+from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.data.samplers import ClusterSampler, JointSampler, RandomSampler
-from fastreid_uns.structures import PseudoLabels
+from fastreid_uns.data.train_set import TrainSet
+from fastreid_uns.structures import PseudoLabels, Record
 
 
 def pseudo(*labels: int) -> PseudoLabels:
@@ -171,14 +173,20 @@ def test_a_plan_needs_labels_and_as_many_cameras():
 # two source sets, of four and two images in mixed order; true classes numbered over both
 SOURCE_LABELS = torch.tensor([0, 0, 2, 1, 1, 2])
 SOURCE_DOMAINS = torch.tensor([1, 1, 2, 1, 1, 2])
-SOURCE_CAMERAS = torch.zeros(6, dtype=torch.int64)
+
+
+def table(unlabelled: int, domains: torch.Tensor, classes: torch.Tensor) -> TrainSet:
+    """Unlabelled images, then those of the source sets; nothing is decoded."""
+    images = ImageSet([Record("", -1, 0)] * (unlabelled + len(domains)), (8, 4))
+    first = torch.zeros(unlabelled, dtype=torch.int64)
+    return TrainSet(images, domains=torch.cat([first, domains]), classes=torch.cat([first - 1, classes]))
 
 
 def joint(rank: int = 0, world: int = 1, length: int = 5) -> JointSampler:
     where = (length, 0, rank, world)
     target = ClusterSampler(*where, batch_size=8, num_instances=2)
     sources = [ClusterSampler(*where, batch_size=4, num_instances=2), RandomSampler(*where, batch_size=2)]
-    return JointSampler(target, sources, SOURCE_LABELS, SOURCE_DOMAINS, SOURCE_CAMERAS)
+    return JointSampler(target, sources, table(20, SOURCE_DOMAINS, SOURCE_LABELS))
 
 
 TARGET = pseudo(*(i % 5 - 1 for i in range(20)))
@@ -212,9 +220,7 @@ def test_joint_parts_draw_from_streams_of_their_own():
     sampler = JointSampler(
         RandomSampler(*where, batch_size=10),
         [RandomSampler(*where, batch_size=10)],
-        labels.labels,
-        torch.ones(40, dtype=torch.int64),
-        unknown(labels),
+        table(40, torch.ones(40, dtype=torch.int64), labels.labels),
     )
     sampler.set_epoch(0, labels, unknown(labels))
     batches = np.array(list(sampler))
@@ -223,13 +229,11 @@ def test_joint_parts_draw_from_streams_of_their_own():
 
 def test_joint_parts_must_agree():
     one = RandomSampler(5, 0, 0, 1, batch_size=2)
-    args = (SOURCE_LABELS, SOURCE_DOMAINS, SOURCE_CAMERAS)
+    two = table(20, SOURCE_DOMAINS, SOURCE_LABELS)
     with pytest.raises(ValueError, match=r"1 source samplers for the domains \[1, 2\]; domains must count 1\.\.1"):
-        JointSampler(one, [one], *args)
+        JointSampler(one, [one], two)
     with pytest.raises(ValueError, match=r"samplers have \[5, 5, 4\] batches"):
-        JointSampler(one, [one, RandomSampler(4, 0, 0, 1, batch_size=2)], *args)
-    with pytest.raises(ValueError, match="6 labels, 6 domains and 5 cameras"):
-        JointSampler(one, [one, one], SOURCE_LABELS, SOURCE_DOMAINS, SOURCE_CAMERAS[:5])
+        JointSampler(one, [one, RandomSampler(4, 0, 0, 1, batch_size=2)], two)
 
 
 def test_most_images_of_one_label_in_a_batch():

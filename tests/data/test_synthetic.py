@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastreid_uns.data.datasets import synthetic as module
+from fastreid_uns.data.datasets.synthetic import generator as module
 from fastreid_uns.data.datasets.synthetic import synthetic
-from fastreid_uns.data.drawing.render import Shot, Style, render
+from fastreid_uns.data.datasets.synthetic.render import Shot, Style, render
 from fastreid_uns.structures import ReIDData
 
 KNOBS = {

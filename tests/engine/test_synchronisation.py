@@ -64,7 +64,7 @@ def trainer(tiny, tiny_set, request) -> DefaultTrainer:
         recipe["DATASETS.SOURCES.drawn"] = {**tiny_set, "SEED": 5}
         recipe["DATALOADER.SOURCE_SAMPLER"] = {"NAME": "ClusterSampler", "BATCH_SIZE": 16, "NUM_INSTANCES": 4}
     overrides = [f"{key}={json.dumps(value)}" for key, value in recipe.items()]
-    labels = ["PSEUDO_LABELS.MIN_SAMPLES=2", "PSEUDO_LABELS.K1=8", "LOG.PERIOD_STEPS=0", "DATALOADER.FEED=cached"]
+    labels = ["PSEUDO_LABELS.MIN_SAMPLES=2", "PSEUDO_LABELS.K1=8", "LOG.PERIOD_STEPS=0", "DATALOADER.CACHE=device"]
     trainer = DefaultTrainer(load_config(overrides=[*tiny, *labels, *overrides]))
     trainer._call("before_train")
     trainer._call("before_epoch")
@@ -85,7 +85,7 @@ def test_the_count_sees_what_waits():
 
 @pytest.mark.parametrize("trainer", [(name, "cpu") for name in RECIPES], indirect=True, ids=list(RECIPES))
 def test_a_step_holds_nothing_that_waits(trainer):
-    batch = next(trainer.feed.epoch(0))
+    batch = next(trainer.train_loader.epoch(0))
     with Waits() as waits:
         trainer.step(batch)
         trainer._call("after_step")
@@ -96,7 +96,7 @@ def test_a_step_holds_nothing_that_waits(trainer):
 @pytest.mark.parametrize("trainer", [(name, "cuda") for name in RECIPES], indirect=True, ids=list(RECIPES))
 def test_no_batch_and_no_step_waits_for_the_gpu(trainer):
     """The first step may: libraries measure kernels and allocate in it."""
-    batches = trainer.feed.epoch(0)
+    batches = trainer.train_loader.epoch(0)
     trainer.step(next(batches))
     torch.cuda.set_sync_debug_mode("error")
     try:

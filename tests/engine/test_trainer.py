@@ -24,7 +24,7 @@ class Linear(nn.Module):
         }
 
 
-class FixedFeed:
+class FixedLoader:
     def __init__(self, steps: int = 3, poison: int | None = None):
         self.steps, self.poison = steps, poison
 
@@ -53,12 +53,12 @@ class Recorder(HookBase):
         self.seen.append((self.name, "after_train"))
 
 
-def make(feed=None, epochs=2, **kwargs) -> Trainer:
+def make(loader=None, epochs=2, **kwargs) -> Trainer:
     torch.manual_seed(0)
     model = Linear()
-    feed = feed or FixedFeed()
+    loader = loader or FixedLoader()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return Trainer(model, feed, optimizer, epochs=epochs, iters_per_epoch=feed.steps, **kwargs)
+    return Trainer(model, loader, optimizer, epochs=epochs, iters_per_epoch=loader.steps, **kwargs)
 
 
 def test_hooks_run_by_order_and_within_it_as_they_were_added():
@@ -77,7 +77,7 @@ def test_two_hooks_of_one_name_are_refused():
 
 def test_keys_that_begin_with_loss_are_summed_and_the_rest_is_only_kept():
     trainer = make()
-    batch = next(trainer.feed.epoch(0))
+    batch = next(trainer.train_loader.epoch(0))
     trainer.step(batch)
     last = trainer.last
     torch.testing.assert_close(last["loss"], last["loss_a"] + last["loss_b"])
@@ -86,7 +86,7 @@ def test_keys_that_begin_with_loss_are_summed_and_the_rest_is_only_kept():
 
 def test_one_step_equals_plain_gradient_descent():
     trainer = make()
-    batch = next(trainer.feed.epoch(0))
+    batch = next(trainer.train_loader.epoch(0))
     twin = Linear()
     twin.load_state_dict(trainer.model.state_dict())
     outputs = twin(batch)
@@ -98,7 +98,7 @@ def test_one_step_equals_plain_gradient_descent():
 
 def test_accumulation_over_parts_equals_the_whole_batch():
     whole, parts = make(), make(accumulate=4)
-    batch = next(whole.feed.epoch(0))
+    batch = next(whole.train_loader.epoch(0))
     whole.step(batch)
     parts.step(batch)
     torch.testing.assert_close(parts.model.layer.weight, whole.model.layer.weight)
@@ -107,13 +107,13 @@ def test_accumulation_over_parts_equals_the_whole_batch():
 def test_accumulation_that_does_not_divide_the_batch():
     trainer = make(accumulate=3)
     with pytest.raises(ValueError, match=r"SOLVER\.ACCUMULATE 3 does not divide the 8 images"):
-        trainer.step(next(trainer.feed.epoch(0)))
+        trainer.step(next(trainer.train_loader.epoch(0)))
 
 
 def test_clipping_bounds_the_step():
     trainer = make(clip=1e-3)
     before = torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
-    trainer.step(next(trainer.feed.epoch(0)))
+    trainer.step(next(trainer.train_loader.epoch(0)))
     after = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     assert (after - before).norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-3)
 
@@ -121,7 +121,7 @@ def test_clipping_bounds_the_step():
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
 def test_mixed_precision_trains_and_keeps_float32_weights(amp):
     trainer = make(epochs=20, amp=amp)
-    first = float(trainer.model(next(trainer.feed.epoch(0)))["loss_a"])
+    first = float(trainer.model(next(trainer.train_loader.epoch(0)))["loss_a"])
     trainer.train()
     assert float(trainer.last["loss_a"]) < first
     assert trainer.model.layer.weight.dtype == torch.float32
@@ -129,7 +129,7 @@ def test_mixed_precision_trains_and_keeps_float32_weights(amp):
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved_and_hooks_still_close():
     seen: list = []
-    trainer = make(FixedFeed(poison=4), hooks=[Recorder(60, seen, "save")])
+    trainer = make(FixedLoader(poison=4), hooks=[Recorder(60, seen, "save")])
     with pytest.raises(RuntimeError, match=r"not finite since step 4 \(epoch 1; now loss nan.*SOLVER\.BASE_LR"):
         trainer.train()
     assert [entry[1] for entry in seen] == ["before_train", "after_epoch", "after_train"]
@@ -139,7 +139,7 @@ def test_a_model_without_loss_is_named():
     trainer = make()
     trainer.model.forward = lambda batch: {"size": batch.views[0].sum()}
     with pytest.raises(RuntimeError, match=r"Linear\.forward returned size; at least one key must begin with 'loss'"):
-        trainer.step(next(trainer.feed.epoch(0)))
+        trainer.step(next(trainer.train_loader.epoch(0)))
 
 
 def test_stop_ends_the_run_after_the_epoch_with_all_hooks_done():
@@ -171,7 +171,7 @@ def test_state_of_a_stopped_run_continues_to_the_same_weights():
 
 def test_a_batch_in_parts_logs_the_mean_over_the_parts():
     trainer = make(accumulate=4)
-    batch = next(trainer.feed.epoch(0))
+    batch = next(trainer.train_loader.epoch(0))
     with torch.no_grad():
         parts = [
             trainer.model(Batch((batch.views[0][i : i + 2],), *(v[i : i + 2] for v in batch[1:])))
@@ -187,7 +187,7 @@ def test_a_batch_in_parts_logs_the_mean_over_the_parts():
 
 def test_a_part_that_is_not_finite_is_noticed_whichever_it_is():
     trainer = make(accumulate=4)
-    batch = next(trainer.feed.epoch(0))
+    batch = next(trainer.train_loader.epoch(0))
     batch.views[0][0] = torch.nan
     trainer.step(batch)
     with pytest.raises(RuntimeError, match="not finite since step 0"):

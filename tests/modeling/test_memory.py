@@ -75,13 +75,12 @@ def test_a_bound_on_the_images_of_a_row_shortens_the_update_and_a_wrong_one_is_n
     monkeypatch.setattr(F, "normalize", lambda x: turns.append(len(x)) or plain(x))
     memory.update(feats[:6], six)
     assert turns == [6, 3, 2, 1, 1, 1]
-    memory.expect(2, 6)
-    memory.update(feats[:6], six)
+    memory.update(feats[:6], six, 2)
     assert turns[6:] == [6, 3]
-    memory.update(feats, torch.tensor([0] * 8))  # more images than the bound speaks of
-    assert turns[8:] == [8, 4, 2, 2, 1, 1, 1, 1]
+    memory(feats[:6], six, 2)
+    assert turns[8:] == [6, 3]
     with pytest.raises(RuntimeError, match="more than 2 images of one row"):
-        memory.update(feats[:6], torch.tensor([0, 1, 0, 0, 1, 2]))
+        memory.update(feats[:6], torch.tensor([0, 1, 0, 0, 1, 2]), 2)
 
 
 def test_an_update_that_cancels_out_stays_finite():

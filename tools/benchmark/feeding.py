@@ -1,7 +1,7 @@
-"""Images a second of the feeds: JPEG of 128x64 to batches of 256x128, mirrored, padded and cropped, erased.
+"""Images a second of the loaders: JPEG of 128x64 to batches of 256x128, mirrored, padded and cropped, erased.
 
 Forms: `pil`, torchvision's transforms on Pillow images in a DataLoader, as in the papers' code; `loader`, the package's
-feed that decodes in each epoch, with as many workers; `host`, `disk` and `device`, its cached feeds.
+loader without a cache, with as many workers; `host`, `disk` and `device`, those with one.
 """
 
 from __future__ import annotations
@@ -72,23 +72,27 @@ def pil_batches(paths: list[str], device: str, length: int) -> Iterator[Any]:
 
 
 def our_batches(paths: list[str], form: str, device: str, length: int) -> Iterator[Any]:
-    """The package's feed."""
+    """The package's loader."""
     import torch
 
     from fastreid_uns.data.augment import Augment
-    from fastreid_uns.data.feed import Feed
-    from fastreid_uns.data.image_set import CachedImageSet, ImageSet
+    from fastreid_uns.data.image_set import ImageSet
+    from fastreid_uns.data.loader import TrainLoader
+    from fastreid_uns.data.pixel_cache import CachedImageSet
     from fastreid_uns.data.samplers import RandomSampler
+    from fastreid_uns.data.train_set import TrainSet
     from fastreid_uns.structures import PseudoLabels, Record
 
     images = ImageSet([Record(path, -1, -1) for path in paths], SIZE, workers=WORKERS)
     if form != "loader":
         images = CachedImageSet(images, where=form, device=device, folder=measuring.FOLDER / "cache")
+        images.check()
+    train_set = TrainSet(images)
+    train_set.pseudo = PseudoLabels(torch.zeros(len(images), dtype=torch.int64), torch.zeros(1, 1))
     sampler = RandomSampler(length, 0, 0, 1, batch_size=BATCH)
-    feed = Feed(images, sampler, [Augment()], seed=0, device=device, cameras=images.cameras)
-    feed.labels = torch.zeros(len(images), dtype=torch.int64)
-    sampler.set_epoch(0, PseudoLabels(feed.labels, torch.zeros(1, 1)), images.cameras)
-    return (batch.views[0] for batch in feed.epoch(0))
+    loader = TrainLoader(train_set, sampler, [Augment()], seed=0, device=device)
+    loader.plan(0)
+    return (batch.views[0] for batch in loader.epoch(0))
 
 
 def measure(form: str, device: str, images: int, batches: int) -> dict[str, Any]:

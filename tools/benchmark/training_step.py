@@ -63,7 +63,7 @@ def build(form: str, device: str, backbone: str, batch: int, size: list[int]):
         "MODEL.WEIGHTS": "",
         "MODEL.BACKBONE.MODEL": backbone,
         "MODEL.GHOST_BATCH": min(64, batch),
-        "DATALOADER.FEED": "loader",
+        "DATALOADER.CACHE": "none",
         "DATALOADER.SAMPLER.BATCH_SIZE": batch,
         "DATALOADER.SAMPLER.NUM_INSTANCES": PER_CLUSTER,
         "LOG.WRITERS": [],
@@ -79,13 +79,10 @@ def build(form: str, device: str, backbone: str, batch: int, size: list[int]):
     bank = FeatureBank(feats.to(device), cameras)
     pseudo = PseudoLabels(labels, centroids)
     trainer.model.update_memory(pseudo.to(device), bank)
-    if trainer.model.memory is not None:
-        trainer.model.memory.expect(PER_CLUSTER, batch)
     index = torch.arange(batch)
     views = tuple(torch.rand(batch, 3, *size) for _ in cfg.INPUT.VIEWS)
-    drawn = Batch(views, index, labels[:batch], cameras[:batch], cameras[:batch])
-    moved = [value.to(device) for value in drawn[1:]]
-    return trainer, Batch(tuple(view.to(device) for view in views), *moved)
+    drawn = Batch(views, index, labels[:batch], cameras[:batch], cameras[:batch], PER_CLUSTER)
+    return trainer, drawn.to(torch.device(device))
 
 
 def plain_step(trainer, batch):

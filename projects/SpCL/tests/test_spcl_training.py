@@ -10,7 +10,7 @@ import torch
 
 from fastreid_uns.config import load_config
 from fastreid_uns.engine.default import DefaultTrainer
-from fastreid_uns.engine.hooks import ReclusterHook
+from fastreid_uns.engine.recluster import ReclusterHook
 from fastreid_uns.modeling.meta_arch import build_model
 from fastreid_uns.modeling.norm import DomainBatchNorm
 
@@ -113,7 +113,7 @@ def stop_at(trainer: DefaultTrainer, epoch: int):
 def test_a_joint_batch_is_counted_as_the_memory_is(recipe):
     trainer = trainer_of("synthetic_uda", recipe)
     trainer._call("before_epoch")
-    batch = next(trainer.feed.epoch(0))
+    batch = next(trainer.train_loader.epoch(0))
     assert batch.domains.tolist() == [1] * 16 + [0] * 16
     model = trainer.model.train()
     assert sum(isinstance(module, DomainBatchNorm) for module in model.modules()) > 0
@@ -132,7 +132,7 @@ def test_a_joint_batch_is_counted_as_the_memory_is(recipe):
 def test_a_momentum_encoder_counts_by_labels_too(recipe):
     trainer = trainer_of("synthetic", [*recipe, "MODEL.MOMENTUM_ENCODER=true"])
     trainer._call("before_epoch")
-    inputs = trainer.model.train().loss_inputs(next(trainer.feed.epoch(0)))
+    inputs = trainer.model.train().loss_inputs(next(trainer.train_loader.epoch(0)))
     assert inputs["teacher_logits"].shape == inputs["logits"].shape
     assert inputs["logits"].shape[1] == trainer.hook(ReclusterHook).pseudo.num_clusters
 
@@ -142,7 +142,10 @@ def test_a_task_of_adaptation_without_its_source_is_refused(task):
     file = CONFIGS / f"{task}.yaml"
     source = next(iter(load_config(file).DATASETS.SOURCES))
     cfg = load_config(file, [f"DATASETS.SOURCES.{source}=null"])
-    for build in (DefaultTrainer.build_data, lambda cfg: build_model(cfg, 8)):  # before images and weights are read
+    for build in (
+        lambda cfg: DefaultTrainer.build_train_set(cfg, torch.device("cpu")),
+        lambda cfg: build_model(cfg, 8),
+    ):  # before images and weights are read
         with pytest.raises(ValueError, match=r"MODEL\.DOMAIN_BN is true but DATASETS\.SOURCES names no set.*Name one"):
             build(cfg)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastreid_uns.config import load_config
 from fastreid_uns.engine.default import DefaultTrainer
-from fastreid_uns.engine.hooks import ReclusterHook
+from fastreid_uns.engine.recluster import ReclusterHook
 from fastreid_uns.engine.solver import learning_rate_factor
 from fastreid_uns.modeling.losses import LossSet, SoftTripletLoss
 from fastreid_uns.projects.TMP.losses import MorePositivesLoss, SinglePairLoss

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from fastreid_uns.data.drawing.pen import Colour, Pen, tone
+from fastreid_uns.data.datasets.synthetic.pen import Colour, Pen, tone
 
 GROUNDS: list[Colour] = [(104, 104, 108), (150, 142, 130), (122, 116, 106), (92, 96, 92)]
 WALLS: list[Colour] = [(142, 98, 80), (176, 168, 152), (120, 126, 134), (160, 140, 112), (98, 92, 96)]

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastreid_uns.data.drawing.pen import Colour, Pen, Point, mix, tone
-from fastreid_uns.data.drawing.shapes import SHAPES
+from fastreid_uns.data.datasets.synthetic.pen import Colour, Pen, Point, mix, tone
+from fastreid_uns.data.datasets.synthetic.shapes import SHAPES
 
 Space = tuple[float, float, float]  # metres: forward, left, up
 

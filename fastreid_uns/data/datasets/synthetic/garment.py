@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw
 
-from fastreid_uns.data.drawing.pen import Colour, mix, tone
+from fastreid_uns.data.datasets.synthetic.pen import Colour, mix, tone
 
 HIGH = 64  # pixels from collar to hem
 TURN = 160  # pixels once round the body

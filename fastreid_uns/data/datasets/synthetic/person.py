@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from fastreid_uns.data.drawing.garment import HIGH, PATTERNS, TURN, garment
-from fastreid_uns.data.drawing.pen import Colour, Pen, Point, tone
+from fastreid_uns.data.datasets.synthetic.garment import HIGH, PATTERNS, TURN, garment
+from fastreid_uns.data.datasets.synthetic.pen import Colour, Pen, Point, tone
 
 CLOTHES: list[Colour] = [
     (38, 38, 44),

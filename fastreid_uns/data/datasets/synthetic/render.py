@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageChops
 
-from fastreid_uns.data.drawing.pen import Pen
-from fastreid_uns.data.drawing.person import Person, Pose, draw_person, make_person
-from fastreid_uns.data.drawing.scene import draw_occluder, make_scene
-from fastreid_uns.data.drawing.vehicle import Posture, Vehicle, draw_vehicle, extent, make_vehicle
+from fastreid_uns.data.datasets.synthetic.pen import Pen
+from fastreid_uns.data.datasets.synthetic.person import Person, Pose, draw_person, make_person
+from fastreid_uns.data.datasets.synthetic.scene import draw_occluder, make_scene
+from fastreid_uns.data.datasets.synthetic.vehicle import Posture, Vehicle, draw_vehicle, extent, make_vehicle
 
 ENLARGE = 3  # the canvas is drawn this much larger than the image
 STRANGER = 1_000_000  # identities from here on occur once, as passers-by and distractors

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fastreid_uns.data.datasets.layout import check_counts, three_folders
-from fastreid_uns.data.drawing.render import STRANGER, Shot, Style, write_shots
+from fastreid_uns.data.datasets.synthetic.render import STRANGER, Shot, Style, write_shots
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.registry import DATASET_REGISTRY
 from fastreid_uns.structures import ReIDData

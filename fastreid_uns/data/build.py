@@ -1,0 +1,171 @@
+"""From a config to the data of a run: image sets, the table of training images, loaders."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastreid_uns.data.augment import Augment
+from fastreid_uns.data.camera_style import KINDS, CameraStyle, ColourStyle, GeneratedStyle, generated_images
+from fastreid_uns.data.image_check import readable
+from fastreid_uns.data.image_set import ImageSet
+from fastreid_uns.data.loader import TrainLoader
+from fastreid_uns.data.pixel_cache import CachedImageSet
+from fastreid_uns.data.samplers import JointSampler, Sampler
+from fastreid_uns.data.train_set import TrainSet
+from fastreid_uns.errors import InvalidValue, UnknownName
+from fastreid_uns.registry import DATASET_REGISTRY, SAMPLER_REGISTRY
+from fastreid_uns.structures import Record, ReIDData
+from fastreid_uns.utils.comm import rank, world
+
+logger = logging.getLogger(__name__)
+
+
+def build_train_set(cfg: Any, device: torch.device) -> TrainSet:
+    """Read the training sets, unlabelled images first; only source sets bring their identities, as classes.
+
+    Every image is read before anything else happens: into the cache, or with `DATALOADER.CACHE none` for its own sake,
+    so that unreadable ones are found; what then happens to them, `INPUT.ON_BAD_IMAGE` says.
+
+    Args:
+        cfg: a complete config.
+        device: of `DATALOADER.CACHE device`.
+
+    Raises:
+        ValueError: no training set is named, it has fewer than two images, or a source image has no identity.
+    """
+    lists = {"DATASETS.TRAIN": _target(cfg)}
+    for name, section in cfg.DATASETS.SOURCES.items():
+        lists[f"DATASETS.SOURCES.{name}"] = _source(section, f"DATASETS.SOURCES.{name}")
+    images = build_images(cfg, [record for records in lists.values() for record in records], device, "DATASETS.TRAIN")
+    errors = images.check()
+    kept: list[int] = []
+    domains: list[int] = []
+    start = 0
+    for domain, (what, records) in enumerate(lists.items()):
+        own = {i - start: error for i, error in errors.items() if start <= i < start + len(records)}
+        rows = readable(records, own, on_bad=cfg.INPUT.ON_BAD_IMAGE, what=what)
+        kept += [start + row for row in rows]
+        domains += [domain] * len(rows)
+        start += len(records)
+    if len(kept) < start:
+        images.keep(kept)
+    count = domains.count(0)
+    if count < 2:
+        raise InvalidValue(
+            f"DATASETS.TRAIN: {cfg.DATASETS.TRAIN.NAME} has {count} training image(s); clustering needs at least two. "
+            f"Check its ROOT."
+        )
+    logger.info("%s training images, %s of labelled sources", f"{count:,}", f"{len(domains) - count:,}")
+    classes = _classes(images.records, domains)
+    return TrainSet(images, domains=torch.tensor(domains), classes=torch.tensor(classes))
+
+
+def build_train_loader(cfg: Any, train_set: TrainSet, device: torch.device) -> TrainLoader:
+    """Sampler, augmentation and camera style of training.
+
+    Raises:
+        KeyError: `INPUT.VIEWS` names no preset.
+        ValueError, FileNotFoundError: see `Sampler`, `Augment` and `build_camera_style`.
+    """
+    sampler = _sampler(cfg, train_set)
+    augments = {
+        name: Augment(mean=cfg.INPUT.MEAN, std=cfg.INPUT.STD, **{key.lower(): value for key, value in preset.items()})
+        for name, preset in cfg.INPUT.AUGMENTS.items()
+    }
+    for view in cfg.INPUT.VIEWS:
+        if view not in augments:
+            raise UnknownName(f"INPUT.VIEWS: {view!r} is no preset of INPUT.AUGMENTS; known: {', '.join(augments)}.")
+    views = [augments[view] for view in cfg.INPUT.VIEWS]
+    style = build_camera_style(cfg, train_set, device)
+    return TrainLoader(train_set, sampler, views, seed=cfg.SEED, device=device, style=style)
+
+
+def build_camera_style(cfg: Any, train_set: TrainSet, device: torch.device) -> CameraStyle | None:
+    """What shows images as other cameras would; None if no view has `CAMERA_STYLE`.
+
+    Raises:
+        ValueError: unknown `INPUT.CAMERA_STYLE.KIND`, or fewer than two cameras.
+        FileNotFoundError: generated pictures are missing.
+    """
+    if not any(cfg.INPUT.AUGMENTS[view].get("CAMERA_STYLE") for view in cfg.INPUT.VIEWS):
+        return None
+    kind, what = cfg.INPUT.CAMERA_STYLE.KIND, "INPUT.CAMERA_STYLE.FOLDER"
+    if kind == "colors":
+        return ColourStyle(train_set, device=device)
+    if kind != "images":
+        raise InvalidValue(f"INPUT.CAMERA_STYLE.KIND: {kind!r} is unknown; accepted: {', '.join(KINDS)}.")
+    records, origins = generated_images(train_set.records[: train_set.num_images], cfg.INPUT.CAMERA_STYLE.FOLDER)
+    pictures = build_images(cfg, records, device, what)
+    rows = readable(records, pictures.check(), on_bad=cfg.INPUT.ON_BAD_IMAGE, what=what)
+    if len(rows) < len(records):
+        pictures.keep(rows)
+    return GeneratedStyle(train_set, pictures, origins[rows])
+
+
+def build_test_loader(cfg: Any, name: str, device: torch.device) -> tuple[ReIDData, ImageSet]:
+    """A set to evaluate on, one of `DATASETS.TESTS`, and its images: query, then gallery.
+
+    Raises:
+        ValueError: it has no query or no gallery images.
+    """
+    section, what = cfg.DATASETS.TESTS[name], f"DATASETS.TESTS.{name}"
+    data: ReIDData = DATASET_REGISTRY.build(section)
+    if not data.query or not data.gallery:
+        raise InvalidValue(
+            f"{what}: {section.NAME} has {len(data.query)} query and {len(data.gallery)} gallery images; evaluation "
+            f"needs both. Drop it with `{what} null`, or add a split."
+        )
+    return data, build_images(cfg, [*data.query, *data.gallery], device, what)
+
+
+def build_images(cfg: Any, records: list[Record], device: torch.device, what: str) -> ImageSet:
+    """An image set that decodes in each pass (`DATALOADER.CACHE none`) or that holds its pixels.
+
+    Args:
+        cfg: a complete config.
+        records: one for each image.
+        device: of `DATALOADER.CACHE device`.
+        what: the images are to the run, such as `DATASETS.TRAIN`.
+
+    Raises:
+        ValueError: unknown `DATALOADER.CACHE`.
+    """
+    images = ImageSet(records, tuple(cfg.INPUT.SIZE), workers=cfg.DATALOADER.WORKERS)
+    if cfg.DATALOADER.CACHE == "none":
+        return images
+    folder = cfg.DATALOADER.CACHE_DIR or Path(cfg.OUTPUT_DIR) / "cache"
+    return CachedImageSet(images, where=cfg.DATALOADER.CACHE, device=device, folder=folder, what=what)
+
+
+def _target(cfg: Any) -> list[Record]:
+    if not cfg.DATASETS.TRAIN.NAME:
+        raise InvalidValue("DATASETS.TRAIN has no NAME; name a data set, such as {NAME: folder, ROOT: my/images}.")
+    records: list[Record] = DATASET_REGISTRY.build(cfg.DATASETS.TRAIN).train
+    return records
+
+
+def _source(section: Any, what: str) -> list[Record]:
+    records: list[Record] = DATASET_REGISTRY.build(section).train
+    if any(record.identity < 0 for record in records):
+        raise InvalidValue(f"{what} has images without identity; a source set must be labelled throughout.")
+    return records
+
+
+def _classes(records: list[Record], domains: list[int]) -> list[int]:
+    """The class of each source image, set by set and within a set by identity; -1 for unlabelled images."""
+    pairs = [(domain, record.identity) for domain, record in zip(domains, records, strict=True)]
+    number = {pair: i for i, pair in enumerate(sorted({pair for pair in pairs if pair[0] > 0}))}
+    return [number.get(pair, -1) for pair in pairs]
+
+
+def _sampler(cfg: Any, train_set: TrainSet) -> Sampler:
+    where = (cfg.SOLVER.ITERS_PER_EPOCH, cfg.SEED, rank(), world())
+    sampler: Sampler = SAMPLER_REGISTRY.build(cfg.DATALOADER.SAMPLER, *where)
+    if train_set.source_classes is None:
+        return sampler
+    sources = [SAMPLER_REGISTRY.build(cfg.DATALOADER.SOURCE_SAMPLER, *where) for _ in cfg.DATASETS.SOURCES]
+    return JointSampler(sampler, sources, train_set)
