@@ -1,5 +1,6 @@
 """One run at a time, no run over another, and no planted link followed."""
 
+import contextlib
 import logging
 import os
 import resource
@@ -108,29 +109,31 @@ def test_planted_links_are_not_followed(tmp_path):
     assert victim.read_text() == "precious"
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_disk():
-    """No file may grow beyond 100 bytes."""
+    """Within the block no file may grow beyond 100 bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path, small_disk):
+def test_a_full_disk_leaves_the_old_file(tmp_path):
     run = RunFolder(tmp_path)
     run.accept({"config.yaml": "old\n"})
-    small_disk()
-    with pytest.raises(RuntimeError, match=r"config\.yaml cannot be written"):
+    with small_disk(), pytest.raises(RuntimeError, match=r"config\.yaml cannot be written"):
         run.accept({"config.yaml": "new " * 100})
     assert (tmp_path / "config.yaml").read_text() == "old\n"
     assert {file.name for file in tmp_path.iterdir()} == {LOCK, "config.yaml"}
 
 
-def test_a_full_disk_costs_lines_of_the_log_and_one_warning(tmp_path, small_disk, capsys):
+def test_a_full_disk_costs_lines_of_the_log_and_one_warning(tmp_path, capsys):
     setup_logging(tmp_path)
-    small_disk()
-    for _ in range(3):
-        logging.getLogger("fastreid_uns").info("a line " * 20)
+    with small_disk():
+        for _ in range(3):
+            logging.getLogger("fastreid_uns").info("a line " * 20)
     assert capsys.readouterr().err.count("lines are lost") == 1
     setup_logging(None)
 
