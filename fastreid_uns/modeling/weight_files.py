@@ -89,7 +89,10 @@ def read_file(path: Path) -> Any:
     Raises:
         InvalidState: the file holds other objects, is broken, or is something else.
     """
-    kind = foreign_kind(path)
+    try:
+        kind = foreign_kind(path)
+    except OSError as error:
+        raise InvalidState(f"{path}: it cannot be read ({error}). Check its permissions and the disk.") from error
     if kind is not None:
         raise InvalidState(f"{path}: no file of weights, but {kind}")
     try:
@@ -97,11 +100,11 @@ def read_file(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals(_harmless()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_harmless()), path.open("rb") as stream:
+            return torch.load(stream, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged file makes the readers raise whatever its bytes lead to
-        if isinstance(error, MemoryError):
-            raise
         culprit = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if culprit is None:
             what = "safetensors" if is_safetensors(path) else "torch"
