@@ -21,7 +21,6 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +48,7 @@ _REMEDY = "Replace it, or leave it out."
 # what Pillow and its codecs raise for files that are no image, broken or cut off
 _BROKEN = (
     OSError,
+    RuntimeError,
     SyntaxError,
     ValueError,
     EOFError,
@@ -140,7 +140,7 @@ def read_size(source: Any, name: str = "") -> tuple[int, int]:
         return (width, height) if _orientation(image, header_only=True) >= 5 else (height, width)
 
 
-def why_unreadable(path: str | Path) -> str:
+def why_unreadable(path: str | os.PathLike[str]) -> str:
     """Why a file cannot be decoded to its last row; empty if it can."""
     try:
         read_image(path)
@@ -200,7 +200,7 @@ def _opened(source: Any, name: str) -> Iterator[Image.Image]:
     """A Pillow image of the source, header read; what goes wrong under it is told with the name of the picture."""
     head = b""
     try:
-        if isinstance(source, (str, Path, bytes, bytearray, memoryview)):
+        if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
             with _stream(source) as stream:
                 head = stream.peek()[:64]
                 with Image.open(stream, formats=_formats()) as image:
@@ -219,7 +219,9 @@ def _opened(source: Any, name: str) -> Iterator[Image.Image]:
 
 
 def _where(source: object, name: str) -> str:
-    return printable(source) if isinstance(source, (str, Path)) else name or f"a picture given as {_kind(source)}"
+    return (
+        printable(source) if isinstance(source, (str, os.PathLike)) else name or f"a picture given as {_kind(source)}"
+    )
 
 
 def _kind(source: object) -> str:
@@ -228,8 +230,8 @@ def _kind(source: object) -> str:
     )
 
 
-def _stream(source: str | Path | bytes | bytearray | memoryview) -> io.BufferedReader:
-    if not isinstance(source, (str, Path)):
+def _stream(source: str | os.PathLike[str] | bytes | bytearray | memoryview) -> io.BufferedReader:
+    if not isinstance(source, (str, os.PathLike)):
         return io.BufferedReader(io.BytesIO(source))
     local = path_manager.get_local_path(os.fspath(source))
     mode = os.stat(local).st_mode
@@ -321,7 +323,7 @@ def _what_instead(head: bytes) -> tuple[str, str]:
         brand = head[8:12].decode("ascii", "replace")
         return f"the file is of the HEIF family ({printable(brand)}), which is not read", "Convert it to JPEG or PNG."
     if head.startswith(_SIGNATURES):
-        return "the picture is damaged or cut off (its header cannot be read)", _REMEDY
+        return "the picture is damaged or cut off, or of a variant that Pillow does not know", _REMEDY
     kind = next((what for start, what in _OTHERS.items() if head.startswith(start)), "")
     if not kind and all(byte >= 32 or byte in b"\t\r\n" for byte in head):
         kind = "text"

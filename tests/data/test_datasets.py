@@ -281,6 +281,14 @@ def test_cuhk03_errors(tmp_path):
         load("cuhk03", tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b"MATLAB 5.0", b"<html>not found</html>" * 20])
+def test_cuhk03_with_a_broken_split_file(tmp_path, content):
+    split_file(tmp_path, "detected")
+    (tmp_path / "cuhk03_new_protocol_config_detected.mat").write_bytes(content)
+    with pytest.raises(UserError, match=r"_detected\.mat: the file cannot be read as a \.mat file"):
+        load("cuhk03", tmp_path)
+
+
 # VehicleID, VERI-Wild
 
 
@@ -356,6 +364,13 @@ def test_veriwild_in_both_releases(tmp_path, names, tail):
     assert short(data.train, tmp_path) == [("images/00010/000004.jpg", 10, 1), ("images/00010/000005.jpg", 10, 0)]
     assert short(data.query, tmp_path) == [("images/00007/000001.jpg", 7, 2)]
     assert short(data.gallery, tmp_path) == [("images/00007/000002.jpg", 7, 0)]
+
+
+def test_veriwild_with_words_that_are_no_utf_8(tmp_path):
+    wild(tmp_path, ("train_list.txt", "test_3000_query.txt", "test_3000.txt"), "")
+    file = tmp_path / "train_test_split/vehicle_info.txt"
+    file.write_bytes(file.read_bytes().replace(b";a;", b";\xb4\xf3\xd6\xda;"))
+    assert [record.camera for record in load("veriwild", tmp_path).train] == [1, 0]
 
 
 def test_veriwild_errors(tmp_path):

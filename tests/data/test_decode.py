@@ -374,7 +374,7 @@ def test_files_that_are_no_picture(tmp_path, content, cause, remedy):
 def test_truncated_files(form, share):
     data = encoded(Image.fromarray(noise(64, 48, 3)), form)
     message = refusal(data[: int(share * len(data))], name="a.img")
-    assert message.startswith("a.img: the picture is damaged or cut off (")
+    assert message.startswith("a.img: the picture is damaged or cut off")
 
 
 def test_places_that_are_no_file(tmp_path):
