@@ -8,7 +8,8 @@ Every part that looks at a picture reads it here.
 * Several frames or pages: the first one.
 * More than 8 bits, or floating point: `to_eight_bits` says by which rule.
 
-An 8-bit RGB JPEG without an orientation tag keeps its pixels bit for bit.
+An 8-bit RGB JPEG without an orientation tag keeps its pixels bit for bit. Of colour files of 16 bits Pillow gives the
+upper 8 alone, whatever their values.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from fastreid_uns.errors import InvalidValue, MissingFile
 from fastreid_uns.utils.paths import path_manager, printable
@@ -32,6 +33,7 @@ from fastreid_uns.utils.paths import path_manager, printable
 BACKGROUND = (255, 255, 255)
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")  # none starts a program
 
+_ORIENTATION = 0x0112  # EXIF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -290,7 +292,7 @@ def _orientation(image: Image.Image, header_only: bool = False) -> int:
     """1 to 8, as EXIF numbers them."""
     try:
         tags = Image.Image.getexif(image) if header_only else image.getexif()
-        value = tags.get(ExifTags.Base.Orientation, 1)
+        value = tags.get(_ORIENTATION, 1)
     except _BROKEN:
         return 1
     return value if value in _UPRIGHT else 1

@@ -409,6 +409,26 @@ def test_folder_without_any_image(tmp_path):
         load("folder", tmp_path / "nowhere")
 
 
+def test_folder_lists_each_file_once_whatever_leads_to_it(tmp_path):
+    touch(tmp_path / "root", *(f"d/a/{i}.jpg" for i in range(8)))
+    touch(tmp_path / "elsewhere", "x.jpg")
+    (tmp_path / "root/d/a/up").symlink_to("..")
+    (tmp_path / "root/a").symlink_to("d")
+    (tmp_path / "root/other").symlink_to(tmp_path / "elsewhere")
+    found = short(load("folder", tmp_path / "root").train, tmp_path / "root")
+    assert [name for name, *_ in found] == [*(f"d/a/{i}.jpg" for i in range(8)), "other/x.jpg"]
+
+
+@pytest.mark.parametrize(("name", "level"), [("b.heic", "WARNING"), ("c.Txt", "INFO"), ("d", "INFO")])
+def test_folder_says_what_it_passes_over(tmp_path, caplog, name, level):
+    caplog.set_level(logging.INFO, logger="fastreid_uns")
+    touch(tmp_path, "a.jpg", name)
+    load("folder", tmp_path)
+    kind = Path(name).suffix.lower() or "no extension"
+    said = [record for record in caplog.records if f": 1 passed over: 1 {kind}." in record.getMessage()]
+    assert [record.levelname for record in said] == [level]
+
+
 # csv_file
 
 

@@ -137,8 +137,9 @@ def test_orientation_of_deep_and_transparent_pictures():
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     deep = noise(6, 4, high=2**16, dtype=np.uint16)
-    expected = np.rot90(deep >> 8, -1)
-    assert np.array_equal(read(encoded(Image.fromarray(deep), "PNG", exif=exif))[..., 0], expected)
+    for form in ("PNG", "TIFF"):
+        found = read(encoded(Image.fromarray(deep), form, exif=exif))[..., 0]
+        assert np.array_equal(found, np.rot90(deep >> 8, -1)), form
     data = encoded(Image.fromarray(noise(6, 4, 4)), "PNG", exif=exif)
     assert np.array_equal(read(data), on_white(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))))
 
