@@ -21,7 +21,7 @@ from tabulate import tabulate
 from fastreid_uns.data.datasets.layout import count, known_counts, splits
 from fastreid_uns.data.datasets.own_matches import own_matches
 from fastreid_uns.data.decode import read_size
-from fastreid_uns.errors import UserError
+from fastreid_uns.errors import InvalidValue, UserError
 from fastreid_uns.plugins import load_plugins, resolve_plugin
 from fastreid_uns.registry import DATASET_REGISTRY
 from fastreid_uns.structures import Record, ReIDData
@@ -58,7 +58,12 @@ def keywords(name: str, keys: Sequence[str], root: str | None) -> dict[str, obje
     for key, text in zip(keys[::2], keys[1::2], strict=True):
         default = schema.get(key.lower(), "")
         as_text = isinstance(default, str) or default is inspect.Parameter.empty
-        found[key.lower()] = text if as_text else yaml.safe_load(text)
+        try:
+            found[key.lower()] = text if as_text else yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InvalidValue(
+                f"{name}: {key} is {text!r}, which is no YAML. Write a value such as {default}."
+            ) from None
     required = [key.upper() for key, default in schema.items() if default is inspect.Parameter.empty]
     missing = [key for key in required if key.lower() not in found]
     if missing:
@@ -182,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = keywords(args.name, args.keys, args.root)
         data = DATASET_REGISTRY.build({"NAME": args.name, **{key.upper(): value for key, value in given.items()}})
-    except (FileNotFoundError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError) as error:
         print(error.args[0] if isinstance(error, KeyError) else error, file=sys.stderr)
         return 2
     show_layout(data)

@@ -58,7 +58,7 @@ def build(arguments: argparse.Namespace) -> None:
         "weights": str(Path(weights).resolve()),
         "digest": digest(weights),
     }
-    feats = extractor(paths)
+    feats = check_feats(extractor(paths), f"{weights}: the features")
     arguments.index.parent.mkdir(parents=True, exist_ok=True)
     save_file({"feats": feats}, arguments.index, metadata={"index": json.dumps(about)})
     print(f"{arguments.index}: {len(paths):,} images, {feats.shape[1]} features each")
@@ -83,12 +83,21 @@ def read_index(file: Path):
         raise ValueError(f"{file}: the file is no index ({error}). Make one with search.py build.") from error
     if feats is None:
         raise ValueError(f"{file}: the file holds tensors but is no index. Make one with search.py build.")
+    return check_feats(feats, f"{file}: the features of the index"), json.loads(about)
+
+
+def check_feats(feats, what: str):
+    """The features (N,D) as given.
+
+    Raises:
+        InvalidValue: there are none, or some are no finite numbers, which would be nearest to everything or nothing.
+    """
     if feats.dim() != 2 or feats.numel() == 0 or not bool(feats.isfinite().all()):
         raise InvalidValue(
-            f"{file}: the features of the index, of shape {tuple(feats.shape)}, are empty or not all finite; it needs "
-            f"a row of numbers for each image. Build it again with search.py build."
+            f"{what}, of shape {tuple(feats.shape)}, are empty or not all finite; a row of numbers is needed for each "
+            f"image. Check the weights, and build the index again with search.py build."
         )
-    return feats, json.loads(about)
+    return feats
 
 
 def nearest(query, feats, top: int):
@@ -113,7 +122,8 @@ def search(arguments: argparse.Namespace) -> None:
     extractor = FeatureExtractor.from_checkpoint(weights, device=arguments.device)
     if not arguments.image.is_file():
         raise FileNotFoundError(f"{arguments.image}: no such image. Check the path.")
-    similarity, position = nearest(extractor(arguments.image)[0], feats, arguments.top)
+    query = check_feats(extractor(arguments.image), f"{arguments.image}: the features")
+    similarity, position = nearest(query[0], feats, arguments.top)
     cells = [Cell(str(arguments.image), "black", "query")]
     for rank, (value, row) in enumerate(zip(similarity.tolist(), position.tolist(), strict=True), start=1):
         path = str(Path(about["folder"]) / about["paths"][row])

@@ -8,7 +8,8 @@ Every part that looks at a picture reads it here.
 * Several frames or pages: the first one.
 * More than 8 bits, or floating point: `to_eight_bits` says by which rule.
 
-An 8-bit RGB JPEG without an orientation tag keeps its pixels bit for bit.
+An 8-bit RGB JPEG without an orientation tag keeps its pixels bit for bit. Of colour files of 16 bits Pillow gives the
+upper 8 alone, whatever their values.
 """
 
 from __future__ import annotations
@@ -21,11 +22,10 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from fastreid_uns.errors import InvalidValue, MissingFile
 from fastreid_uns.utils.paths import path_manager, printable
@@ -33,6 +33,7 @@ from fastreid_uns.utils.paths import path_manager, printable
 BACKGROUND = (255, 255, 255)
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")  # none starts a program
 
+_ORIENTATION = 0x0112  # EXIF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -49,6 +50,7 @@ _REMEDY = "Replace it, or leave it out."
 # what Pillow and its codecs raise for files that are no image, broken or cut off
 _BROKEN = (
     OSError,
+    RuntimeError,
     SyntaxError,
     ValueError,
     EOFError,
@@ -140,7 +142,7 @@ def read_size(source: Any, name: str = "") -> tuple[int, int]:
         return (width, height) if _orientation(image, header_only=True) >= 5 else (height, width)
 
 
-def why_unreadable(path: str | Path) -> str:
+def why_unreadable(path: str | os.PathLike[str]) -> str:
     """Why a file cannot be decoded to its last row; empty if it can."""
     try:
         read_image(path)
@@ -200,7 +202,7 @@ def _opened(source: Any, name: str) -> Iterator[Image.Image]:
     """A Pillow image of the source, header read; what goes wrong under it is told with the name of the picture."""
     head = b""
     try:
-        if isinstance(source, (str, Path, bytes, bytearray, memoryview)):
+        if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
             with _stream(source) as stream:
                 head = stream.peek()[:64]
                 with Image.open(stream, formats=_formats()) as image:
@@ -219,7 +221,9 @@ def _opened(source: Any, name: str) -> Iterator[Image.Image]:
 
 
 def _where(source: object, name: str) -> str:
-    return printable(source) if isinstance(source, (str, Path)) else name or f"a picture given as {_kind(source)}"
+    return (
+        printable(source) if isinstance(source, (str, os.PathLike)) else name or f"a picture given as {_kind(source)}"
+    )
 
 
 def _kind(source: object) -> str:
@@ -228,8 +232,8 @@ def _kind(source: object) -> str:
     )
 
 
-def _stream(source: str | Path | bytes | bytearray | memoryview) -> io.BufferedReader:
-    if not isinstance(source, (str, Path)):
+def _stream(source: str | os.PathLike[str] | bytes | bytearray | memoryview) -> io.BufferedReader:
+    if not isinstance(source, (str, os.PathLike)):
         return io.BufferedReader(io.BytesIO(source))
     local = path_manager.get_local_path(os.fspath(source))
     mode = os.stat(local).st_mode
@@ -288,7 +292,7 @@ def _orientation(image: Image.Image, header_only: bool = False) -> int:
     """1 to 8, as EXIF numbers them."""
     try:
         tags = Image.Image.getexif(image) if header_only else image.getexif()
-        value = tags.get(ExifTags.Base.Orientation, 1)
+        value = tags.get(_ORIENTATION, 1)
     except _BROKEN:
         return 1
     return value if value in _UPRIGHT else 1
@@ -321,7 +325,7 @@ def _what_instead(head: bytes) -> tuple[str, str]:
         brand = head[8:12].decode("ascii", "replace")
         return f"the file is of the HEIF family ({printable(brand)}), which is not read", "Convert it to JPEG or PNG."
     if head.startswith(_SIGNATURES):
-        return "the picture is damaged or cut off (its header cannot be read)", _REMEDY
+        return "the picture is damaged or cut off, or of a variant that Pillow does not know", _REMEDY
     kind = next((what for start, what in _OTHERS.items() if head.startswith(start)), "")
     if not kind and all(byte >= 32 or byte in b"\t\r\n" for byte in head):
         kind = "text"

@@ -281,6 +281,14 @@ def test_cuhk03_errors(tmp_path):
         load("cuhk03", tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b"MATLAB 5.0", b"<html>not found</html>" * 20])
+def test_cuhk03_with_a_broken_split_file(tmp_path, content):
+    split_file(tmp_path, "detected")
+    (tmp_path / "cuhk03_new_protocol_config_detected.mat").write_bytes(content)
+    with pytest.raises(UserError, match=r"_detected\.mat: the file cannot be read as a \.mat file"):
+        load("cuhk03", tmp_path)
+
+
 # VehicleID, VERI-Wild
 
 
@@ -358,6 +366,13 @@ def test_veriwild_in_both_releases(tmp_path, names, tail):
     assert short(data.gallery, tmp_path) == [("images/00007/000002.jpg", 7, 0)]
 
 
+def test_veriwild_with_words_that_are_no_utf_8(tmp_path):
+    wild(tmp_path, ("train_list.txt", "test_3000_query.txt", "test_3000.txt"), "")
+    file = tmp_path / "train_test_split/vehicle_info.txt"
+    file.write_bytes(file.read_bytes().replace(b";a;", b";\xb4\xf3\xd6\xda;"))
+    assert [record.camera for record in load("veriwild", tmp_path).train] == [1, 0]
+
+
 def test_veriwild_errors(tmp_path):
     with pytest.raises(ValueError, match="SIZE is 800; accepted are 3000, 5000, 10000"):
         load("veriwild", tmp_path, SIZE=800)
@@ -392,6 +407,26 @@ def test_folder_without_any_image(tmp_path):
         load("folder", tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no such folder; ROOT names"):
         load("folder", tmp_path / "nowhere")
+
+
+def test_folder_lists_each_file_once_whatever_leads_to_it(tmp_path):
+    touch(tmp_path / "root", *(f"d/a/{i}.jpg" for i in range(8)))
+    touch(tmp_path / "elsewhere", "x.jpg")
+    (tmp_path / "root/d/a/up").symlink_to("..")
+    (tmp_path / "root/a").symlink_to("d")
+    (tmp_path / "root/other").symlink_to(tmp_path / "elsewhere")
+    found = short(load("folder", tmp_path / "root").train, tmp_path / "root")
+    assert [name for name, *_ in found] == [*(f"d/a/{i}.jpg" for i in range(8)), "other/x.jpg"]
+
+
+@pytest.mark.parametrize(("name", "level"), [("b.heic", "WARNING"), ("c.Txt", "INFO"), ("d", "INFO")])
+def test_folder_says_what_it_passes_over(tmp_path, caplog, name, level):
+    caplog.set_level(logging.INFO, logger="fastreid_uns")
+    touch(tmp_path, "a.jpg", name)
+    load("folder", tmp_path)
+    kind = Path(name).suffix.lower() or "no extension"
+    said = [record for record in caplog.records if f": 1 passed over: 1 {kind}." in record.getMessage()]
+    assert [record.levelname for record in said] == [level]
 
 
 # csv_file
@@ -539,7 +574,6 @@ def test_csv_lists_no_file_twice(tmp_path):
     ("content", "message"),
     [
         (b"PK\x03\x04\0\0", r"this is a workbook, no CSV\. Save the sheet as CSV"),
-        (b"path,split\n" + b"x" * 200_000 + b",train\n", r"line 2 is no CSV \(field larger than"),
         (b"path,split,identity\na.png,train,-2\n", r"line 2 has the identity -2; accepted are -1 \(junk\), 0, 1"),
         (b"path,split,camera\na.png,train,-3.0\n", r"line 2 has the camera -3; accepted are -1 \(unknown\)"),
         (b"", r"there is a header but no line below it"),
@@ -550,6 +584,16 @@ def test_csv_files_that_are_none(tmp_path, content, message):
     (tmp_path / "m.csv").write_bytes(content)
     with pytest.raises(UserError, match=rf"m\.csv: {message}"):
         read(str(tmp_path / "m.csv"))
+
+
+def test_csv_with_an_endless_cell(tmp_path):
+    (tmp_path / "m.csv").write_text("path,split\n" + "x" * 2000 + ",train\n")
+    usual = csv.field_size_limit(1000)
+    try:
+        with pytest.raises(UserError, match=r"m\.csv: line 2 is no CSV \(field larger than field limit"):
+            read(str(tmp_path / "m.csv"))
+    finally:
+        csv.field_size_limit(usual)
 
 
 def test_csv_root_and_absolute_paths(tmp_path):

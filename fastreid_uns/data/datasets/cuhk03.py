@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import struct
+import zlib
 from os.path import join
 
 import numpy as np
@@ -55,9 +57,16 @@ def cuhk03(*, root: str = "datasets/cuhk03-np", variant: str = "detected") -> Re
 
 def _from_split_file(path: str, images: str) -> ReIDData:
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
-    with path_manager.open(path, "rb") as file:
-        content = loadmat(file, simplify_cells=True)
+    broken = (MatReadError, ValueError, TypeError, LookupError, OSError, NotImplementedError, struct.error, zlib.error)
+    try:
+        with path_manager.open(path, "rb") as file:
+            content = loadmat(file, simplify_cells=True)
+    except broken as error:
+        raise InvalidValue(
+            f"{path}: the file cannot be read as a .mat file ({error}). Download it again. {HELP}"
+        ) from error
     fields = ("train_idx", "query_idx", "gallery_idx", "labels", "filelist")
     missing = [name for name in fields if name not in content]
     if missing:

@@ -189,7 +189,8 @@ def read_list(path: str, pattern: str, form: str) -> Iterator[re.Match[str]]:
         InvalidValue: a line does not match; the message names file, line number and text.
     """
     parser = re.compile(pattern)
-    with path_manager.open(path) as file:
+    # bytes that are no UTF-8 stay what they are, so that they can name files
+    with path_manager.open(path, encoding="utf-8", errors="surrogateescape") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
