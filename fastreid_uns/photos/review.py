@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,8 +60,8 @@ class Group:
     def paths(self) -> list[str]:
         return [member.path for member in self.members]
 
-    def nearest(self, groups: dict[int, Group]) -> list[int]:
-        """Numbers of the groups that are nearest to its photos, the most similar first."""
+    def nearest(self, groups: Collection[int]) -> list[int]:
+        """Those of the `groups` (numbers) that are nearest to its photos, the most similar first."""
         best: dict[int, float] = {}
         for member in self.members:
             if member.nearest in groups and member.nearest != self.number:

@@ -49,7 +49,7 @@ class Thumbnails:
         taken = _time(photo)
         if _time(file) is None or taken not in (None, _time(file)):
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_file(file, picture(photo, EDGE))
+            write_file(file, picture(photo, EDGE), lasting=False)
             if taken is not None:
                 os.utime(file, ns=(taken, taken))
         return file
