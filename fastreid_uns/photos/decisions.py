@@ -198,6 +198,7 @@ class Decisions:
 
         Raises:
             InvalidState: there is no such decision, or it is cancelled already.
+            Contradiction: a split made two others possible that contradict each other without it.
         """
         with self._locked() as descriptor:
             active = _active(self._repaired(descriptor))
@@ -205,6 +206,7 @@ class Decisions:
             if cancelled is None:
                 which = "no decision is left" if row is None else f"row {row} is no decision that still counts"
                 raise InvalidState(f"{self.file}: {which}; nothing was taken back. Look at the list of answers.")
+            Relations([one for one in active if one != cancelled])
             self._append(descriptor, _now(), "undo", str(cancelled.row), "", "")
         return cancelled
 

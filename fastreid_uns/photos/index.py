@@ -163,8 +163,8 @@ class Index:
         if file.exists() and not overwrite:
             raise InvalidState(f"{file}: exists already and is not overwritten. Choose another name, or say --force.")
         tensors = {"features": self.features, "groups": self.groups}
-        for part in ("weights", "whitening"):
-            tensors |= {f"{part}.{name}": tensor for name, tensor in getattr(self, part).items()}
+        for kind in ("weights", "whitening"):
+            tensors |= {f"{kind}.{name}": tensor for name, tensor in getattr(self, kind).items()}
         text = {"format": FORMAT, "paths": self.paths, "preprocessing": self.preprocessing._asdict()}
         text |= {"fingerprint": self.fingerprint, "thresholds": self.thresholds, "about": self.about}
         text["checksum"] = weights_fingerprint(tensors)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,12 +60,13 @@ class Group:
     def paths(self) -> list[str]:
         return [member.path for member in self.members]
 
-    def nearest(self, groups: dict[int, Group]) -> list[int]:
-        """Numbers of the groups that are nearest to its photos, the most similar first."""
+    def nearest(self, groups: Collection[int]) -> list[int]:
+        """Those of the `groups` (numbers) that are nearest to its photos, the most similar first."""
         best: dict[int, float] = {}
         for member in self.members:
-            if member.nearest in groups and member.nearest != self.number:
-                best[member.nearest] = max(best.get(member.nearest, -1.0), member.similarity or -1.0)
+            number = member.nearest
+            if number is not None and number in groups and number != self.number:
+                best[number] = max(best.get(number, -1.0), member.similarity or 0.0)
         return sorted(best, key=lambda number: -best[number])[:NEAREST]
 
 
@@ -94,11 +95,11 @@ class Review:
 
     Args:
         run: with groups in it.
-        questions: gives pairs to ask, the most informative first; called again when groups.csv has changed. Without
-            it `doubtful_pairs` finds them.
+        questions: gives (first, second, weight) of pairs to ask, the most informative first; called again when
+            groups.csv has changed. Without it `doubtful_pairs` finds them.
     """
 
-    def __init__(self, run: PhotoRun, questions: Callable[[], Sequence[Question]] | None = None) -> None:
+    def __init__(self, run: PhotoRun, questions: Callable[[], Sequence[tuple[str, str, float]]] | None = None) -> None:
         self.run = run
         self.decisions = Decisions(run.folder / "decisions.csv")
         self.thumbnails = Thumbnails(run.folder / "report" / "thumbnails")
@@ -261,7 +262,7 @@ class Review:
         for member in members:
             split.setdefault(group_of[member.path], []).append(member)
         if self._asked_of != self.run.version:
-            self._questions = list(self._ask() if self._ask else doubtful_pairs(members))
+            self._questions = [Question(*one) for one in (self._ask() if self._ask else doubtful_pairs(members))]
             self._asked_of = self.run.version
         return Snapshot(
             stamp,

@@ -238,9 +238,9 @@ class PhotoRun:
         Raises:
             InvalidState: `groups` is a link or a file, or the disk does not allow it.
         """
-        root, members = self.folder / "groups", self.groups()
+        root, about = self.folder / "groups", self.about
         _own_folder(root)
-        wanted = {place: self.photo(path) for path, place in layout(members).items()}
+        wanted = {place: resolve(about, path) for path, place in layout(self.groups()).items()}
         former = set(self._copied())
         try:
             for file in _files(root):

@@ -46,10 +46,10 @@ class Thumbnails:
         """
         name = photo_id(path)
         file = self.folder / name[:2] / f"{name}.jpg"
-        taken = _time(photo)
-        if _time(file) is None or taken not in (None, _time(file)):
+        taken, made = _time(photo), _time(file, follow=False)
+        if made is None or taken not in (None, made):
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_file(file, picture(photo, EDGE))
+            write_file(file, picture(photo, EDGE), lasting=False)
             if taken is not None:
                 os.utime(file, ns=(taken, taken))
         return file
@@ -79,10 +79,10 @@ def _read_reduced(photo: Path, edge: int) -> Image.Image:
     return read_image(photo)
 
 
-def _time(file: Path) -> int | None:
+def _time(file: Path, follow: bool = True) -> int | None:
     """When a regular file was changed; None if there is none."""
     try:
-        found = file.stat()
+        found = file.stat(follow_symlinks=follow)
     except OSError:
         return None
     return found.st_mtime_ns if stat.S_ISREG(found.st_mode) else None

@@ -160,6 +160,19 @@ def test_undo_takes_back_the_last_one_that_counts_then_the_one_before(decisions)
         decisions.undo(2)
 
 
+def test_undo_leaves_no_contradiction_behind(decisions):
+    decisions.merge(["a", "p"], ["c"])
+    split = decisions.split(["p"], ["a", "c"])
+    later = decisions.pair("p", "a", "different")
+    size = decisions.size()
+    with pytest.raises(Contradiction, match=r"row 3.*contradicts row 1"):
+        decisions.undo(split.row)
+    assert decisions.size() == size
+    decisions.undo(later.row)
+    decisions.undo(split.row)
+    assert decisions.relations().relation("a", "p") == "same"
+
+
 def test_indices_leave_out_photos_that_are_gone_but_keep_what_went_through_them(decisions):
     decisions.pair("a", "gone", "same")
     decisions.pair("gone", "c", "same")

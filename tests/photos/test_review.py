@@ -6,7 +6,7 @@ import pytest
 
 from fastreid_uns.errors import InvalidState, InvalidValue, UnknownName
 from fastreid_uns.photos.decisions import Contradiction
-from fastreid_uns.photos.questions import Question, doubtful_pairs
+from fastreid_uns.photos.questions import doubtful_pairs
 from fastreid_uns.photos.review import Review, Stale
 from fastreid_uns.photos.store import Member, PhotoRun
 from fastreid_uns.photos.thumbnails import photo_id
@@ -71,7 +71,7 @@ def test_an_answer_closes_its_question_and_undo_opens_it_again(review):
 
 
 def test_what_follows_from_answers_is_not_asked(small_run):
-    pairs = [Question("a1.png", "a2.png", 3), Question("a2.png", "a3.png", 2), Question("a1.png", "a3.png", 1)]
+    pairs = [("a1.png", "a2.png", 3), ("a2.png", "a3.png", 2), ("a1.png", "a3.png", 1)]
     review = Review(small_run, lambda: pairs)
     ids = [photo_id(name) for name in ("a1.png", "a2.png", "a3.png")]
     review.answer(ids[0], ids[1], "same")

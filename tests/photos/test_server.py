@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
 import socket
+import sys
 
 import pytest
 from PIL import Image
@@ -15,7 +17,7 @@ pytest.importorskip("httpx", reason="needs httpx, which Starlette's test client 
 
 from starlette.testclient import TestClient
 
-from fastreid_uns.errors import InvalidState, InvalidValue
+from fastreid_uns.errors import InvalidState, InvalidValue, MissingPackage
 from fastreid_uns.photos.review import Review
 from fastreid_uns.photos.server import LARGEST_IMAGE, WEB, Server, create_app
 from fastreid_uns.photos.store import Member, PhotoRun
@@ -228,6 +230,13 @@ def test_the_server_listens_on_this_computer_only(small_run):
     with pytest.raises(InvalidState, match="cannot be used"):
         Server(Review(small_run), port=taken.getsockname()[1])
     taken.close()
+
+
+def test_without_its_packages_the_way_to_get_them_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "fastreid_uns.photos.server")
+    with pytest.raises(MissingPackage, match=r"pip install 'fastreid_uns\[review\]'"):
+        importlib.import_module("fastreid_uns.photos.server")
 
 
 def test_answers_are_json_that_cannot_be_taken_for_html(client):

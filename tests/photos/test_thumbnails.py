@@ -41,6 +41,18 @@ def test_made_once_and_again_when_the_photo_changes(photo, tmp_path):
     assert Image.open(small.file("photo.jpg", photo)).size == (50, 40)
 
 
+def test_a_planted_link_is_not_served(photo, tmp_path):
+    small = Thumbnails(tmp_path / "small")
+    file = small.file("photo.jpg", photo)
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    os.utime(secret, ns=(photo.stat().st_mtime_ns,) * 2)
+    file.unlink()
+    file.symlink_to(secret)
+    assert Image.open(small.file("photo.jpg", photo)).size == (EDGE // 2, EDGE)
+    assert secret.read_text() == "secret"
+
+
 def test_what_cannot_be_read_gets_a_picture_of_its_own(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
     os.mkfifo(tmp_path / "pipe.jpg")
