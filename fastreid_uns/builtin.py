@@ -31,5 +31,6 @@ for _module in (
     "modeling.proxies",
     "pseudo_labels.dbscan",
     "pseudo_labels.kmeans",
+    "pseudo_labels.linkage",
 ):
     importlib.import_module(f"fastreid_uns.{_module}")

@@ -11,6 +11,8 @@ from fastreid_uns.utils.transfer import to_device
 if TYPE_CHECKING:
     from torch import Tensor, device
 
+    from fastreid_uns.pseudo_labels.constraints import Constraints
+
 PROTOCOLS = ("cross_camera", "plain", "one_per_identity")
 
 
@@ -104,6 +106,7 @@ class FeatureBank:
     extras: dict[str, Tensor] = field(default_factory=dict)  # further outputs of extract(), (N, ...)
     source_feats: Tensor | None = None  # (S,D) unit length, float32
     source_labels: Tensor | None = None  # (S,) int64, classes 0..C-1
+    constraints: Constraints | None = None  # answers about pairs of the N images
 
 
 @dataclass

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.backbones.base import Tokens, feature_map
+from fastreid_uns.modeling.whitening import ViewWhitening
 from fastreid_uns.registry import HEAD_REGISTRY
 from fastreid_uns.structures import HeadOutput
 
@@ -126,6 +127,38 @@ class EmbeddingHead(nn.Module):
             pooled = self.pool(x).squeeze(1)
             unnormalized = self.embed(pooled)
             return HeadOutput(pooled, F.normalize(unnormalized), unnormalized=unnormalized)
+
+
+@HEAD_REGISTRY.register()
+class PooledHead(nn.Module):
+    """Average and GeM pooling side by side, without neck; whitened where `dim` is set. Computes in float32.
+
+    Nothing in it is trained: GeM has the power 3, and `whitening.fit` sets the whitening.
+
+    Args:
+        in_channels: C of the feature map.
+        dim: D of a `ViewWhitening` before unit length; 0 = none, D = 2C.
+
+    Raises:
+        ValueError: `dim` is negative.
+    """
+
+    def __init__(self, in_channels: int, *, dim: int = 0) -> None:
+        super().__init__()
+        if dim < 0:
+            raise ValueError(f"MODEL.HEAD.DIM is {dim}; 0 (no whitening) or more is accepted. Change it.")
+        self.average, self.gem = Pool("avg"), Pool("gem")
+        self.gem.p.requires_grad_(False)
+        self.whitening = ViewWhitening(2 * in_channels, dim) if dim else None
+        self.dim = self.whitening.dim if self.whitening else 2 * in_channels
+
+    def forward(self, output: Tensor | Tokens) -> HeadOutput:
+        """What the backbone gives → `HeadOutput` with `pooled` (B,2C), both halves of unit length."""
+        x = feature_map(output)
+        with torch.autocast(x.device.type, enabled=False):
+            pooled = torch.cat([F.normalize(pool(x).squeeze(1)) for pool in (self.average, self.gem)], dim=1)
+            raw = pooled if self.whitening is None else self.whitening(pooled)
+            return HeadOutput(pooled, F.normalize(raw), unnormalized=raw)
 
 
 @HEAD_REGISTRY.register()
