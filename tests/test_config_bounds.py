@@ -17,16 +17,17 @@ from fastreid_uns.engine.solver import PRECISIONS, SCHEDULES
 NOT_FINITE = ["nan", "inf", "-inf"]
 NO_NAME = ["''", "a\nb", "a\0b"]
 OUT_OF_BOUNDS = {
-    "PLUGINS": ["['']"],
+    "PLUGINS": [[""]],
     "SEED": [-1, 2**31],
     "OUTPUT_DIR": NO_NAME,
-    "INPUT.SIZE": [[], [32], [32, 16, 3], [0, 16], [32, -16], [32, 5000]],
-    "INPUT.MEAN": [[], [0.5], [0.5, 0.5, 1.5], [-0.1, 0.5, 0.5], "[.nan, 0.5, 0.5]"],
+    "INPUT.SIZE": [[32], [32, 16, 3], [0, 16], [32, -16], [32, 5000]],
+    "INPUT.MEAN": [[0.5], [0.5, 0.5, 1.5], [-0.1, 0.5, 0.5], "[.nan, 0.5, 0.5]"],
     "INPUT.STD": [[0.2, 0.2], [0.0, 0.2, 0.2], [0.2, 0.2, 1.5], "[.inf, 0.2, 0.2]"],
-    "INPUT.VIEWS": [[], ["''"]],
+    "INPUT.VIEWS": [[], [""]],
     "INPUT.CAMERA_STYLE.KIND": ["hues", "''"],
     "INPUT.CAMERA_STYLE.FOLDER": ["a\nb"],
     "INPUT.ON_BAD_IMAGE": ["go on", "''"],
+    "DATALOADER.FEED": ["tape"],
     "DATALOADER.CACHE": ["tape", "''"],
     "DATALOADER.CACHE_DIR": ["a\0b"],
     "DATALOADER.WORKERS": [-1, 5000],
@@ -74,8 +75,8 @@ CASES = [(key, value) for key, values in OUT_OF_BOUNDS.items() for value in valu
 
 
 def test_every_key_has_bounds_and_every_bound_a_key():
-    numbers_and_texts = {key for key, value in KEYS.items() if not isinstance(value, bool)}
-    assert set(BOUNDS) == numbers_and_texts == set(OUT_OF_BOUNDS)
+    no_switches = {key for key, value in KEYS.items() if not isinstance(value, bool)}
+    assert set(BOUNDS) == no_switches == set(OUT_OF_BOUNDS)
 
 
 @pytest.mark.parametrize(("key", "value"), CASES, ids=lambda part: repr(part))
