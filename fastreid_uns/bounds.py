@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastreid_uns.errors import InvalidValue
+from fastreid_uns.errors import InvalidValue, shown
 from fastreid_uns.registry import did_you_mean
 
 
@@ -119,7 +119,7 @@ def check_bound(key: str, value: Any, where: str) -> None:
     bound = BOUNDS.get(key)
     if bound and not bound.accepts(value):
         near = did_you_mean(value, bound.names) if isinstance(value, str) else "."
-        raise InvalidValue(f"{where} is {value!r}; {bound.accepted} is accepted{near} Change the value.")
+        raise InvalidValue(f"{where} is {shown(value)}; {bound.accepted} is accepted{near} Change the value.")
 
 
 def check_relations(cfg: Mapping[str, Any]) -> None:

@@ -30,3 +30,9 @@ class MissingPackage(UserError, ImportError):
 
 class FailedElsewhere(InvalidState):
     """Another process of the run has failed; that one says why."""
+
+
+def shown(value: object) -> str:
+    """A value as messages quote it, cut where it is long."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 100 else f"{text[:60]} ... {text[-20:]}"

@@ -93,9 +93,10 @@ class Registry(_Registry):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the nearest known word, else a full stop."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else "."
+    """`; did you mean X?` for the nearest known word, in upper or lower case, else a full stop."""
+    words = {str(name).lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), words, n=1, cutoff=0.6)
+    return f"; did you mean {words[near[0]]}?" if near else "."
 
 
 def keywords(component: Callable) -> dict[str, Any]:

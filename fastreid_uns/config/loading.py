@@ -10,15 +10,15 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode as _CfgNode
 
-from fastreid_uns.bounds import check_relations
+from fastreid_uns.bounds import check_bound, check_relations
 from fastreid_uns.config.overrides import parse_overrides
 from fastreid_uns.config.renames import translate
 from fastreid_uns.config.schema import COMPONENTS, FREE, MAPS, OPTIONAL, USUAL, Completion, refuse_no_map
 from fastreid_uns.config.shipped import find_config
-from fastreid_uns.config.values import Typed, cast
+from fastreid_uns.config.values import Typed, cast, kind_of
 from fastreid_uns.config.yaml_text import parse_yaml, read_yaml
 from fastreid_uns.defaults import DEFAULTS, USUAL_INPUT
-from fastreid_uns.errors import InvalidValue, MissingPackage, UnknownName
+from fastreid_uns.errors import InvalidValue, MissingPackage, UnknownName, shown
 from fastreid_uns.plugins import is_installed, load_plugins, resolve_plugin
 from fastreid_uns.registry import BACKBONE_REGISTRY, did_you_mean
 
@@ -88,7 +88,7 @@ def parse_config(
     """
     content = parse_yaml(text, name)
     if not isinstance(content, dict):
-        raise InvalidValue(f"{name}: found a {type(content).__name__}; the text of a config is accepted.")
+        raise InvalidValue(f"{name}: found {kind_of(content)}; the text of a config is accepted.")
     content = translate(content)
     entries = cast(content.get("PLUGINS", []), ["name"], f"{name}: PLUGINS")
     strange = [entry for entry in entries if not is_installed(entry)] if plugins or not trust else []
@@ -120,9 +120,8 @@ def _build(
         missing: what is said about plugins that are left out.
     """
     load_plugins(["fastreid_uns.builtin"])
-    entries: Any = next((layer["PLUGINS"] for _, layer in reversed(layers) if "PLUGINS" in layer), [])
     base = CfgNode(copy.deepcopy(DEFAULTS))
-    missing = [*missing, *_add_plugins(base, cast(entries, ["name"], "PLUGINS"), model_only)]
+    missing = [*missing, *_add_plugins(base, layers, model_only)]
     merged = _as_dict(base)
     known = copy.deepcopy(merged)
     known["INPUT"] |= USUAL_INPUT  # the types of keys that are empty by default
@@ -157,15 +156,22 @@ def _fill_input(cfg: CfgNode) -> None:
         cfg.INPUT[key] = cfg.INPUT[key] or list(value)
 
 
-def _add_plugins(base: CfgNode, entries: Sequence[str], model_only: bool) -> list[str]:
-    """Import plugins and add their keys; what is missing and may be, with the reason."""
+def _add_plugins(base: CfgNode, layers: Sequence[tuple[str, dict]], model_only: bool) -> list[str]:
+    """Import the plugins of the last layer that names any, and add their keys.
+
+    Returns:
+        What is said about those that are missing and may be.
+    """
+    file, given = next(((name, layer["PLUGINS"]) for name, layer in reversed(layers) if "PLUGINS" in layer), ("", []))
+    entries = cast(given, ["name"], f"{file}: PLUGINS")
+    check_bound("PLUGINS", entries, f"{file}: PLUGINS")
     missing = []
     for entry in entries:
         try:
             modules = load_plugins([entry])
         except MissingPackage as error:
             if not model_only:
-                raise
+                raise MissingPackage(f"{file}: {error}") from error
             missing.append(str(error))
             continue
         for module in modules:
@@ -175,17 +181,25 @@ def _add_plugins(base: CfgNode, entries: Sequence[str], model_only: bool) -> lis
 
 
 def _read_chain(file: Path, read: list[Path], below: tuple[Path, ...] = ()) -> Iterator[tuple[str, dict]]:
-    if file in below:
-        raise InvalidValue(f"{file.name}: _BASE_ runs in a circle: {' -> '.join(p.name for p in (*below, file))}.")
+    """Names and contents of a file and of all that it builds upon, these first.
+
+    Args:
+        file: the YAML.
+        read: all files so far, which becomes longer.
+        below: the files that lead here by `_BASE_`.
+    """
+    chain = (*below, file.resolve())
+    if chain[-1] in below:
+        raise InvalidValue(f"{file.name}: _BASE_ runs in a circle: {' -> '.join(path.name for path in chain)}.")
     read.append(file)
     if len(read) > MOST_FILES:
         raise InvalidValue(f"{file.name}: _BASE_ leads to more than {MOST_FILES} files. Name each base once.")
     content = read_yaml(file)
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise InvalidValue(f"{file.name}: found a {type(content).__name__}; a config is a map of keys. Check the file.")
+        raise InvalidValue(f"{file.name}: found {kind_of(content)}; a config is a map of keys. Check the file.")
     for base in _bases(content.pop("_BASE_", []), file):
-        yield from _read_chain(find_config(base, file), read, (*below, file))
+        yield from _read_chain(find_config(base, file), read, chain)
     if "PLUGINS" in content:
         entries = cast(content["PLUGINS"], ["name"], f"{file.name}: PLUGINS")
         content["PLUGINS"] = [resolve_plugin(entry, file.parent) for entry in entries]
@@ -196,7 +210,8 @@ def _bases(value: Any, file: Path) -> list[str]:
     bases = [value] if isinstance(value, str) else value
     if not isinstance(bases, list) or not all(isinstance(base, str) and base for base in bases):
         raise InvalidValue(
-            f"{file.name}: _BASE_ is {value!r}; a file or a list of files is accepted, such as ../base.yaml. Change it."
+            f"{file.name}: _BASE_ is {shown(value)}; a file such as ../base.yaml is accepted, or a list of files. "
+            f"Change it."
         )
     return bases
 

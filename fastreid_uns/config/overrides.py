@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastreid_uns.config.values import Typed, cast
-from fastreid_uns.errors import InvalidValue
+from fastreid_uns.errors import InvalidValue, UnknownName
 from fastreid_uns.plugins import resolve_plugin
 
 HELP = (
@@ -49,7 +49,9 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _place(tree: dict[str, Any], key: str, value: Typed) -> None:
-    *parents, last = key.split(".")
+    *parents, last = parts = key.split(".")
+    if not all(parts):
+        raise UnknownName(f"command line: the key {key!r} has an empty part; names between dots are accepted.")
     node = tree
     for i, parent in enumerate(parents):
         node = node.setdefault(parent, {})

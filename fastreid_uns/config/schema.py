@@ -10,7 +10,7 @@ from fastreid_uns.bounds import check_bound
 from fastreid_uns.config import renames
 from fastreid_uns.config.values import REQUIRED, SAMPLES, cast, resolve
 from fastreid_uns.defaults import DEFAULTS
-from fastreid_uns.errors import InvalidValue, UnknownName, UserError
+from fastreid_uns.errors import InvalidValue, UnknownName, UserError, shown
 from fastreid_uns.registry import Registry, did_you_mean
 
 COMPONENTS: dict[str, Registry] = {
@@ -61,9 +61,12 @@ class Completion:
     def _value(self, value: Any, default: Any, path: str) -> Any:
         source = self._source(path)
         if path in MAPS:
+            entries = cast(value, {}, source)
+            for name in entries:
+                cast(name, "", f"{source}: the name of an entry")
             return {
                 name: self._component(MAPS[path], cast(entry, {}, f"{source}.{name}"), f"{path}.{name}")
-                for name, entry in cast(value, {}, source).items()
+                for name, entry in entries.items()
             }
         if path in COMPONENTS:
             return self._component(COMPONENTS[path], cast(value, {}, source), path)
@@ -148,7 +151,7 @@ def refuse_no_map(value: Any, path: str, file: str) -> None:
     Raises:
         ValueError: always.
     """
-    found = {type(None): "null", list: "a list"}.get(type(value), repr(value))
+    found = "a list" if isinstance(value, list) else shown(value)
     if path in COMPONENTS:
         advice = f"Write {{NAME: {value}}}." if isinstance(value, str) else "Leave it out to keep what it is."
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fastreid_uns.errors import MissingFile
@@ -26,19 +27,21 @@ def find_config(name: str | Path, named_by: Path | None = None) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    local = Path(path_manager.get_local_path(str(name)))
-    first = (named_by.parent if named_by else Path.cwd()) / local
-    root = shipped_root()
-    if first.is_file():
-        return Path(first).absolute()
-    if not local.is_absolute() and ".." not in local.parts and (root / local).is_file():
-        return root / local
     by = f", named as _BASE_ by {named_by}" if named_by else ""
-    if first.exists():
+    try:
+        local = Path(path_manager.get_local_path(str(name)))
+    except OSError as error:
+        raise MissingFile(f"config file {name} cannot be fetched ({error}){by}. Check the address.") from error
+    first = (named_by.parent if named_by else Path.cwd()) / local
+    if os.path.isfile(first):
+        return first.absolute()
+    shipped = shipped_root() / local
+    if not local.is_absolute() and ".." not in local.parts and os.path.isfile(shipped):
+        return shipped
+    if os.path.exists(first):
         raise MissingFile(f"config file {first} is no file{by}. Name a YAML file.")
-    raise MissingFile(
-        f"config file {first} does not exist{by}{did_you_mean(str(local), shipped_configs())} Check the path."
-    )
+    near = did_you_mean(str(local), shipped_configs())
+    raise MissingFile(f"config file {first} does not exist{by}{near} Check the path.")
 
 
 def shipped_configs() -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastreid_uns.config.yaml_text import parse_yaml
-from fastreid_uns.errors import InvalidValue
+from fastreid_uns.errors import InvalidValue, shown
 
 REQUIRED = inspect.Parameter.empty
 SAMPLES: dict[str, Any] = {"str": "", "int": 0, "float": 0.0, "bool": False}  # of the types of required keys
@@ -57,6 +57,13 @@ def resolve(value: Any, where: str) -> Any:
     return cast(value, None, where)
 
 
+def kind_of(value: Any) -> str:
+    """What messages call the type of a value."""
+    if isinstance(value, Mapping):
+        return "a map"
+    return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
+
+
 def _read(text: Typed, default: Any, where: str) -> Any:
     if isinstance(default, str):
         return _unquoted(text)
@@ -95,7 +102,6 @@ def _number(value: Any, kind: type = float) -> Any:
 def _wrong_type(value: Any, default: Any, kind: type, where: str) -> str:
     accepted = _KINDS.get(kind, "a map of keys")
     example = f" such as {default!r}" if default or isinstance(default, (int, float)) else ""
-    found = {type(None): "null", dict: "a map"}.get(type(value), _KINDS.get(type(value), type(value).__name__))
-    shown = "" if value is None else f"{value!r}, "
+    found = "" if value is None else f", {kind_of(value)}"
     quotes = " Write it in quotes." if kind is str and not isinstance(value, (list, dict)) else " Change the value."
-    return f"{where} is {shown}{found}; {accepted}{example} is accepted.{quotes}"
+    return f"{where} is {shown(value)}{found}; {accepted}{example} is accepted.{quotes}"

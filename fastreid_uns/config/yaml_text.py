@@ -65,9 +65,10 @@ def parse_yaml(text: str, name: str, *, scalars_as_text: bool = False) -> Any:
     """
     if len(text) > LARGEST_FILE:
         raise InvalidValue(f"{name}: the text has more than {LARGEST_FILE:,} characters; a config is a short text.")
-    loader = yaml.BaseLoader(text) if scalars_as_text else _Loader(text)
-    loader.name = name
+    loader = None
     try:
+        loader = yaml.BaseLoader(text) if scalars_as_text else _Loader(text)
+        loader.name = name
         node = loader.get_single_node()
         if node is None:
             return None
@@ -75,14 +76,15 @@ def parse_yaml(text: str, name: str, *, scalars_as_text: bool = False) -> Any:
         for part in _nodes(node):
             _refuse_duplicates(part, name)
         return loader.construct_document(node)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number out of range
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:  # the last three: `!!int x` and the like
         if isinstance(error, InvalidValue):
             raise
-        raise InvalidValue(f"{name}: no valid YAML: {' '.join(str(error).split())}. Correct the file.") from error
+        raise InvalidValue(f"{name}: no valid YAML: {' '.join(str(error).split())}. Correct it.") from error
     except RecursionError as error:
         raise InvalidValue(f"{name}: the values are nested too deeply; a config is a map of maps.") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _children(node: yaml.Node) -> list[yaml.Node]:

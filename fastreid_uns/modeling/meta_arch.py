@@ -34,6 +34,9 @@ class MetaArch(nn.Module):
         momentum_encoder: keep a momentum copy of the encoder; it is then what clusters, evaluates and is deployed.
         encoder_momentum: weight of the old value in the update of that copy, in [0, 1].
         momentum_buffers: its norm statistics: `own`, `copy` or `average`, see `momentum.update_momentum`.
+
+    Raises:
+        ValueError: `encoder_momentum` is no fraction.
     """
 
     def __init__(
@@ -48,6 +51,11 @@ class MetaArch(nn.Module):
         momentum_buffers: str = "own",
     ) -> None:
         super().__init__()
+        if not 0 <= encoder_momentum <= 1:
+            raise InvalidValue(
+                f"MODEL.ENCODER_MOMENTUM is {encoder_momentum}; a number from 0 to 1 is accepted, the weight of the "
+                f"old value. Change it."
+            )
         self.encoder = encoder
         self.memory = memory
         self.losses = losses
