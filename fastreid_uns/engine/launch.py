@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from fastreid_uns.engine.run_folder import RunFolder
@@ -16,6 +16,8 @@ from fastreid_uns.errors import FailedElsewhere, InvalidState, UserError
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+_LOST = 3
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,7 +37,7 @@ def default_argument_parser(description: str | None = None) -> argparse.Argument
         description=description,
         epilog="KEY VALUE pairs change any key of the config, for example: SOLVER.EPOCHS 30 MODEL.LOSSES.triplet null",
     )
-    parser.add_argument("--config-file", required=True, help="YAML file, for example projects/ACFL/configs/msmt.yaml")
+    parser.add_argument("--config-file", required=True, help="YAML file, for example configs/quickstart.yaml")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of OUTPUT_DIR")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, or the newest checkpoint")
     parser.add_argument(
@@ -103,7 +105,8 @@ def run_command(main: Callable[..., T], *args: Any) -> T:
     inside a library, with one line that says what is saved. Every other exception keeps its traceback.
 
     Raises:
-        SystemExit: 2 after a `UserError`, 130 after Ctrl-C, 143 after SIGTERM.
+        SystemExit: 2 after a `UserError`, 3 where another process of the run is gone, 130 after Ctrl-C, 143 after
+            SIGTERM.
     """
     ending = Ending(_how_to_go_on)
     with ending_at_signals(ending):
@@ -116,17 +119,16 @@ def run_command(main: Callable[..., T], *args: Any) -> T:
         except RuntimeError as error:
             if not _lost_a_process(error):
                 raise
-            _fail(
-                error, f"the connection to another process of the run was lost ({' '.join(str(error).split())[:200]})."
-            )
+            reason = " ".join(str(error).split())[:200]
+            _fail(error, f"the connection to another process of the run was lost ({reason}).", code=_LOST)
 
 
-def _fail(error: Exception, message: str) -> NoReturn:
-    """One line, and exit code 2."""
+def _fail(error: Exception, message: str, code: int = 2) -> NoReturn:
+    """One line, and the exit code."""
     logger.debug("error: %s", message, exc_info=error)
     if not isinstance(error, FailedElsewhere):
         sys.stderr.write(f"error: {_one_line(message)}\n")
-    raise SystemExit(2) from None
+    raise SystemExit(code) from None
 
 
 def _one_line(message: str) -> str:
@@ -168,16 +170,28 @@ def _run_again(count: int) -> None:
     except SignalException as error:
         raise SystemExit(128 + int(error.sigval)) from None
     except ChildFailedError as error:
-        killed = {rank: -f.exitcode for rank, f in error.failures.items() if -f.exitcode > 0}
-        killed = {rank: number for rank, number in killed.items() if number != signal.SIGTERM} or killed
-        if killed:
-            rank, number = next(iter(killed.items()))
-            sys.stderr.write(
-                f"error: process {rank} of {count} was killed ({signal.Signals(number).name}), the others were ended. "
-                f"Free memory if the system killed it; what is saved is kept, --resume goes on from there.\n"
-            )
-            raise SystemExit(128 + number) from None
-        raise SystemExit(error.get_first_failure()[1].exitcode) from None
+        raise SystemExit(
+            _code_of({rank: failure.exitcode for rank, failure in error.failures.items()}, count)
+        ) from None
+
+
+def _code_of(codes: Mapping[int, int], count: int) -> int:
+    """The exit code for those of the processes, and a line if the one that failed could not say why.
+
+    Args:
+        codes: exit code by rank, or minus the number of a signal; those that torchrun has ended are among them.
+        count: of all processes.
+    """
+    told = [code for code in codes.values() if 0 < code < 128 and code != _LOST]
+    killed = {rank: -code for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
+    if told or not killed:
+        return told[0] if told else max(codes.values())
+    rank, number = next(iter(killed.items()))
+    sys.stderr.write(
+        f"error: process {rank} of {count} was killed ({signal.Signals(number).name}), the others were ended. Free "
+        f"memory if the system killed it; what is saved is kept, --resume goes on from there.\n"
+    )
+    return 128 + number
 
 
 def _this_program() -> list[str]:

@@ -98,11 +98,11 @@ class Watch:
         where = (
             f"; its last stage: {place.stage}, after {place.step} steps of the run; process {self.rank}: {own.stage}"
         )
-        if now - lives >= self.timeout:
-            return _MESSAGE.format(f"process {rank} has not answered for {now - lives:.0f} s{where}")
-        if now - there >= self.timeout:
-            return _MESSAGE.format(f"process {rank} has made no step for {now - there:.0f} s{where}")
-        return None
+        silent, behind = now - lives, now - there
+        if max(silent, behind) < self.timeout:
+            return None
+        fault = f"not answered for {silent:.0f}" if silent >= self.timeout / 2 else f"made no step for {behind:.0f}"
+        return _MESSAGE.format(f"process {rank} has {fault} s{where}")
 
     def _run(self) -> None:
         while not self._stopped.wait(min(10.0, self.timeout / 10)):

@@ -153,6 +153,26 @@ def test_a_program_is_started_again_as_it_was(monkeypatch, tmp_path):
     assert _this_program() == ["-m", "mine.train"]
 
 
+@pytest.mark.parametrize(
+    ("codes", "code", "line"),
+    [
+        ({0: 2, 1: -15}, 2, ""),
+        ({0: 143, 1: 1}, 1, ""),
+        ({0: 2, 1: -9}, 2, ""),  # frozen, and told by the other one
+        ({0: 3, 1: -9}, 137, "process 1 of 2 was killed (SIGKILL)"),
+        ({0: -11, 1: 143}, 139, "process 0 of 2 was killed (SIGSEGV)"),
+        ({0: 143, 1: 143}, 143, ""),
+    ],
+)
+def test_the_process_that_failed_first_gives_the_code(codes, code, line, capsys):
+    from fastreid_uns.engine.launch import _code_of
+
+    assert _code_of(codes, 2) == code
+    err = capsys.readouterr().err
+    assert line in err
+    assert bool(err) == bool(line)
+
+
 def two_processes(config: Path, *changes: str) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "tools/train_net.py"), "--config-file", str(config), "--num-gpus", "2"]
     return subprocess.Popen(
@@ -209,7 +229,8 @@ def test_a_rank_that_dies_or_freezes_ends_the_run_with_its_name(endless, fault):
         assert "error: process 1 of 2 was killed (SIGKILL), the others were ended." in err
         assert process.returncode == 128 + signal.SIGKILL
     else:
-        assert "error: process 1 has not answered for 1" in err
+        assert "error: process 1 has not answered for " in err
+        assert "was killed" not in err
         assert "its last stage: " in err
         assert "of epoch" in err
         assert process.returncode == 2
