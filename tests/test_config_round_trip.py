@@ -110,5 +110,5 @@ def test_what_does_not_steer_training_may_differ_and_the_rest_is_named():
 
 def test_more_epochs_are_refused_where_the_schedule_depends_on_them():
     short, long = (load_config(overrides=["SOLVER.SCHEDULE=cosine", f"SOLVER.EPOCHS={n}"]).dump() for n in (2, 9))
-    with pytest.raises(ValueError, match=r"SOLVER\.EPOCHS: 2 -> 9"):
+    with pytest.raises(ValueError, match=r"SOLVER\.EPOCHS: 2 -> 9\. The cosine schedule falls over the whole run"):
         refuse_other_config(short, long, "x.pth")

@@ -120,7 +120,7 @@ def test_what_a_finished_run_has_lost_comes_back(recipe, straight, damage, caplo
     logging.getLogger("fastreid_uns").propagate = True
     caplog.set_level(logging.INFO)
     assert_equal_records(record(run(recipe, resume=True).folder), expected)
-    assert f"All {EPOCHS} epochs are done, nothing is left to train. To train longer raise SOLVER.EPOCHS" in caplog.text
+    assert f"is finished: {EPOCHS} of {EPOCHS} epochs are done. Set SOLVER.EPOCHS higher to train longer" in caplog.text
 
 
 def test_the_best_file_is_written_again_where_the_newest_checkpoint_is_the_best(recipe):
@@ -187,3 +187,26 @@ def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path):
     with atomic.replacing(tmp_path / "a[1].pth") as stream:
         stream.write(b"whole")
     assert sorted(file.name for file in tmp_path.iterdir()) == [".b.pth.0123.part", "a[1].pth"]
+
+
+@pytest.mark.parametrize("schedule", ["step", "milestones", "constant"])
+def test_a_run_that_is_made_longer_equals_one_that_was_long_from_the_start(recipe, tmp_path, schedule):
+    """The rate decays where the short run ended."""
+    keys = [f"SOLVER.SCHEDULE={schedule}", "SOLVER.STEP_EPOCHS=1", "SOLVER.MILESTONES=[1]", "SOLVER.WARMUP_EPOCHS=1"]
+    long = run([*recipe, *keys, "SOLVER.EPOCHS=2", f"OUTPUT_DIR={tmp_path / 'long'}"])
+    run([*recipe, *keys, "SOLVER.EPOCHS=1"])
+    longer = run([*recipe, *keys, "SOLVER.EPOCHS=2"], resume=True)
+    assert_equal_records(record(longer.folder), record(long.folder))
+
+
+def test_a_length_that_does_not_fit_is_answered(recipe):
+    keys = [*recipe, "SOLVER.SCHEDULE=cosine"]
+    run([*keys, "SOLVER.EPOCHS=2"])
+    with pytest.raises(ValueError, match=r"SOLVER\.EPOCHS: 2 -> 3\. The cosine schedule falls"):
+        run([*keys, "SOLVER.EPOCHS=3"], resume=True)
+
+
+def test_fewer_epochs_than_are_done_are_answered(recipe):
+    run([*recipe, "SOLVER.EPOCHS=2"])
+    with pytest.raises(ValueError, match=r"SOLVER\.EPOCHS is 1, but \S+0002\.pth has done 2 epochs; as many or more"):
+        run([*recipe, "SOLVER.EPOCHS=1"], resume=True)

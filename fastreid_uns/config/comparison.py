@@ -46,6 +46,12 @@ def deviations(cfg: CfgNode) -> list[str]:
     return found
 
 
+_COSINE = (
+    "The cosine schedule falls over the whole run, so the epochs that are done had other rates than those of a run of "
+    "another length; other schedules may be made longer. "
+)
+
+
 def refuse_other_config(saved: str, now: str, file: str | Path) -> None:
     """Compare the config of a checkpoint with the present one, apart from keys that do not steer training.
 
@@ -69,9 +75,11 @@ def refuse_other_config(saved: str, now: str, file: str | Path) -> None:
         and not any(key == name or key.startswith(f"{name}.") for name in free)
     ]
     if differ:
+        cosine = any(entry.startswith("SOLVER.EPOCHS:") for entry in differ)
         raise InvalidValue(
-            f"checkpoint: {file} was made with another config; these keys differ: {'; '.join(differ)}. Resume with the "
-            f"old values, or start anew in another OUTPUT_DIR with MODEL.WEIGHTS {file}."
+            f"checkpoint: {file} was made with another config; these keys differ: {'; '.join(differ)}. "
+            f"{_COSINE if cosine else ''}Resume with the old values, or start anew in another OUTPUT_DIR with "
+            f"MODEL.WEIGHTS {file}."
         )
 
 

@@ -178,7 +178,7 @@ class DefaultTrainer(Trainer):
                 period=cfg.CHECKPOINT.PERIOD,
                 keep=cfg.CHECKPOINT.KEEP,
                 improved=lambda: evaluate.improved,
-                images=trainer.train_set.fingerprint(),
+                images=trainer.train_set.fingerprint,
             ),
             LogHook(cls.build_writers(cfg, trainer.folder), period=cfg.LOG.PERIOD_STEPS),
         ]

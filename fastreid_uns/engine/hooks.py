@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from fastreid_uns.config import refuse_other_config
 from fastreid_uns.engine.log import Writer
@@ -43,9 +44,14 @@ class ScheduleHook(HookBase):
         return {"last_epoch": self.schedule.last_epoch, "last_lr": self.schedule.get_last_lr()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
-        self.schedule.last_epoch = state["last_epoch"]
-        self.schedule._last_lr = state["last_lr"]
+        """Restore it; the rate of the next step is that of the present schedule, which may be a longer one."""
+        schedule = self.schedule
+        schedule.last_epoch, schedule._last_lr = state["last_epoch"], state["last_lr"]
+        if isinstance(schedule, LambdaLR):
+            factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+            schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+            for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+                group["lr"] = rate
 
 
 class MomentumEncoderHook(HookBase):
@@ -189,7 +195,7 @@ class CheckpointHook(HookBase):
         period: epochs; 0 = never.
         keep: newest files that stay.
         improved: tells whether this epoch's evaluation was the best so far.
-        images: what tells the training images from others, see `TrainSet.fingerprint`; "" = not known.
+        images: what tells the training images from others, see `TrainSet.fingerprint`; read on rank 0 when needed.
     """
 
     order = 100
@@ -202,7 +208,7 @@ class CheckpointHook(HookBase):
         period: int = 1,
         keep: int = 1,
         improved: Callable[[], bool] = lambda: False,
-        images: str = "",
+        images: Callable[[], str] = lambda: "",
     ) -> None:
         self.folder = folder
         self.config = config
@@ -223,6 +229,7 @@ class CheckpointHook(HookBase):
         trainer = self.trainer
         if not self.period or not (trainer.last_epoch or self.improved() or _is_due(trainer.epoch, self.period)):
             return
+        comm.report(trainer.iter, f"checkpoint of epoch {trainer.epoch}")
         start = time.perf_counter()
         self._save()
         self.seconds = time.perf_counter() - start
@@ -235,7 +242,7 @@ class CheckpointHook(HookBase):
             "history": trainer.history,
             "num_images": trainer.model.num_images,
             "config": self.config,
-            "images": self.images,
+            "images": self.images() if comm.rank() == 0 else "",
             "is_best": self.improved(),
         }
         if comm.rank() == 0:
@@ -273,11 +280,6 @@ class CheckpointHook(HookBase):
                 comm.world(),
             )
         logger.info("Resumed from %s after %d epochs", file, self.trainer.epochs_done)
-        if self.trainer.epochs_done == self.trainer.epochs:
-            logger.info(
-                "All %d epochs are done, nothing is left to train. To train longer raise SOLVER.EPOCHS.",
-                self.trainer.epochs,
-            )
 
     def _refuse_other_run(self, content: Mapping[str, Any], file: Path) -> None:
         lacking = {"optimizer", "scaler", "hooks", "random", "epochs_done", "iter"} - content.keys()
@@ -291,7 +293,7 @@ class CheckpointHook(HookBase):
                 f"SOLVER.EPOCHS is {self.trainer.epochs}, but {file} has done {content['epochs_done']} epochs; as many "
                 f"or more are accepted. Raise it, or start anew in another OUTPUT_DIR."
             )
-        if content.get("images") and self.images and content["images"] != self.images:
+        if content.get("images") and content["images"] != comm.on_first_rank(self.images):
             raise InvalidValue(
                 f"checkpoint: {file} was made with other training images: files were added, removed, renamed or "
                 f"changed since, and memory and labels count them in order. Restore the images, or start anew in "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -61,36 +61,58 @@ def _optimizer_class(name: str) -> Any:
     )
 
 
-def learning_rate_factor(cfg: Any, step: int) -> float:
-    """Factor on `BASE_LR` (on top of it `MIN_LR`, for cosine) at an optimiser step of the run.
+def build_schedule(cfg: Any, optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """The schedule of `SOLVER`, to be stepped after every optimiser step.
 
     Raises:
         ValueError: unknown `SOLVER.SCHEDULE`.
     """
-    solver = cfg.SOLVER
+    schedule = _schedule(cfg.SOLVER)
+    return LambdaLR(optimizer, lambda step: _factor(cfg.SOLVER, schedule, step))
+
+
+def learning_rate_factor(cfg: Any, step: int) -> float:
+    """Factor on `BASE_LR` at an optimiser step of the run: the warm-up times the schedule.
+
+    Raises:
+        ValueError: unknown `SOLVER.SCHEDULE`.
+    """
+    return _factor(cfg.SOLVER, _schedule(cfg.SOLVER), step)
+
+
+def _factor(solver: Any, schedule: Callable[[float], float], step: int) -> float:
     epoch = step / solver.ITERS_PER_EPOCH
     warm = 1.0
     if epoch < solver.WARMUP_EPOCHS:
         warm = solver.WARMUP_FACTOR + (1.0 - solver.WARMUP_FACTOR) * epoch / solver.WARMUP_EPOCHS
-    if solver.SCHEDULE == "step":
-        return warm * solver.GAMMA ** (int(epoch) // solver.STEP_EPOCHS)
-    if solver.SCHEDULE == "milestones":
-        return warm * solver.GAMMA ** sum(epoch >= milestone for milestone in solver.MILESTONES)
+    return warm * schedule(epoch)
+
+
+def _schedule(solver: Any) -> Callable[[float], float]:
+    """Epoch, with a fraction → factor without the warm-up."""
     if solver.SCHEDULE == "cosine":
-        after = max(0.0, epoch - solver.WARMUP_EPOCHS) / max(1e-9, solver.EPOCHS - solver.WARMUP_EPOCHS)
-        lowest = solver.MIN_LR / solver.BASE_LR
-        return warm * (lowest + (1.0 - lowest) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, after))))
+        cosine = CosineParamScheduler(1.0, solver.MIN_LR / solver.BASE_LR)
+        length = max(1e-9, solver.EPOCHS - solver.WARMUP_EPOCHS)
+        return lambda epoch: cosine(min(1.0, max(0.0, epoch - solver.WARMUP_EPOCHS) / length))
+    if solver.SCHEDULE == "step":
+        return _decays(solver.GAMMA, range(solver.STEP_EPOCHS, solver.EPOCHS + 1, solver.STEP_EPOCHS))
+    if solver.SCHEDULE == "milestones":
+        return _decays(solver.GAMMA, solver.MILESTONES)
     if solver.SCHEDULE == "constant":
-        return warm
+        return lambda epoch: 1.0
     raise InvalidValue(
         f"SOLVER.SCHEDULE: {solver.SCHEDULE!r} is unknown{did_you_mean(solver.SCHEDULE, SCHEDULES)} "
         f"Accepted: {', '.join(SCHEDULES)}."
     )
 
 
-def build_schedule(cfg: Any, optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """The schedule of `SOLVER`, to be stepped after every optimiser step."""
-    return LambdaLR(optimizer, functools.partial(learning_rate_factor, cfg))
+def _decays(gamma: float, epochs: Sequence[int]) -> Callable[[float], float]:
+    """Epoch → gamma to the power of how many of `epochs` have begun."""
+    begins = sorted({epoch for epoch in epochs if epoch > 0})
+    end = max(begins, default=0) + 1
+    values = [gamma ** sum(given <= epoch for given in epochs) for epoch in (0, *begins)]
+    steps = MultiStepParamScheduler(values, end, begins)
+    return lambda epoch: steps(min(int(epoch), end) / end)
 
 
 def precision(name: str, device: torch.device) -> torch.dtype | None:

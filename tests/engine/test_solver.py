@@ -5,7 +5,12 @@ import torch
 from torch import nn
 
 from fastreid_uns.config import load_config
-from fastreid_uns.engine.solver import build_optimizer, build_schedule, learning_rate_factor, precision
+from fastreid_uns.engine.solver import (
+    build_optimizer,
+    build_schedule,
+    learning_rate_factor,
+    precision,
+)
 
 
 def config(*overrides: str):
@@ -97,3 +102,56 @@ def test_layer_wise_rates_leave_out_what_does_not_decay():
     expected = torch.tensor([[3.0 - 0.5 * trust * 0.3, 4.0 - 0.5 * trust * 2.4]])
     torch.testing.assert_close(model.weight.detach(), expected, rtol=0, atol=1e-6)
     assert model.bias.item() == pytest.approx(1.5)
+
+
+def closed_form(solver, step: int) -> float:
+    """The rate as the keys define it, in the order of operations of version 0.1."""
+    epoch = step / solver.ITERS_PER_EPOCH
+    warm = 1.0
+    if epoch < solver.WARMUP_EPOCHS:
+        warm = solver.WARMUP_FACTOR + (1.0 - solver.WARMUP_FACTOR) * epoch / solver.WARMUP_EPOCHS
+    if solver.SCHEDULE == "step":
+        return warm * solver.GAMMA ** (int(epoch) // solver.STEP_EPOCHS)
+    if solver.SCHEDULE == "milestones":
+        return warm * solver.GAMMA ** sum(epoch >= milestone for milestone in solver.MILESTONES)
+    if solver.SCHEDULE == "constant":
+        return warm
+    after = max(0.0, epoch - solver.WARMUP_EPOCHS) / max(1e-9, solver.EPOCHS - solver.WARMUP_EPOCHS)
+    lowest = solver.MIN_LR / solver.BASE_LR
+    return warm * (lowest + (1.0 - lowest) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, after))))
+
+
+@pytest.mark.parametrize("length", [(7, 13), (50, 400), (11, 1)])
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("step", "STEP_EPOCHS=3", "GAMMA=0.3"),
+        ("step", "STEP_EPOCHS=1", "GAMMA=0.9"),
+        ("step", "STEP_EPOCHS=60", "GAMMA=0.9"),
+        ("milestones", "MILESTONES=[2, 5, 6]", "GAMMA=0.1"),
+        ("milestones", "MILESTONES=[5, 2, 5, 0, 90]", "GAMMA=0.7"),
+        ("milestones", "MILESTONES=[]", "GAMMA=0.7"),
+        ("cosine", "MIN_LR=1e-6", "BASE_LR=0.003"),
+        ("constant", "BASE_LR=0.003"),
+    ],
+)
+def test_rates_are_those_of_the_closed_form_bit_for_bit(keys, warmup, length):
+    epochs, iters = length
+    schedule, *rest = keys
+    cfg = load_config(
+        overrides=[
+            f"SOLVER.SCHEDULE={schedule}",
+            f"SOLVER.EPOCHS={epochs}",
+            f"SOLVER.ITERS_PER_EPOCH={iters}",
+            f"SOLVER.WARMUP_EPOCHS={warmup}",
+            *(f"SOLVER.{key}" for key in rest),
+        ]
+    )
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
+    lambdas = build_schedule(cfg, optimizer).lr_lambdas
+    steps = range(0, epochs * iters + 1, 1 if epochs * iters < 200 else 7)
+    assert [lambdas[0](step) for step in steps] == [closed_form(cfg.SOLVER, step) for step in steps]
+    assert [lambdas[0](epoch * iters) for epoch in range(epochs + 1)] == [
+        closed_form(cfg.SOLVER, epoch * iters) for epoch in range(epochs + 1)
+    ]
