@@ -31,11 +31,7 @@ def test_dump_loads_again_as_the_same_config(tmp_path):
 
 @pytest.mark.parametrize("value", ["[64, a]", "[64.5, 32]"])
 def test_sizes_are_whole_numbers_although_the_default_is_empty(value):
-<<<<<<< HEAD
     with pytest.raises(ValueError, match=r"INPUT.SIZE\[.\] is .*; a whole number such as"):
-=======
-    with pytest.raises(ValueError, match=r"INPUT.SIZE\[.\] is .*a whole number such as"):
->>>>>>> 6dd9111 (config: strict YAML, no key twice, nothing that grows without end)
         load_config(overrides=[f"INPUT.SIZE={value}"])
 
 
