@@ -26,6 +26,7 @@ class TrainerView(Protocol):
     epoch_began: float
     last: dict[str, Tensor]
     metrics: dict[str, float]
+    history: list[dict[str, float]]
     folder: Path | None
 
     @property

@@ -61,10 +61,8 @@ class Batch(NamedTuple):
         Args:
             index: a slice, or (R,) int64 positions on the CPU. Positions may repeat, so `most` is not known after them.
         """
-        if isinstance(index, slice):
-            own, most = index, self.most
-        else:
-            own, most = to_device(index, self.index.device), None
+        most = self.most if isinstance(index, slice) else None
+        own = index if isinstance(index, slice) else to_device(index, self.index.device)
         return Batch(
             views=tuple(view[own] for view in self.views),
             index=self.index[own],

@@ -70,6 +70,7 @@ class TrainLoader:
         """
         train_set = self.train_set
         self._labels = train_set.batch_labels
+        assert train_set.pseudo is not None  # else there were no labels
         self.sampler.set_epoch(epoch, train_set.pseudo, train_set.cameras[: train_set.num_images])
         self._most = self.sampler.most_of_one(self._labels)
 

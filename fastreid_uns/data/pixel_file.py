@@ -139,7 +139,7 @@ def _is_whole(pixels: Tensor, content: dict[str, Any]) -> bool:
     data = pixels.numpy()
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         mine = content["blocks"][rank() :: world()]
-        return all(pool.map(lambda block: zlib.crc32(data[block[0] : block[1]]) == block[2], mine))
+        return all(pool.map(lambda block: zlib.crc32(data[block[0] : block[1]].data) == block[2], mine))
 
 
 def _build(images: ImageSet, file: Path, shape: tuple[int, ...]) -> None:
@@ -148,7 +148,7 @@ def _build(images: ImageSet, file: Path, shape: tuple[int, ...]) -> None:
     with contextlib.ExitStack() as cleanup:
         lock = _together(lambda: _reserve(partial, shape) if rank() == 0 else None)[0]
         if rank() == 0:
-            cleanup.callback(os.close, lock)
+            cleanup.callback(os.close, lock)  # type: ignore[arg-type]
             cleanup.callback(partial.unlink, missing_ok=True)
         shares = _together(lambda: _write_share(images, partial, shape))
         content = {
@@ -214,7 +214,7 @@ def _write_share(
         for batch, (pixels, errors) in zip(batches, progress(decoded, "fill cache", len(batches)), strict=True):
             data = pixels.numpy()
             stream.write(data.data)
-            blocks.append((batch.start, batch.stop, zlib.crc32(data)))
+            blocks.append((batch.start, batch.stop, zlib.crc32(data.data)))
             unreadable |= {i: _said(error) for i, error in errors.items()}
         stream.flush()
         os.fsync(stream.fileno())

@@ -186,7 +186,7 @@ class _Lock:
         os.truncate(self._stream, 0)
         os.pwrite(self._stream, name.encode(), 0)
         self._release.detach()
-        self._release = weakref.finalize(self, _remove, self.file, self._stream)
+        self._release = weakref.finalize(self, _remove, self.file, self._stream)  # type: ignore[arg-type, call-arg]
 
     def leave_to_parent(self) -> None:
         """In a forked child: close its copy, so that the lock ends with the parent."""

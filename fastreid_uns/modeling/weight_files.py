@@ -126,7 +126,7 @@ def _from_hub(source: str) -> Path:
 
     user, name, *file = source.removeprefix("hub:").split("/", 2)
     name, _, revision = name.partition("@")
-    where = {"repo_id": f"{user}/{name}", "revision": revision or None}
+    where: dict[str, Any] = {"repo_id": f"{user}/{name}", "revision": revision or None}
     names = file or _HUB_FILES
     for candidate in names:
         try:

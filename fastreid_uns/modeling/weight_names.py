@@ -66,7 +66,7 @@ def open_weights(content: Any, source: str) -> tuple[dict[str, Tensor], list[str
 
 def named_weights(state: State) -> NamedWeights:
     """The tensors of a state dict under the names of an `Encoder`, by the family that their names tell."""
-    plain = {without_wrappers(name): name for name in reversed(state)}  # of two equal names the first one counts
+    plain = {without_wrappers(name): name for name in reversed(list(state))}  # of two equal names the first one counts
     bare = {short: state[name] for short, name in reversed(plain.items())}
     family, rename = next((name, make(bare)) for name, known, make in _FAMILIES if any(map(known, bare)))
     named = NamedWeights(family)

@@ -256,9 +256,9 @@ def _lines(source: str | Path | Iterable[Sequence[str]]) -> Iterable[tuple[str, 
             raise InvalidValue(
                 f"{source}: column {sorted(missing)[0]!r} is missing; first, second and answer are needed. Add it."
             )
-        for row in reader:
+        for line in reader:
             origin = f"{Path(source).name} line {reader.line_num}"
-            yield origin, row.get("kind") or "pair", (row["first"] or "", row["second"] or "", row["answer"] or "")
+            yield origin, line.get("kind") or "pair", (line["first"] or "", line["second"] or "", line["answer"] or "")
 
 
 class _Names:

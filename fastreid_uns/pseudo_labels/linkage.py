@@ -26,7 +26,7 @@ class Dendrogram(NamedTuple):
     Node i < N is image i, node N + m is what merge m made.
     """
 
-    count: int  # N
+    count: int  # type: ignore[assignment]  # N
     children: np.ndarray  # (M,2) int64, the nodes that merge m joins
     heights: np.ndarray  # (M,) float64, ascending, the distance between them
     sizes: np.ndarray  # (M,) int64, images below

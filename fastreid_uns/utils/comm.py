@@ -64,7 +64,7 @@ def _join(place: torch.device, timeout_minutes: float) -> None:
     else:
         dist.init_process_group("gloo", timeout=limit)
     if world() > 1:
-        _objects = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        _objects = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]
         _watch = Watch.from_environment(60.0 * timeout_minutes)
     atexit.register(shutdown)
 
