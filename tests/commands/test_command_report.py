@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,27 +10,23 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
+from fastreid_uns.commands import report
+from fastreid_uns.commands.pictures import BORDER, GAP, GREEN, GREY, PALETTE, RED, TITLE, Cell, Row, write_png
 from fastreid_uns.config import load_config
 from fastreid_uns.evaluation.retrieval import QueryScores, Ranker, distance_blocks
 from fastreid_uns.modeling.meta_arch import build_model
 from fastreid_uns.structures import Record, ReIDData
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import visualize
-from pictures import BORDER, GAP, GREEN, GREY, PALETTE, RED, TITLE, Cell, Row, write_png
-
-TOOLS = Path(visualize.__file__).parent
-
 
 def test_choose_queries_by_average_precision():
     precision = torch.tensor([0.5, torch.nan, 0.1, 0.9, 0.3])
-    chosen = visualize.choose_queries(QueryScores(precision, precision, precision.long()), 2)
+    chosen = report.choose_queries(QueryScores(precision, precision, precision.long()), 2)
     assert chosen["best"] == [3, 0]
     assert chosen["worst"] == [2, 4]
     assert len(chosen["random"]) == 2
     assert set(chosen["random"]) <= {0, 2, 3, 4}
-    assert chosen == visualize.choose_queries(QueryScores(precision, precision, precision.long()), 2)
-    assert visualize.choose_queries(QueryScores(precision, precision, precision.long()), 9)["random"] == [0, 2, 3, 4]
+    assert chosen == report.choose_queries(QueryScores(precision, precision, precision.long()), 2)
+    assert report.choose_queries(QueryScores(precision, precision, precision.long()), 9)["random"] == [0, 2, 3, 4]
 
 
 def test_rank_lists_are_those_of_the_score():
@@ -43,7 +38,7 @@ def test_rank_lists_are_those_of_the_score():
     ranker = Ranker.of(data)
     scores = ranker.score(distance_blocks(query, gallery))
     by_path = {record.path: record for record in records}
-    for q, row in enumerate(visualize.rank_rows(data, ranker, scores, query, gallery, range(12), 48)):
+    for q, row in enumerate(report.rank_rows(data, ranker, scores, query, gallery, range(12), 48)):
         assert row.lead
         assert row.cells[0].path == f"{q}.jpg"
         hits = []
@@ -63,7 +58,7 @@ def test_cluster_rows_by_hand():
     identities = [7, 3, 7, 3, 8, -1, 5, 6, 7]
     cameras = [0, 0, 1, 0, 2, 1, -1, -1, 2]
     records = [Record(f"{i}.jpg", *pair) for i, pair in enumerate(zip(identities, cameras, strict=True))]
-    rows = visualize.cluster_rows(labels, records, count=9, members=3)
+    rows = report.cluster_rows(labels, records, count=9, members=3)
     assert [row.title for row in rows] == [
         "cluster 1: 4 images from 3 cameras, 75 % of one identity",
         "cluster 0: 2 images from 2 cameras, 100 % of one identity",
@@ -77,7 +72,7 @@ def test_cluster_rows_by_hand():
     ]
     assert [cell.colour for cell in rows[1].cells] == [GREEN, GREY]
     assert [cell.colour for cell in rows[2].cells] == list(PALETTE[:2])
-    assert [row.title.split(":")[0] for row in visualize.cluster_rows(labels, records, count=2)[:2]] == [
+    assert [row.title.split(":")[0] for row in report.cluster_rows(labels, records, count=2)[:2]] == [
         "cluster 1",
         "cluster 2",
     ]
@@ -100,10 +95,10 @@ def test_the_sheet_holds_each_image_in_its_border(tmp_path):
 
 def test_curves_take_what_there_is(tmp_path):
     pytest.importorskip("matplotlib")
-    assert not visualize.draw_curves([{"epoch": 0, "iter": 5}], tmp_path / "none.png")
+    assert not report.draw_curves([{"epoch": 0, "iter": 5}], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
     lines = [{"epoch": 0, "clusters": 5}, {"epoch": 1, "clusters": 7, "market/mAP": 3.0, "largest_cluster": 4}]
-    assert visualize.draw_curves(lines, tmp_path / "some.png")
+    assert report.draw_curves(lines, tmp_path / "some.png")
     assert Image.open(tmp_path / "some.png").width > 300
 
 
@@ -139,7 +134,7 @@ def run(tmp_path_factory):
 def test_a_report_of_a_run(run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     arguments = [run, "--output", tmp_path, "--queries", 2, "--top", 3, "--device", "cpu", "TEST.BATCH_SIZE", 7]
-    assert visualize.main([*map(str, arguments)]) == 0
+    assert report.main([*map(str, arguments)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "index.html")
     pictures = {"curves", "ranks_best", "ranks_worst", "ranks_random", "clusters", "map"}
     assert {file.stem for file in tmp_path.glob("*.png")} == pictures
@@ -159,12 +154,12 @@ def test_a_report_of_a_run(run, tmp_path, capsys):
 
 def test_parts_and_errors(run, tmp_path, capsys):
     def fails(*arguments):
-        assert visualize.main([*map(str, arguments), "--output", str(tmp_path), "--device", "cpu"]) == 2
+        assert report.main([*map(str, arguments), "--output", str(tmp_path), "--device", "cpu"]) == 2
         printed = capsys.readouterr().err
         assert printed.count("\n") == 1
         return printed
 
-    assert visualize.main([str(run), "--output", str(tmp_path / "some"), "--parts", "clusters"]) == 0
+    assert report.main([str(run), "--output", str(tmp_path / "some"), "--parts", "clusters"]) == 0
     assert [file.name for file in (tmp_path / "some").glob("*.png")] == ["clusters.png"]
     capsys.readouterr()
     assert "--test other is none of DATASETS.TESTS: mine" in fails(run, "--parts", "ranks", "--test", "other")
@@ -179,14 +174,16 @@ def test_parts_and_errors(run, tmp_path, capsys):
 
 def test_without_matplotlib(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert visualize.main([str(run), "--output", str(tmp_path)]) == 2
+    assert report.main([str(run), "--output", str(tmp_path)]) == 2
     assert "matplotlib is not installed" in capsys.readouterr().err
     arguments = [str(run), "--output", str(tmp_path), "--parts", "ranks", "clusters", "--device", "cpu"]
-    assert visualize.main(arguments) == 0
+    assert report.main(arguments) == 0
 
 
 def test_help_loads_nothing_heavy():
-    done = subprocess.run([sys.executable, TOOLS / "visualize.py", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastreid_uns.commands", "report", "--help"], capture_output=True, text=True
+    )
     assert "gallery images of a query (default: 10)" in done.stdout
-    code = "import sys, visualize; print('torch' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=TOOLS, text=True).strip() == "False"
+    code = "import sys, fastreid_uns.commands.report; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

@@ -4,20 +4,15 @@ import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from fastreid_uns.commands import export
 from fastreid_uns.config import load_config
 from fastreid_uns.modeling.meta_arch import build_model
 from fastreid_uns.predictor import FeatureExtractor
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import export_onnx
-
-TOOLS = Path(export_onnx.__file__).parent
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
@@ -39,7 +34,7 @@ def test_the_file_gives_the_features_of_the_encoder(checkpoint, tmp_path, capsys
     import onnxruntime
 
     file = tmp_path / "deeper" / "small.onnx"
-    assert export_onnx.main([str(checkpoint), str(file)]) == 0
+    assert export.main([str(checkpoint), str(file)]) == 0
     assert "32x16 RGB in 0..1 -> 64 features, batch free" in capsys.readouterr().out
     session = onnxruntime.InferenceSession(str(file))
     pixels = np.random.default_rng(1).integers(0, 256, (7, 3, 32, 16), dtype=np.uint8)
@@ -56,11 +51,11 @@ def test_the_file_gives_the_features_of_the_encoder(checkpoint, tmp_path, capsys
 
 def test_a_file_that_differs_is_not_left(checkpoint, tmp_path, capsys, monkeypatch):
     file = tmp_path / "small.onnx"
-    monkeypatch.setattr(export_onnx, "require_onnx", lambda: None)
-    monkeypatch.setattr(export_onnx, "export", lambda extractor, output, opset: output.write_text("features"))
+    monkeypatch.setattr(export, "require_onnx", lambda: None)
+    monkeypatch.setattr(export, "export", lambda extractor, output, opset: output.write_text("features"))
     for difference in (2e-4, float("nan")):
-        monkeypatch.setattr(export_onnx, "largest_difference", lambda *_, value=difference: value)
-        assert export_onnx.main([str(checkpoint), str(file)]) == 2
+        monkeypatch.setattr(export, "largest_difference", lambda *_, value=difference: value)
+        assert export.main([str(checkpoint), str(file)]) == 2
         assert f"features of the ONNX file differ by {difference:.1e}; 1.0e-04 is accepted" in capsys.readouterr().err
         assert not file.exists()
 
@@ -77,27 +72,29 @@ def test_a_fixed_batch_is_refused(tmp_path):
             return Out
 
     extractor = FeatureExtractor(Fixed(), (8, 8), device="cpu")
-    export_onnx.export(extractor, tmp_path / "fixed.onnx", 18)
+    export.export(extractor, tmp_path / "fixed.onnx", 18)
     with pytest.raises(RuntimeError, match=r"fixes the batch at 2 images.*write tensor\.shape\[0\]"):
-        export_onnx.largest_difference(extractor, tmp_path / "fixed.onnx")
+        export.largest_difference(extractor, tmp_path / "fixed.onnx")
 
 
 def test_the_file_lies_beside_the_checkpoint_unless_named(checkpoint, monkeypatch):
-    monkeypatch.setattr(export_onnx, "require_onnx", lambda: None)
-    monkeypatch.setattr(export_onnx, "export", lambda extractor, output, opset: output.write_text("features"))
-    monkeypatch.setattr(export_onnx, "largest_difference", lambda *_: 0.0)
-    assert export_onnx.main([str(checkpoint)]) == 0
+    monkeypatch.setattr(export, "require_onnx", lambda: None)
+    monkeypatch.setattr(export, "export", lambda extractor, output, opset: output.write_text("features"))
+    monkeypatch.setattr(export, "largest_difference", lambda *_: 0.0)
+    assert export.main([str(checkpoint)]) == 0
     assert {file.name for file in checkpoint.parent.iterdir()} == {"checkpoint.pth", "encoder.onnx", "encoder.json"}
 
 
 def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else object())
-    assert export_onnx.main([str(tmp_path), "x.onnx"]) == 2
+    assert export.main([str(tmp_path), "x.onnx"]) == 2
     assert "export: onnx is not installed" in capsys.readouterr().err
 
 
 def test_help_loads_nothing_heavy():
-    done = subprocess.run([sys.executable, TOOLS / "export_onnx.py", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastreid_uns.commands", "export", "--help"], capture_output=True, text=True
+    )
     assert "OUTPUT_DIR of a run" in done.stdout
-    code = "import sys, export_onnx; print('torch' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=TOOLS, text=True).strip() == "False"
+    code = "import sys, fastreid_uns.commands.export; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

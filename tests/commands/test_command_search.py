@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from fastreid_uns.commands import search
 from fastreid_uns.config import load_config
 from fastreid_uns.modeling.meta_arch import build_model
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import search
-
-TOOLS = Path(search.__file__).parent
 
 
 def write_checkpoint(file, seed):
@@ -109,7 +104,9 @@ def test_an_index_without_sound_features_is_refused(place, capsys, tmp_path, fea
 
 
 def test_help_loads_nothing_heavy():
-    done = subprocess.run([sys.executable, TOOLS / "search.py", "query", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastreid_uns.commands", "search", "query", "--help"], capture_output=True, text=True
+    )
     assert "file that build wrote" in done.stdout
-    code = "import sys, search; print('torch' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=TOOLS, text=True).strip() == "False"
+    code = "import sys, fastreid_uns.commands.search; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

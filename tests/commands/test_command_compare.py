@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import compare
+from fastreid_uns.commands import compare
 
 ROOT = compare.ROOT
 

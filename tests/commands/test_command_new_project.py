@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 import yaml
 
 import fastreid_uns.projects
+from fastreid_uns.commands import new_project
 from fastreid_uns.config import load_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -20,10 +20,7 @@ WRITTEN = ["README.md", "__init__.py", "configs/synthetic.yaml", "losses.py"]
 
 @pytest.fixture
 def tool():
-    spec = importlib.util.spec_from_file_location("new_project", REPOSITORY / "tools/new_project.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return new_project
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastreid_uns.commands import convert
 from fastreid_uns.modeling.backbones.small_net import SmallNet
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.heads import EmbeddingHead
@@ -18,11 +18,7 @@ NETWORK = ["MODEL.BACKBONE.NAME", "SmallNet", "MODEL.BACKBONE.WIDTH", "4", "INPU
 
 @pytest.fixture(scope="module")
 def tool():
-    path = Path(__file__).parents[2] / "tools/convert_weights.py"
-    spec = importlib.util.spec_from_file_location("convert_weights", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return convert
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

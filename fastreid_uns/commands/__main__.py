@@ -1,0 +1,5 @@
+import sys
+
+from fastreid_uns.commands import main
+
+sys.exit(main())

@@ -1,0 +1,49 @@
+"""Convert the weights of another project into an encoder of ours, and show what became of each tensor."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastreid_uns.commands import finished
+from fastreid_uns.errors import InvalidValue
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example: convert_weights.py lup_moco_r50.pth r50.safetensors MODEL.BACKBONE.MODEL resnet50",
+    )
+    parser.add_argument("source", help="file, URL, hub:user/name, or imagenet")
+    parser.add_argument("output", type=Path, help="file to write: .safetensors or .pth")
+    parser.add_argument("--config-file", help="YAML file that describes the encoder")
+    parser.add_argument("--min-share", type=float, default=0.9, help="of the backbone, found in the file; 0..1")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="keys of the config to change")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return finished(run, parse_arguments(arguments))
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.output.suffix not in (".safetensors", ".pth"):
+        raise InvalidValue(f"{args.output}: files end in .safetensors or .pth. Rename the output.")
+
+    import torch
+    from safetensors.torch import save_file
+
+    from fastreid_uns.config import load_config
+    from fastreid_uns.modeling.encoder import build_encoder
+    from fastreid_uns.modeling.weights import load_weights
+
+    encoder = build_encoder(load_config(args.config_file, args.overrides))
+    print(load_weights(encoder, args.source, min_share=args.min_share))
+    state = {name: value.contiguous() for name, value in encoder.state_dict().items()}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    if args.output.suffix == ".safetensors":
+        save_file(state, args.output)
+    else:
+        torch.save({"model": state}, args.output)
+    print(f"{len(state)} tensors written to {args.output}; set MODEL.WEIGHTS to it.")
