@@ -14,6 +14,7 @@ from fastreid_uns.data.camera_style import KINDS, CameraStyle, ColourStyle, Gene
 from fastreid_uns.data.feed import Feed
 from fastreid_uns.data.image_set import CachedImageSet, ImageSet, check_images
 from fastreid_uns.data.samplers import JointSampler
+from fastreid_uns.engine.agreement import AgreementHook
 from fastreid_uns.engine.hooks import (
     CheckpointHook,
     EvaluateHook,
@@ -274,6 +275,12 @@ class DefaultTrainer(Trainer):
                 source_labels=data.source_labels if data.source else None,
                 batch_size=cfg.TEST.BATCH_SIZE,
                 identities=identities if cfg.LOG.CLUSTER_QUALITY and bool((identities >= 0).any()) else None,
+            ),
+            AgreementHook(
+                trainer.feed.images,
+                len(data.target),
+                batch_size=trainer.feed.sampler.batch_size // comm.world() // cfg.SOLVER.ACCUMULATE,
+                pretrained=bool(cfg.MODEL.WEIGHTS),
             ),
             ScheduleHook(build_schedule(cfg, trainer.optimizer)),
             evaluate,
