@@ -17,6 +17,7 @@ from fastreid_uns.data import build as data
 from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.data.loader import TrainLoader
 from fastreid_uns.data.train_set import TrainSet
+from fastreid_uns.engine.agreement import AgreementHook
 from fastreid_uns.engine.hooks import (
     CheckpointHook,
     EvaluateHook,
@@ -169,6 +170,12 @@ class DefaultTrainer(Trainer):
                 trainer.train_loader,
                 batch_size=cfg.TEST.BATCH_SIZE,
                 measure=cfg.LOG.CLUSTER_QUALITY,
+            ),
+            AgreementHook(
+                trainer.train_set.images,
+                trainer.train_set.num_images,
+                batch_size=trainer.train_loader.sampler.batch_size // comm.world() // cfg.SOLVER.ACCUMULATE,
+                pretrained=bool(cfg.MODEL.WEIGHTS),
             ),
             ScheduleHook(cls.build_lr_scheduler(cfg, trainer.optimizer)),
             evaluate,

@@ -1,0 +1,65 @@
+"""Whether training starts from the features that the pseudo labels were made of."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.nn.functional as F
+
+from fastreid_uns.data.image_set import ImageSet
+from fastreid_uns.hook import HookBase
+from fastreid_uns.modeling.norm import frozen_statistics
+
+LOW = 0.5  # mean cosine below which the labels belong to other features than those that are trained
+logger = logging.getLogger(__name__)
+
+
+class AgreementHook(HookBase):
+    """Before each epoch: mean cosine of the features that cluster and those of a training step, as `agreement`.
+
+    Both are of the same images, without augmentation. Labels come from running norm statistics (of the momentum
+    encoder where there is one), a training step uses those of its batch; where the two disagree, the labels are not
+    about the features that are trained. Norm statistics and random numbers are left as they are.
+
+    Args:
+        images: the set whose first `count` images are unlabelled.
+        count: N.
+        batch_size: images of one forward pass in training, in this process.
+        pretrained: whether the run starts from weights worth keeping; a low agreement at the start is then a warning.
+    """
+
+    order = 15
+
+    def __init__(self, images: ImageSet, count: int, *, batch_size: int, pretrained: bool) -> None:
+        self.images = images
+        self.rows = [i * count // batch_size for i in range(batch_size)]  # spread over the set
+        self.pretrained = pretrained
+
+    def before_epoch(self) -> None:
+        """Compare, and log."""
+        agreement = self.trainer.metrics["agreement"] = self._agreement()
+        if self.trainer.epoch or not self.pretrained or agreement >= LOW:
+            return
+        logger.warning(
+            "The features of a training step agree with those that were clustered only to %.2f (mean cosine), so "
+            "training starts far from MODEL.WEIGHTS. If it should keep what they know, set MODEL.FREEZE_NORM to true "
+            "and MODEL.HEAD.NECK to none.",
+            agreement,
+        )
+
+    @torch.no_grad()
+    def _agreement(self) -> float:
+        trainer, model = self.trainer, self.trainer.model
+        training = model.training
+        pixels = next(self.images.stream([self.rows], trainer.device))
+        devices = [trainer.device] if trainer.device.type == "cuda" else []
+        with (
+            torch.autocast(trainer.device.type, dtype=trainer.amp, enabled=trainer.amp is not None),
+            torch.random.fork_rng(devices),
+            frozen_statistics(model),
+        ):
+            clustered = model.eval().deploy(pixels).feats
+            trained = model.train().encoder(pixels).feats
+        model.train(training)
+        return float(F.cosine_similarity(clustered.float(), trained.float()).mean())
