@@ -128,5 +128,5 @@ def test_pictures_that_are_passed_over_are_counted_before_training(tiny, photos,
     (photos / "a.HEIC").touch()
     os.mkfifo(photos / "b.jpg")
     trainer = DefaultTrainer(config(tiny, photos))
-    assert len(trainer.data.target) == 10
+    assert len(trainer.train_set.records) == 10
     assert "2 passed over: 1 .heic, 1 pipe, socket or device." in heard.text

@@ -142,17 +142,6 @@ def read_size(source: Any, name: str = "") -> tuple[int, int]:
         return (width, height) if _orientation(image, header_only=True) >= 5 else (height, width)
 
 
-def why_unreadable(path: str | os.PathLike[str]) -> str:
-    """Why a file cannot be decoded to its last row; empty if it can."""
-    try:
-        read_image(path)
-    except MissingFile:
-        return "missing"
-    except UnreadableImage as error:
-        return error.cause
-    return ""
-
-
 def to_eight_bits(values: np.ndarray) -> np.ndarray:
     """Values of any depth as uint8; the largest one of the picture decides what they mean.
 

@@ -11,6 +11,7 @@ from fastreid_uns.data.decode import UnreadableImage, read_image
 from fastreid_uns.errors import InvalidValue, MissingFile, UserError
 from fastreid_uns.structures import Record
 from fastreid_uns.utils.comm import gather_objects, rank, world
+from fastreid_uns.utils.paths import printable
 from fastreid_uns.utils.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def readable(records: Sequence[Record], errors: Mapping[int, UserError], *, on_b
         )
     if not errors:
         return list(range(len(records)))
-    first = "; ".join(f"{records[i].path} ({reason(error)})" for i, error in list(errors.items())[:3])
+    first = "; ".join(f"{printable(records[i].path)} ({reason(error)})" for i, error in list(errors.items())[:3])
     found = f"{what}: {len(errors):,} of {len(records):,} images cannot be read, the first: {first}."
     if on_bad == "stop":
         raise InvalidValue(

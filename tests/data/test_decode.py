@@ -18,7 +18,6 @@ from fastreid_uns.data.decode import (
     read_pixels,
     read_size,
     to_eight_bits,
-    why_unreadable,
 )
 from fastreid_uns.errors import InvalidValue, MissingFile, UserError
 
@@ -365,7 +364,6 @@ def test_files_that_are_no_picture(tmp_path, content, cause, remedy):
     assert message.startswith(f"{tmp_path / 'x.jpg'}: ")
     assert cause in message
     assert remedy in message
-    assert why_unreadable(tmp_path / "x.jpg") in message
     with pytest.raises(UnreadableImage):
         read_size(tmp_path / "x.jpg")
 
@@ -391,7 +389,6 @@ def test_places_that_are_no_file(tmp_path):
 def test_a_missing_file_is_a_kind_of_its_own(tmp_path):
     with pytest.raises(MissingFile, match=r"a\.jpg: there is no such file"):
         read_image(tmp_path / "a.jpg")
-    assert why_unreadable(tmp_path / "a.jpg") == "missing"
     assert "embedded null byte" in refusal("a\0.jpg")
 
 
@@ -425,6 +422,6 @@ def test_no_file_is_left_open(tmp_path, recwarn):
     before = set(os.listdir("/proc/self/fd"))
     for _ in range(3):
         read_image(tmp_path / "a.png")
-        why_unreadable(tmp_path / "b.png")
+        refusal(tmp_path / "b.png")
     assert set(os.listdir("/proc/self/fd")) == before
     assert not recwarn.list
