@@ -355,13 +355,13 @@ def _member(values: Sequence[str]) -> Member:
     if len(values) != len(HEADER):
         raise ValueError(f"{len(values)} fields were found, {len(HEADER)} are accepted")
     path, group, confidence, nearest, similarity = values
-    number = int(group)
-    if number < 1:
-        raise ValueError(f"group {number} was found, numbers from 1 are accepted")
+    number, certain = int(group), float(confidence)
+    if number < 1 or not 0 <= certain <= 1:
+        raise ValueError(f"group {group}, confidence {confidence}: numbers from 1 and 0 to 1 are accepted")
     return Member(
         path,
         number,
-        float(confidence),
+        certain,
         int(nearest) if nearest else None,
         float(similarity) if similarity else None,
     )
@@ -370,8 +370,11 @@ def _member(values: Sequence[str]) -> Member:
 def _groups_text(members: Iterable[Member]) -> bytes:
     rows = [encode_row(HEADER)]
     for path, group, confidence, nearest, similarity in members:
-        if group < 1:
-            raise InvalidValue(f"groups: {path!r} has group {group}; numbers from 1 are accepted.")
+        if group < 1 or not 0 <= confidence <= 1:
+            raise InvalidValue(
+                f"groups: {path!r} has group {group} and confidence {confidence}; numbers from 1 and a confidence "
+                f"from 0 to 1 are accepted."
+            )
         near = ("", "") if nearest is None or similarity is None else (nearest, f"{similarity:.3f}")
         rows.append(encode_row((path, group, f"{confidence:.2f}", *near)))
     return b"".join(rows)

@@ -134,6 +134,15 @@ def test_photos_that_are_gone_do_not_stop_it(small_run):
     assert len(Reader(write_report(small_run)).pictures) == 10
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_few_photos(tmp_path, count):
+    run = PhotoRun.create(tmp_path / "out", tmp_path)
+    run.write_groups([Member(f"{i}.jpg", i + 1, 0.5) for i in range(count)])
+    read = Reader(write_report(run, np.ones((count, 2))))
+    assert len(read.pictures) == count
+    assert f"photos{count}" in "".join(read.text.split())
+
+
 def test_features_must_be_those_of_the_photos(small_run):
     with pytest.raises(InvalidValue, match="9 features and 10 photos"):
         write_report(small_run, FEATURES[:9])

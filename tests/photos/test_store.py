@@ -79,6 +79,13 @@ def test_a_photo_occurs_once(run):
         run.write_groups([Member("plain.jpg", 1, 1.0), Member("plain.jpg", 2, 1.0)])
 
 
+@pytest.mark.parametrize("member", [Member("a", 0, 1.0), Member("a", 1, float("nan")), Member("a", 1, 1.5)])
+def test_what_no_reader_would_accept_is_not_written(run, member):
+    with pytest.raises(InvalidValue, match="from 0 to 1"):
+        run.write_groups([member])
+    assert run.version == 0
+
+
 def test_links_and_copies_follow_the_groups_and_leave_other_files_alone(run):
     root = run.folder / "groups"
     run.write_groups(strange_members())
@@ -151,7 +158,12 @@ def test_one_output_folder_holds_one_set_of_photos(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "reason"),
-    [("a.jpg,x,1,,", "row 2.*invalid literal"), ("a.jpg,0,1,,", "numbers from 1"), ("a.jpg,1", "2 fields")],
+    [
+        ("a.jpg,x,1,,", "row 2.*invalid literal"),
+        ("a.jpg,0,1,,", "numbers from 1"),
+        ("a.jpg,1,nan,,", "0 to 1"),
+        ("a.jpg,1", "2 fields"),
+    ],
 )
 def test_a_damaged_row_is_named(run, line, reason):
     run.groups_file.write_text(f"path,group,confidence,nearest,similarity\nb.jpg,1,1,,\n{line}\n")
