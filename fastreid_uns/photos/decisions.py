@@ -21,7 +21,6 @@ that a wrong photo can be taken out of a merged group. Every other contradiction
 from __future__ import annotations
 
 import csv
-import errno
 import fcntl
 import json
 import os
@@ -38,6 +37,7 @@ from numpy.typing import NDArray
 
 from fastreid_uns.errors import InvalidState, InvalidValue
 from fastreid_uns.photos.rows import complete_length, decode_rows, encode_row
+from fastreid_uns.utils.atomic import append
 
 HEADER = ("time", "kind", "first", "second", "answer")
 ANSWERS = {"pair": ("same", "different", "unsure"), "merge": ("",), "split": ("together", "apart"), "undo": ("",)}
@@ -207,7 +207,7 @@ class Decisions:
                 which = "no decision is left" if row is None else f"row {row} is no decision that still counts"
                 raise InvalidState(f"{self.file}: {which}; nothing was taken back. Look at the list of answers.")
             Relations([one for one in active if one != cancelled])
-            self._append(descriptor, _now(), "undo", str(cancelled.row), "", "")
+            self._append(_now(), "undo", str(cancelled.row), "", "")
         return cancelled
 
     def _add(self, kind: str, first: Sequence[str], second: Sequence[str], answer: str) -> Decision:
@@ -217,13 +217,13 @@ class Decisions:
             _check(decision)
             Relations([*_active(rows), decision])
             fields = (_field(kind, decision.first), _field(kind, decision.second))
-            self._append(descriptor, decision.time, kind, *fields, answer)
+            self._append(decision.time, kind, *fields, answer)
         return decision
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        """The file, open for reading and appending; nobody else writes meanwhile."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        """The open file; nobody else appends meanwhile. A killed process leaves no lock behind."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         try:
             descriptor = os.open(self.file, flags, 0o666)
         except OSError as error:
@@ -240,15 +240,11 @@ class Decisions:
         os.ftruncate(descriptor, complete_length(content))
         return self._parse(content)
 
-    def _append(self, descriptor: int, time: str, *fields: str) -> None:
-        before = os.fstat(descriptor).st_size
-        line = (b"" if before else encode_row(HEADER)) + encode_row((time, *fields))
+    def _append(self, *fields: str) -> None:
+        line = (b"" if self.size() else encode_row(HEADER)) + encode_row(fields)
         try:
-            if os.write(descriptor, line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(descriptor)
+            append(self.file, line)
         except OSError as error:
-            os.ftruncate(descriptor, before)
             raise InvalidState(
                 f"{self.file}: the answer could not be written ({error.strerror}); the earlier ones are untouched. "
                 f"Free some space, then answer again."

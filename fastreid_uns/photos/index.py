@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile
-from fastreid_uns.photos.atomic import replacement
+from fastreid_uns.photos.atomic import write_file
 
 FORMAT = 1
 UNIT_TOLERANCE = 1e-2
@@ -170,11 +170,7 @@ class Index:
         text["checksum"] = weights_fingerprint(tensors)
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacement(file) as part:
-            try:
-                save_file(own, part, metadata={"index": json.dumps(text)})
-            except SafetensorError as error:  # a full disk, among others
-                raise OSError(None, str(error)) from error
+        write_file(file, save(own, metadata={"index": json.dumps(text)}))
 
     @classmethod
     def load(cls, file: str | Path) -> Index:

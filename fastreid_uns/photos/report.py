@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,6 +114,7 @@ class _Page:
         style, script = ((WEB / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
         return _template().render(
             name=printable(self.run.photos.name),
+            review=f"fastreid-uns review {shlex.quote(printable(self.run.folder))}",
             page=self.page,
             links=[(number, self._address(self.run.folder / _page_name(number))) for number in self._shown_pages()],
             pages=self.pages,

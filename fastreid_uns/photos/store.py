@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile
 from fastreid_uns.photos.atomic import replacement, write_file
@@ -73,7 +73,7 @@ class PhotoRun:
         Raises:
             InvalidState: the output folder belongs to other photos, is a file, or cannot be written.
         """
-        folder, photos = Path(folder), Path(os.path.abspath(photos))
+        folder, photos = Path(folder), Path(os.path.realpath(photos))
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -135,30 +135,18 @@ class PhotoRun:
         """Make the photos of another folder part of this run.
 
         Returns:
-            What their paths begin with: `""` inside a folder that is known, else a new name and `/`.
+            What their paths begin with, such as `season 2/`; `""` for the folder with which the run began.
         """
-        folder = Path(os.path.abspath(folder))
+        folder = Path(os.path.realpath(folder))
         about = self.about
         for prefix, known in {"": about["photos"], **about.get("added", {})}.items():
             if folder.is_relative_to(known):
-                return prefix and f"{prefix}/"
+                return "".join(f"{part}/" for part in (prefix, *folder.relative_to(known).parts) if part)
         taken = {*about.get("added", {}), *(member.path.split("/")[0] for member in self.groups())}
         taken |= set(os.listdir(about["photos"])) if Path(about["photos"]).is_dir() else set()
         name = next(name for name in _variants(folder.name or "photos") if name not in taken)
         self.update(added={**about.get("added", {}), name: str(folder)})
         return f"{name}/"
-
-    def name_of(self, photo: str | Path) -> str:
-        """Path under which a file is entered in groups.csv.
-
-        Raises:
-            InvalidValue: the file is in none of the folders of the run.
-        """
-        file, about = Path(os.path.abspath(photo)), self.about
-        for prefix, folder in {"": about["photos"], **about.get("added", {})}.items():
-            if file.is_relative_to(folder):
-                return str(PurePosixPath(prefix, file.relative_to(folder).as_posix()))
-        raise InvalidValue(f"{photo}: the photo is outside {about['photos']}. Add its folder with `fastreid-uns add`.")
 
     def photo(self, path: str) -> Path:
         """File of a photo that groups.csv names.
@@ -290,9 +278,8 @@ class PhotoRun:
             fingerprint: of all that the arrays depend on; a state with another one is never read.
         """
         _own_folder(self.folder / "state")
-        with replacement(self._state_file(name)) as part:
-            contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
-            save_file(contiguous, part, metadata={"fingerprint": fingerprint})
+        contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+        write_file(self._state_file(name), save(contiguous, metadata={"fingerprint": fingerprint}))
 
     def state(self, name: str, fingerprint: str) -> dict[str, NDArray] | None:
         """Arrays that were kept under this name and fingerprint; None if there are none or they are damaged."""
@@ -368,13 +355,13 @@ def _member(values: Sequence[str]) -> Member:
     if len(values) != len(HEADER):
         raise ValueError(f"{len(values)} fields were found, {len(HEADER)} are accepted")
     path, group, confidence, nearest, similarity = values
-    number = int(group)
-    if number < 1:
-        raise ValueError(f"group {number} was found, numbers from 1 are accepted")
+    number, certain = int(group), float(confidence)
+    if number < 1 or not 0 <= certain <= 1:
+        raise ValueError(f"group {group}, confidence {confidence}: numbers from 1 and 0 to 1 are accepted")
     return Member(
         path,
         number,
-        float(confidence),
+        certain,
         int(nearest) if nearest else None,
         float(similarity) if similarity else None,
     )
@@ -383,8 +370,11 @@ def _member(values: Sequence[str]) -> Member:
 def _groups_text(members: Iterable[Member]) -> bytes:
     rows = [encode_row(HEADER)]
     for path, group, confidence, nearest, similarity in members:
-        if group < 1:
-            raise InvalidValue(f"groups: {path!r} has group {group}; numbers from 1 are accepted.")
+        if group < 1 or not 0 <= confidence <= 1:
+            raise InvalidValue(
+                f"groups: {path!r} has group {group} and confidence {confidence}; numbers from 1 and a confidence "
+                f"from 0 to 1 are accepted."
+            )
         near = ("", "") if nearest is None or similarity is None else (nearest, f"{similarity:.3f}")
         rows.append(encode_row((path, group, f"{confidence:.2f}", *near)))
     return b"".join(rows)
@@ -438,9 +428,9 @@ def _same_content(file: Path, photo: Path) -> bool:
 
 
 def _copy(photo: Path, file: Path) -> None:
-    with replacement(file) as part:
-        shutil.copyfile(photo, part)
-        shutil.copystat(photo, part)
+    with replacement(file) as stream, photo.open("rb") as original:
+        shutil.copyfileobj(original, stream)
+    shutil.copystat(photo, file)
 
 
 def _write_json(file: Path, content: Any) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import secrets
 import stat
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from fastreid_uns.data.decode import read_image
-from fastreid_uns.errors import UserError
-from fastreid_uns.photos.atomic import write_file
+from fastreid_uns.errors import InvalidState, UserError
 
 EDGE = 320  # pixels of the longer side
 QUALITY = 82
@@ -48,10 +48,7 @@ class Thumbnails:
         file = self.folder / name[:2] / f"{name}.jpg"
         taken, made = _time(photo), _time(file, follow=False)
         if made is None or taken not in (None, made):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_file(file, picture(photo, EDGE), lasting=False)
-            if taken is not None:
-                os.utime(file, ns=(taken, taken))
+            _put(file, picture(photo, EDGE), taken)
         return file
 
 
@@ -65,6 +62,21 @@ def picture(photo: Path, edge: int) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=QUALITY)
     return stream.getvalue()
+
+
+def _put(file: Path, content: bytes, taken: int | None) -> None:
+    """Write a file that can be made again: two threads may do so at once, and nothing waits for the disk."""
+    part = file.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("xb") as stream:
+            stream.write(content)
+        if taken is not None:
+            os.utime(part, ns=(taken, taken))
+        part.replace(file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InvalidState(f"{file}: the small picture could not be written ({error}). Free some space.") from error
 
 
 def _read_reduced(photo: Path, edge: int) -> Image.Image:

@@ -63,7 +63,9 @@ def test_all_photos_are_there_with_names_links_and_pictures(small_run):
 
 
 def test_the_first_line_says_how_good_the_groups_are(small_run):
-    assert "unverified" in Reader(write_report(small_run)).text
+    text = Reader(write_report(small_run)).text
+    assert "unverified" in text
+    assert f"fastreid-uns review {small_run.folder}" in text
     small_run.update(audit={"statement": "84 ± 9 of 100 pairs.", "verified": True, "advice": ""})
     text = Reader(write_report(small_run)).text
     assert "84 ± 9 of 100 pairs." in text
@@ -101,7 +103,7 @@ def test_many_photos_are_spread_over_pages_that_lead_to_each_other(tmp_path):
     count = 2 * PHOTOS_A_PAGE + 1
     members = [Member(f"{i}.jpg", i // 50 + 1, 1 - i / count, (i // 50 + 1) % 20 + 1, 0.5) for i in range(count)]
     run.write_groups(members)
-    first = write_report(run, np.eye(count, 4))
+    first = write_report(run)
     others = sorted(run.folder.glob("report/groups-*.html"))
     pages = [first, *others]
     assert len(pages) == 3
@@ -130,6 +132,15 @@ def test_hostile_names_stay_text(small_run):
 def test_photos_that_are_gone_do_not_stop_it(small_run):
     small_run.photo("a1.png").unlink()
     assert len(Reader(write_report(small_run)).pictures) == 10
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_few_photos(tmp_path, count):
+    run = PhotoRun.create(tmp_path / "out", tmp_path)
+    run.write_groups([Member(f"{i}.jpg", i + 1, 0.5) for i in range(count)])
+    read = Reader(write_report(run, np.ones((count, 2))))
+    assert len(read.pictures) == count
+    assert f"photos{count}" in "".join(read.text.split())
 
 
 def test_features_must_be_those_of_the_photos(small_run):

@@ -79,6 +79,13 @@ def test_a_photo_occurs_once(run):
         run.write_groups([Member("plain.jpg", 1, 1.0), Member("plain.jpg", 2, 1.0)])
 
 
+@pytest.mark.parametrize("member", [Member("a", 0, 1.0), Member("a", 1, float("nan")), Member("a", 1, 1.5)])
+def test_what_no_reader_would_accept_is_not_written(run, member):
+    with pytest.raises(InvalidValue, match="from 0 to 1"):
+        run.write_groups([member])
+    assert run.version == 0
+
+
 def test_links_and_copies_follow_the_groups_and_leave_other_files_alone(run):
     root = run.folder / "groups"
     run.write_groups(strange_members())
@@ -128,15 +135,14 @@ def test_a_second_season_keeps_its_own_names(run, tmp_path):
     (season / "plain.jpg").write_bytes(b"x")
     assert run.add_folder(season) == "season 2/"
     assert run.add_folder(season) == "season 2/"
-    assert run.name_of(season / "plain.jpg") == "season 2/plain.jpg"
     assert run.photo("season 2/plain.jpg") == season / "plain.jpg"
-    assert run.name_of(run.photos / "plain.jpg") == "plain.jpg"
     other = tmp_path / "deep" / "season 2"
     other.mkdir(parents=True)
     assert run.add_folder(other) == "season 2-2/"
-    assert run.add_folder(run.photos / "Ärger") == ""
-    with pytest.raises(InvalidValue, match="outside"):
-        run.name_of(tmp_path / "nowhere.jpg")
+    assert run.add_folder(run.photos) == ""
+    assert run.add_folder(run.photos / "Ärger") == "Ärger/"  # part of a folder that is known
+    (season / "summer").mkdir()
+    assert run.add_folder(season / "summer") == "season 2/summer/"
 
 
 def test_one_output_folder_holds_one_set_of_photos(run, tmp_path):
@@ -152,7 +158,12 @@ def test_one_output_folder_holds_one_set_of_photos(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "reason"),
-    [("a.jpg,x,1,,", "row 2.*invalid literal"), ("a.jpg,0,1,,", "numbers from 1"), ("a.jpg,1", "2 fields")],
+    [
+        ("a.jpg,x,1,,", "row 2.*invalid literal"),
+        ("a.jpg,0,1,,", "numbers from 1"),
+        ("a.jpg,1,nan,,", "0 to 1"),
+        ("a.jpg,1", "2 fields"),
+    ],
 )
 def test_a_damaged_row_is_named(run, line, reason):
     run.groups_file.write_text(f"path,group,confidence,nearest,similarity\nb.jpg,1,1,,\n{line}\n")
@@ -190,8 +201,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
     write_file(file, b"old")
 
     def fill_the_disk():
-        with replacement(file) as part:
-            part.write_bytes(b"half")
+        with replacement(file) as stream:
+            stream.write(b"half")
             raise OSError(28, "No space left on device")
 
     with pytest.raises(InvalidState, match=r"No space left.*untouched"):
