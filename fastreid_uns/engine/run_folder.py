@@ -7,13 +7,13 @@ import errno
 import fcntl
 import os
 import platform
-import tempfile
 import time
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fastreid_uns.errors import InvalidState, InvalidValue, UserError
+from fastreid_uns.utils.atomic import replacing
 
 LOCK = ".lock"
 
@@ -34,7 +34,13 @@ class RunFolder:
     def holds_run(self) -> bool:
         """Whether a run has saved a checkpoint or written numbers there."""
         metrics = self.path / "metrics.jsonl"
-        return self.newest_checkpoint() is not None or (metrics.is_file() and metrics.stat().st_size > 0)
+        return self.holds_checkpoint() or (metrics.is_file() and metrics.stat().st_size > 0)
+
+    def holds_checkpoint(self) -> bool:
+        """Whether there is something to resume from."""
+        from fastreid_uns.utils.checkpoint import numbered_checkpoints
+
+        return bool(numbered_checkpoints(self.path))
 
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint from which the run would go on."""
@@ -115,14 +121,8 @@ class RunFolder:
     def _write(self, name: str, text: str) -> None:
         """Write a file whole or not at all; a link in its place is replaced, not followed."""
         try:
-            handle, part = tempfile.mkstemp(dir=self.path, prefix=f".{name}.")
-            try:
-                with open(handle, "w", encoding="utf-8") as stream:
-                    stream.write(text)
-                os.chmod(part, 0o644)
-                os.replace(part, self.path / name)
-            finally:
-                Path(part).unlink(missing_ok=True)
+            with replacing(self.path / name) as stream:
+                stream.write(text.encode())
         except OSError as error:
             raise unwritable(self.path / name, error) from error
 
