@@ -71,9 +71,8 @@ class _File(logging.FileHandler):
         self.failed = False
 
     def _open(self) -> Any:
-        handle = os.open(
-            self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644
-        )
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        handle = os.open(self.baseFilename, flags, 0o644)  # not blocking: a pipe without a reader is an error
         return os.fdopen(handle, "a", encoding=self.encoding)
 
     def close(self) -> None:

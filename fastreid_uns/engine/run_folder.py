@@ -149,7 +149,8 @@ class _Lock:
         self.file = folder / LOCK
         fresh = not self.file.exists()
         self._stream = self._acquired()
-        self._release = weakref.finalize(self, os.close, self._stream)
+        self._signed: list[Path] = []
+        self._release = weakref.finalize(self, _unlock, self._stream, self._signed)
         if fresh:  # what a killed run has left stays as it is until a run is accepted
             self.sign()
 
@@ -183,10 +184,12 @@ class _Lock:
     def sign(self) -> None:
         """Write down who holds it; from now on the file goes when the lock is released."""
         name = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-        os.truncate(self._stream, 0)
-        os.pwrite(self._stream, name.encode(), 0)
-        self._release.detach()
-        self._release = weakref.finalize(self, _remove, self.file, self._stream)  # type: ignore[arg-type, call-arg]
+        try:
+            os.truncate(self._stream, 0)
+            os.pwrite(self._stream, name.encode(), 0)
+        except OSError as error:
+            raise unwritable(self.file, error) from error
+        self._signed[:] = [self.file]
 
     def leave_to_parent(self) -> None:
         """In a forked child: close its copy, so that the lock ends with the parent."""
@@ -194,8 +197,9 @@ class _Lock:
         os.close(self._stream)
 
 
-def _remove(file: Path, stream: int) -> None:
-    file.unlink(missing_ok=True)
+def _unlock(stream: int, signed: list[Path]) -> None:
+    for file in signed:
+        file.unlink(missing_ok=True)
     os.close(stream)
 
 
