@@ -12,6 +12,7 @@ import csv
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -127,7 +128,8 @@ def run(config: str, kind: str, seed: int, overrides: list[str], fraction: float
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     start = time.perf_counter()
     output = folder / f"{'-'.join(Path(config).with_suffix('').parts)}-{kind}-{seed}"
-    output.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(output, ignore_errors=True)  # of a run that was broken off; a whole one has a record
+    output.mkdir(parents=True)
     setup_logging(output)
     test = validation(config, overrides, fraction, output) if fraction else []
     cfg = load_config(ROOT / config, [*overrides, *test, f"SEED={seed}", f"OUTPUT_DIR={output}"])

@@ -8,5 +8,10 @@ __getattr__, __dir__ = lazy_names(
         "Augment": "augment",
         "ImageSet": "image_set",
         "Sampler": "samplers",
+        "TrainLoader": "loader",
+        "TrainSet": "train_set",
+        "build_test_loader": "build",
+        "build_train_loader": "build",
+        "build_train_set": "build",
     },
 )

@@ -15,6 +15,7 @@ __getattr__, __dir__ = lazy_names(
         "LogHook": "hooks",
         "MomentumEncoderHook": "hooks",
         "ProfileHook": "profiling",
+        "ReclusterHook": "recluster",
         "ScheduleHook": "hooks",
         "Trainer": "trainer",
         "setup_logging": "log",

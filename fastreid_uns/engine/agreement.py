@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class AgreementHook(HookBase):
-    """Before each epoch: mean cosine of the features that cluster and those of a training step, as `agreement`.
+    """Before the first epoch: mean cosine of the features that cluster and those of a step, as `feature_agreement`.
 
     Both are of the same images, without augmentation. Labels come from running norm statistics (of the momentum
     encoder where there is one), a training step uses those of its batch; where the two disagree, the labels are not
@@ -37,9 +37,11 @@ class AgreementHook(HookBase):
         self.pretrained = pretrained
 
     def before_epoch(self) -> None:
-        """Compare, and log."""
-        agreement = self.trainer.metrics["agreement"] = self._agreement()
-        if self.trainer.epoch or not self.pretrained or agreement >= LOW:
+        """Compare before the first epoch, and log."""
+        if self.trainer.epoch:
+            return
+        agreement = self.trainer.metrics["feature_agreement"] = self._agreement()
+        if not self.pretrained or agreement >= LOW:
             return
         logger.warning(
             "The features of a training step agree with those that were clustered only to %.2f (mean cosine), so "

@@ -206,11 +206,10 @@ class DefaultTrainer(Trainer):
         comm.on_first_rank(self.run.claim)
         fresh = comm.on_first_rank(lambda: not self.run.holds_run())
         setup_logging(self.folder if fresh else None)
-        newest = self.run.newest_checkpoint()
-        if newest is not None:  # refused at once, and not when all images have been read
+        if self.run.holds_checkpoint():  # refused at once, and not when all images have been read
             with self.run.released_on_error():
-                content = checkpoint.load_checkpoint(newest)
-                refuse_other_config(content["config"], self.cfg.dump(), newest)
+                newest = checkpoint.last_checkpoint(self.folder)
+                refuse_other_config(checkpoint.load_checkpoint(newest)["config"], self.cfg.dump(), newest)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue the run of `OUTPUT_DIR`, or begin one with `MODEL.WEIGHTS`, which the model has been given.
@@ -221,7 +220,7 @@ class DefaultTrainer(Trainer):
         Raises:
             ValueError: the folder holds a run and `resume` is False, or the run was made with another config.
         """
-        if resume and comm.on_first_rank(self.run.newest_checkpoint):
+        if resume and comm.on_first_rank(self.run.holds_checkpoint):
             self.resume()
             return
         with self.run.released_on_error():
@@ -259,14 +258,6 @@ class DefaultTrainer(Trainer):
         if not self._accepted:
             self.resume_or_load(resume=False)
         comm.on_first_rank(self.run.claim)
-        if self.epochs_done >= self.epochs:
-            logger.info(
-                "The run in %s is finished: %d of %d epochs are done. Set SOLVER.EPOCHS higher to train longer, or "
-                "evaluate it with --eval-only.",
-                self.folder,
-                self.epochs_done,
-                self.epochs,
-            )
         try:
             super().train()
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -70,9 +71,8 @@ class _File(logging.FileHandler):
         self.failed = False
 
     def _open(self) -> Any:
-        handle = os.open(
-            self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644
-        )
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        handle = os.open(self.baseFilename, flags, 0o644)  # not blocking: a pipe without a reader is an error
         return os.fdopen(handle, "a", encoding=self.encoding)
 
     def close(self) -> None:
@@ -184,14 +184,19 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 class TensorBoardWriter:
-    """Event files in `OUTPUT_DIR/tensorboard`."""
+    """Event files in `OUTPUT_DIR/tensorboard`, the first one with the first number."""
 
     def __init__(self, folder: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise _missing("tensorboard") from error
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self._open = functools.partial(SummaryWriter, str(folder / "tensorboard"))
+
+    @functools.cached_property
+    def writer(self) -> Any:
+        """The writer of torch, made when it is first needed: a run that is refused leaves no file."""
+        return self._open()
 
     def resume(self, epoch: int, lines: Sequence[Mapping[str, float]]) -> None:
         """TensorBoard shows the later events over the earlier ones."""
@@ -208,7 +213,8 @@ class TensorBoardWriter:
 
     def close(self) -> None:
         """Flush the event file."""
-        self.writer.close()
+        if "writer" in vars(self):
+            self.writer.close()
 
 
 class WandbWriter:
@@ -219,7 +225,12 @@ class WandbWriter:
             import wandb
         except ImportError as error:
             raise _missing("wandb") from error
-        self.run: Any = wandb.init(dir=str(folder), name=folder.name)
+        self._open = functools.partial(wandb.init, dir=str(folder), name=folder.name)
+
+    @functools.cached_property
+    def run(self) -> Any:
+        """The run there, begun with the first number."""
+        return self._open()
 
     def resume(self, epoch: int, lines: Sequence[Mapping[str, float]]) -> None:
         """A resumed run is a new one there."""
@@ -234,7 +245,8 @@ class WandbWriter:
 
     def close(self) -> None:
         """Finish the run."""
-        self.run.finish()
+        if "run" in vars(self):
+            self.run.finish()
 
 
 def build_writers(names: list[str], folder: Path) -> list[Writer]:

@@ -7,13 +7,13 @@ import errno
 import fcntl
 import os
 import platform
-import tempfile
 import time
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fastreid_uns.errors import InvalidState, InvalidValue, UserError
+from fastreid_uns.utils.atomic import replacing
 
 LOCK = ".lock"
 
@@ -34,7 +34,13 @@ class RunFolder:
     def holds_run(self) -> bool:
         """Whether a run has saved a checkpoint or written numbers there."""
         metrics = self.path / "metrics.jsonl"
-        return self.newest_checkpoint() is not None or (metrics.is_file() and metrics.stat().st_size > 0)
+        return self.holds_checkpoint() or (metrics.is_file() and metrics.stat().st_size > 0)
+
+    def holds_checkpoint(self) -> bool:
+        """Whether there is something to resume from."""
+        from fastreid_uns.utils.checkpoint import numbered_checkpoints
+
+        return bool(numbered_checkpoints(self.path))
 
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint from which the run would go on."""
@@ -115,14 +121,8 @@ class RunFolder:
     def _write(self, name: str, text: str) -> None:
         """Write a file whole or not at all; a link in its place is replaced, not followed."""
         try:
-            handle, part = tempfile.mkstemp(dir=self.path, prefix=f".{name}.")
-            try:
-                with open(handle, "w", encoding="utf-8") as stream:
-                    stream.write(text)
-                os.chmod(part, 0o644)
-                os.replace(part, self.path / name)
-            finally:
-                Path(part).unlink(missing_ok=True)
+            with replacing(self.path / name) as stream:
+                stream.write(text.encode())
         except OSError as error:
             raise unwritable(self.path / name, error) from error
 
@@ -149,7 +149,8 @@ class _Lock:
         self.file = folder / LOCK
         fresh = not self.file.exists()
         self._stream = self._acquired()
-        self._release = weakref.finalize(self, os.close, self._stream)
+        self._signed: list[Path] = []
+        self._release = weakref.finalize(self, _unlock, self._stream, self._signed)
         if fresh:  # what a killed run has left stays as it is until a run is accepted
             self.sign()
 
@@ -183,10 +184,12 @@ class _Lock:
     def sign(self) -> None:
         """Write down who holds it; from now on the file goes when the lock is released."""
         name = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-        os.truncate(self._stream, 0)
-        os.pwrite(self._stream, name.encode(), 0)
-        self._release.detach()
-        self._release = weakref.finalize(self, _remove, self.file, self._stream)  # type: ignore[arg-type, call-arg]
+        try:
+            os.truncate(self._stream, 0)
+            os.pwrite(self._stream, name.encode(), 0)
+        except OSError as error:
+            raise unwritable(self.file, error) from error
+        self._signed[:] = [self.file]
 
     def leave_to_parent(self) -> None:
         """In a forked child: close its copy, so that the lock ends with the parent."""
@@ -194,8 +197,9 @@ class _Lock:
         os.close(self._stream)
 
 
-def _remove(file: Path, stream: int) -> None:
-    file.unlink(missing_ok=True)
+def _unlock(stream: int, signed: list[Path]) -> None:
+    for file in signed:
+        file.unlink(missing_ok=True)
     os.close(stream)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import sys
 import types
 
 import pytest
@@ -30,7 +31,7 @@ def files(folder) -> dict[str, tuple[str, int]]:
 
 
 def test_a_run_from_python_has_a_log_and_is_not_overwritten(tiny, capsys, heard):
-    trainer = DefaultTrainer(load_config(overrides=[*tiny, *SHORT, "LOG.WRITERS=[text, json]"]))
+    trainer = DefaultTrainer(load_config(overrides=[*tiny, *SHORT, "LOG.WRITERS=[text, json, tensorboard]"]))
     trainer.train()
     assert "epoch 0  " in capsys.readouterr().out
     log = (trainer.folder / "log.txt").read_text()
@@ -43,16 +44,16 @@ def test_a_run_from_python_has_a_log_and_is_not_overwritten(tiny, capsys, heard)
         DefaultTrainer(trainer.cfg).train()
     with pytest.raises(ValueError, match="holds a run already"):
         default_setup(trainer.cfg, types.SimpleNamespace(resume=False, eval_only=False))
-    other = load_config(overrides=[*tiny, *SHORT, "SOLVER.BASE_LR=0.5"])
-    with pytest.raises(ValueError, match=r"SOLVER\.BASE_LR"):
-        DefaultTrainer(other).resume_or_load(resume=True)
+    for change, key in (("SOLVER.BASE_LR=0.5", r"SOLVER\.BASE_LR"), ("INPUT.SIZE=[16, 16]", r"INPUT\.SIZE")):
+        other = load_config(overrides=[*tiny, *SHORT, change])
+        with pytest.raises(ValueError, match=key):
+            DefaultTrainer(other).resume_or_load(resume=True)
     assert files(trainer.folder) == before
 
     again = DefaultTrainer(trainer.cfg)
     again.resume_or_load(resume=True)
-    heard.clear()
     again.train()
-    assert "is finished: 1 of 1 epochs are done. Set SOLVER.EPOCHS higher" in heard.text
+    assert "All 1 epochs are done, nothing is left to train. To train longer raise SOLVER.EPOCHS" in heard.text
 
 
 def test_resume_where_nothing_is_saved_begins_with_a_warning(tiny, heard):
@@ -72,6 +73,15 @@ def test_evaluation_with_images_of_another_size_says_so(tiny, heard):
         DefaultTrainer.load_model(load_config(overrides=[*tiny, *SHORT, "INPUT.SIZE=[16, 16]", *change]))
         assert "INPUT.SIZE is [16, 16], but" in heard.text
         assert "was trained with [32, 16]" in heard.text
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_a_missing_package_is_named_with_what_to_install(tiny, monkeypatch, package):
+    for name in ("wandb", "tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    cfg = load_config(overrides=[*tiny, *SHORT, f"LOG.WRITERS=[json, {package}]"])
+    with pytest.raises(ImportError, match=rf"LOG\.WRITERS: {package} needs .*pip install {package}"):
+        DefaultTrainer(cfg)
 
 
 class Moments(HookBase):
@@ -138,7 +148,8 @@ def test_each_part_comes_from_a_builder_that_a_subclass_can_replace(tiny):
 
         return classmethod(build)
 
-    names = ["model", "optimizer", "lr_scheduler", "writers", "hooks", "evaluators"]
+    names = ["train_set", "model", "train_loader", "test_loader", "optimizer", "lr_scheduler", "writers", "hooks"]
+    names += ["evaluators", "generator"]
     Mine = type("Mine", (DefaultTrainer,), {f"build_{name}": noted(f"build_{name}") for name in names})
     Mine(load_config(overrides=[*tiny, *SHORT]))
     assert sorted(called) == sorted(f"build_{name}" for name in names)
