@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from fastreid_uns.data.augment import Augment
 from fastreid_uns.data.camera_style import KINDS, CameraStyle, ColourStyle, GeneratedStyle, generated_images
 from fastreid_uns.data.image_check import readable
 from fastreid_uns.data.image_set import ImageSet
@@ -17,7 +16,7 @@ from fastreid_uns.data.pixel_cache import CachedImageSet
 from fastreid_uns.data.samplers import JointSampler, Sampler
 from fastreid_uns.data.train_set import TrainSet
 from fastreid_uns.errors import InvalidValue, UnknownName
-from fastreid_uns.registry import DATASET_REGISTRY, SAMPLER_REGISTRY
+from fastreid_uns.registry import AUGMENT_REGISTRY, DATASET_REGISTRY, SAMPLER_REGISTRY
 from fastreid_uns.structures import Record, ReIDData
 from fastreid_uns.utils.comm import rank, world
 
@@ -73,7 +72,7 @@ def build_train_loader(cfg: Any, train_set: TrainSet, device: torch.device) -> T
     """
     sampler = _sampler(cfg, train_set)
     augments = {
-        name: Augment(mean=cfg.INPUT.MEAN, std=cfg.INPUT.STD, **{key.lower(): value for key, value in preset.items()})
+        name: AUGMENT_REGISTRY.build(preset, cfg.INPUT.MEAN, cfg.INPUT.STD)
         for name, preset in cfg.INPUT.AUGMENTS.items()
     }
     for view in cfg.INPUT.VIEWS:
