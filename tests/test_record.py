@@ -150,7 +150,7 @@ def test_other_images_are_refused_and_a_moved_folder_is_not(photos, tmp_path):
     recipe, folder = photos
     run(recipe)
     folder.rename(tmp_path / "moved")
-    moved = [*recipe, f"DATASETS.TRAIN.ROOT={tmp_path / 'moved'}"]
+    moved = [key.replace(str(folder), str(tmp_path / "moved")) for key in recipe]
     run(moved, resume=True)
     first, second = (tmp_path / "moved" / name for name in ("00.png", "01.png"))
     one, two = first.read_bytes(), second.read_bytes()
