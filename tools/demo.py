@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--config-file", default=str(ROOT / "configs/quickstart.yaml"))
     parser.add_argument("--output", default="output/demo")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from tabulate import tabulate
     from visualize import make_report

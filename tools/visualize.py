@@ -237,7 +237,7 @@ def make_report(
     folder = Path(output) if output else file.parent / "report"
     folder.mkdir(parents=True, exist_ok=True)
     content, model = load_run(file)
-    cfg = _config(content["config"], file.name, overrides)
+    cfg = parse_config(content["config"], file.name, overrides, trust=trust, plugins=plugins, model_only=True)
     height, width = cfg.INPUT.SIZE
     size = (128, max(16, round(128 * width / height)))
     sections: list[Section] = []
@@ -256,24 +256,6 @@ def make_report(
     page = folder / "index.html"
     write_page(f"{file.parent.name}, {content.get('epochs_done', '?')} epochs", sections, page)
     return page
-
-
-def _config(text: str, name: str, overrides: Sequence[str]) -> Any:
-    """The config of a checkpoint with some keys changed."""
-    import yaml
-
-    from fastreid_uns.config import parse_config
-
-    if len(overrides) % 2:
-        raise ValueError(f"command line: key {overrides[-1]!r} has no value; give KEY VALUE pairs.")
-    tree = yaml.safe_load(text)
-    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
-        *parents, last = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = yaml.safe_load(value)
-    return parse_config(yaml.safe_dump(tree), name)
 
 
 def _curves_section(file: Path, folder: Path) -> list[Section]:
