@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
-from fastreid_uns.pseudo_labels.neighbours import jaccard_distance
+from fastreid_uns.pseudo_labels.jaccard import jaccard_distance
 from fastreid_uns.registry import PSEUDO_LABEL_REGISTRY
 from fastreid_uns.structures import FeatureBank, NoClusters, PseudoLabels
 
