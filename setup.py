@@ -5,6 +5,9 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 PROJECTS = sorted(path.parent.name for path in ROOT.glob("projects/*/__init__.py"))
+# what is beside the package in a checkout and inside it when installed; the paths from one to the other stay the same
+PLACES = {"fastreid_uns.configs": "configs"}
+PLACES |= {f"fastreid_uns.projects.{name}": f"projects/{name}" for name in PROJECTS}
 
 setup(
     name="fastreid_uns",
@@ -16,18 +19,10 @@ setup(
     python_requires=">=3.10",
     packages=[
         *find_packages(include=["fastreid_uns", "fastreid_uns.*"]),
-        "fastreid_uns.configs",
-        *(f"fastreid_uns.projects.{name}" for name in PROJECTS),
+        *PLACES,
     ],
-    package_dir={
-        "fastreid_uns.configs": "configs",
-        **{f"fastreid_uns.projects.{name}": f"projects/{name}" for name in PROJECTS},
-    },
-    package_data={
-        "fastreid_uns.configs": ["*.yaml", "*/*.yaml"],
-        "fastreid_uns.photos": ["web/*"],
-        **{f"fastreid_uns.projects.{name}": ["configs/*.yaml", "configs/*/*.yaml", "README.md"] for name in PROJECTS},
-    },
+    package_dir=PLACES,
+    package_data={"fastreid_uns.photos": ["web/*"], **{name: ["**/*.yaml", "README.md"] for name in PLACES}},
     entry_points={"console_scripts": ["fastreid-uns = fastreid_uns.commands:main"]},
     install_requires=[
         "fvcore",

@@ -100,6 +100,7 @@ BOUNDS: dict[str, Bound] = {
     "CHECKPOINT.KEEP": at_least(1),
     "LOG.PERIOD_STEPS": at_least(0),
     "LOG.WRITERS": or_empty(each(one_of("text", "json", "tensorboard", "wandb"))),
+    "DISTRIBUTED.TIMEOUT_MINUTES": above(0, 10_080),
     "TEST.PERIOD": at_least(0),
     "TEST.BATCH_SIZE": at_least(1),
     "TEST.PATIENCE": at_least(0),

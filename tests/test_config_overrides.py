@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 
-from fastreid_uns.config import OverridesParser, load_config, parse_config
+from fastreid_uns.config import load_config, parse_config
 from fastreid_uns.registry import DATASET_REGISTRY, HOOK_REGISTRY
 
 TEXTS = [
@@ -163,20 +161,3 @@ def test_a_key_and_a_key_below_it_cannot_both_have_a_value():
 def test_a_key_without_a_value(missing):
     with pytest.raises(ValueError, match=f"command line: key '{missing[-1]}' has no value"):
         load_config(overrides=missing)
-
-
-def test_pairs_may_be_on_both_sides_of_an_option():
-    def parser() -> argparse.ArgumentParser:
-        parser = OverridesParser(description="x")
-        parser.add_argument("--resume", action="store_true")
-        parser.add_argument("--config-file")
-        return parser
-
-    words = ["SEED", "3", "--resume", "SOLVER.CLIP_NORM", "-1", "--config-file", "a.yaml", "OUTPUT_DIR=-x", "LOG", "y"]
-    found = parser().parse_args(words)
-    assert found.resume
-    assert found.config_file == "a.yaml"
-    assert found.overrides == ["SEED", "3", "SOLVER.CLIP_NORM", "-1", "OUTPUT_DIR=-x", "LOG", "y"]
-    assert parser().parse_args([]).overrides == []
-    with pytest.raises(SystemExit):
-        parser().parse_args(["SEED", "3", "--unknown"])

@@ -89,6 +89,16 @@ def put(tree: dict, path: str, value: object) -> None:
     tree[last] = value
 
 
+def test_feed_and_cache_became_one_key():
+    message = r"DATALOADER\.FEED was replaced by DATALOADER\.CACHE: none decodes in every epoch, device, host and disk"
+    with pytest.raises(KeyError, match=message):
+        load_config(overrides=["DATALOADER.FEED=cached"])
+    text = load_config(overrides=["DATALOADER.CACHE=host"]).dump()
+    for feed, cache in {"loader": "none", "cached": "host"}.items():
+        old = text.replace("CACHE: host\n", f"CACHE: host\n  FEED: {feed}\n")
+        assert cache == parse_config(old).DATALOADER.CACHE
+
+
 def test_a_test_set_keeps_its_protocol(tmp_path):
     section = "DATASETS: {TESTS: {mine: {NAME: csv_file, PATH: a.csv, PROTOCOL: plain}}}"
     (tmp_path / "a.yaml").write_text(section)

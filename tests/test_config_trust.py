@@ -161,5 +161,7 @@ def test_keys_of_a_plugin_that_is_gone_are_kept_where_no_model_needs_them(tmp_pa
     with pytest.raises(KeyError, match="unknown key STAGES"):
         parse_config(text)
     assert parse_config(text, model_only=True).STAGES.FIRST == 3
+    with pytest.raises(KeyError, match=r"command line: unknown key STAGE\."):
+        parse_config(text, overrides=["STAGE.FIRST=3"], model_only=True)
     with pytest.raises(KeyError, match=r"unknown key MODEL\.STAGES"):
         parse_config(text.replace("MODEL:\n", "MODEL:\n  STAGES: 3\n"), model_only=True)

@@ -40,11 +40,11 @@ def main() -> None:
     parser.add_argument("--config-file", default=str(ROOT / "configs/quickstart.yaml"))
     parser.add_argument("--output", default="output/demo")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from tabulate import tabulate
-    from visualize import make_report
 
+    from fastreid_uns.commands.report import make_report
     from fastreid_uns.config import load_config
     from fastreid_uns.engine.default import DefaultTrainer
     from fastreid_uns.engine.log import logger, setup_logging

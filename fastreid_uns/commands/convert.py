@@ -20,7 +20,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config-file", help="YAML file that describes the encoder")
     parser.add_argument("--min-share", type=float, default=0.9, help="of the backbone, found in the file; 0..1")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="keys of the config to change")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

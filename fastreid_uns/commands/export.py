@@ -22,6 +22,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tolerance", type=float, default=1e-4, help="largest difference of a feature that is accepted"
     )
+    parser.add_argument("--plugins", action="append", default=[], metavar="FOLDER", help="plugin folder of the run")
     return parser.parse_args(arguments)
 
 
@@ -136,7 +137,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     weights = find_checkpoint(arguments.weights)
     output = arguments.output or Path(weights).with_name("encoder.onnx")
-    extractor = FeatureExtractor.from_checkpoint(weights, device="cpu")
+    extractor = FeatureExtractor.from_checkpoint(weights, plugins=arguments.plugins, device="cpu")
     export(extractor, output, arguments.opset)
     try:
         difference = checked_difference(extractor, output, arguments.tolerance)

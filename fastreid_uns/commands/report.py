@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     }.items():
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default: %(default)s)")
     parser.add_argument("--device", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--plugins",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="plugin folder of the run to import; once for each",
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="keys of the run's config to change")
     return parser.parse_intermixed_args(arguments)
 
@@ -212,7 +220,11 @@ def draw_curves(lines: Sequence[dict[str, Any]], file: Path) -> bool:
 
 
 def make_report(
-    run: str | Path, output: str | Path | None = None, options: Options | None = None, overrides: Sequence[str] = ()
+    run: str | Path,
+    output: str | Path | None = None,
+    options: Options | None = None,
+    overrides: Sequence[str] = (),
+    plugins: Sequence[str] = (),
 ) -> Path:
     """Write `index.html` and PNG pictures about a run.
 
@@ -221,11 +233,13 @@ def make_report(
         output: folder; None = `report` beside the checkpoint.
         options: what to show, None = the defaults; what the run does not have is left out.
         overrides: `KEY VALUE ...` of the run's config, for example to point to images that have moved.
+        plugins: plugin folders of the run to import; those that are installed are imported anyway.
 
     Returns:
         The page.
     """
     from fastreid_uns.commands.pictures import write_page
+    from fastreid_uns.config import parse_config
     from fastreid_uns.predictor import find_checkpoint, load_run
 
     options = options or Options()
@@ -234,44 +248,26 @@ def make_report(
     file = Path(find_checkpoint(run))
     folder = Path(output) if output else file.parent / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    content, model = load_run(file)
-    cfg = _config(content["config"], file.name, overrides)
+    content, model = load_run(file, plugins=plugins)
+    cfg = parse_config(content["config"], file.name, overrides, plugins=plugins, model_only=True)
     height, width = cfg.INPUT.SIZE
     size = (128, max(16, round(128 * width / height)))
     sections: list[Section] = []
     if "curves" in options.parts:
         sections += _curves_section(file.with_name("metrics.jsonl"), folder)
-    if {"ranks", "map"} & set(options.parts) and cfg.DATASETS.TESTS:
+    if {"ranks", "map"} & set(options.parts) and _is_here(_test_section(cfg, options), "ranks and map"):
         data, query, gallery = _features(cfg, model, options)
         if "ranks" in options.parts:
             sections += _rank_sections(data, query, gallery, folder, size, options)
         if "map" in options.parts:
             sections += _map_section(data, query, gallery, folder, options)
-    if "clusters" in options.parts:
+    if "clusters" in options.parts and _is_here(cfg.DATASETS.TRAIN, "clusters"):
         sections += _cluster_section(cfg, content, folder, size, options)
     if not sections:
         raise InvalidValue(f"{file}: nothing to show; the run has no {', '.join(options.parts)}. Choose other --parts.")
     page = folder / "index.html"
     write_page(f"{file.parent.name}, {content.get('epochs_done', '?')} epochs", sections, page)
     return page
-
-
-def _config(text: str, name: str, overrides: Sequence[str]) -> Any:
-    """The config of a checkpoint with some keys changed."""
-    import yaml
-
-    from fastreid_uns.config import parse_config
-
-    if len(overrides) % 2:
-        raise InvalidValue(f"command line: key {overrides[-1]!r} has no value; give KEY VALUE pairs.")
-    tree = yaml.safe_load(text)
-    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
-        *parents, last = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = yaml.safe_load(value)
-    return parse_config(yaml.safe_dump(tree), name)
 
 
 def _curves_section(file: Path, folder: Path) -> list[Section]:
@@ -316,6 +312,26 @@ def _map_section(data: ReIDData, query: Tensor, gallery: Tensor, folder: Path, o
     return [("Map of features", text, picture_html(folder / "map.png", "t-SNE of features"))]
 
 
+def _test_section(cfg: Any, options: Options) -> Any:
+    """The data set to show; None if the run has none."""
+    tests = cfg.DATASETS.TESTS
+    if options.test is not None and options.test not in tests:
+        raise UnknownName(f"--test {options.test} is none of DATASETS.TESTS: {', '.join(tests)}.")
+    return tests[options.test] if options.test else next(iter(tests.values()), None)
+
+
+def _is_here(section: Any, parts: str) -> bool:
+    """Whether the data set of a section can be read; what cannot is left out with a word."""
+    from fastreid_uns.registry import DATASET_REGISTRY
+
+    if section is None:
+        return False
+    if section.NAME and section.NAME not in DATASET_REGISTRY:
+        print(f"{parts} left out: no plugin here registers the data set {section.NAME}; see --plugins", file=sys.stderr)
+        return False
+    return True
+
+
 def _features(cfg: Any, model: Any, options: Options) -> tuple[ReIDData, Tensor, Tensor]:
     import torch
 
@@ -323,10 +339,7 @@ def _features(cfg: Any, model: Any, options: Options) -> tuple[ReIDData, Tensor,
     from fastreid_uns.evaluation.extract import extract_features
     from fastreid_uns.registry import DATASET_REGISTRY
 
-    name = options.test or next(iter(cfg.DATASETS.TESTS))
-    if name not in cfg.DATASETS.TESTS:
-        raise UnknownName(f"--test {name} is none of DATASETS.TESTS: {', '.join(cfg.DATASETS.TESTS)}.")
-    data = DATASET_REGISTRY.build(cfg.DATASETS.TESTS[name])
+    data = DATASET_REGISTRY.build(_test_section(cfg, options))
     images = ImageSet([*data.query, *data.gallery], tuple(cfg.INPUT.SIZE), workers=cfg.DATALOADER.WORKERS)
     device = options.device
     if device == "auto":
@@ -390,4 +403,4 @@ def _matplotlib() -> Any:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     options = Options(**{name: getattr(args, name) for name in Options._fields})
-    return finished(lambda: print(make_report(args.run, args.output, options, args.overrides)))
+    return finished(lambda: print(make_report(args.run, args.output, options, args.overrides, args.plugins)))

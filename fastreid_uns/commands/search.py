@@ -27,6 +27,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     query.add_argument("--weights", type=Path, help="checkpoint, if it has moved since the index was built")
     query.add_argument("--html", type=Path, help="page to write (default: the index with the suffix .html)")
     for command in (build, query):
+        command.add_argument(
+            "--plugins", action="append", default=[], metavar="FOLDER", help="plugin folder of the run"
+        )
         command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     return parser.parse_args(arguments)
 
@@ -49,7 +52,9 @@ def build(arguments: argparse.Namespace) -> None:
         raise MissingFile(f"{arguments.folder}: no such folder. Check the path.")
     paths = list_images(arguments.folder)
     weights = find_checkpoint(arguments.weights)
-    extractor = FeatureExtractor.from_checkpoint(weights, device=arguments.device, workers=arguments.workers)
+    extractor = FeatureExtractor.from_checkpoint(
+        weights, plugins=arguments.plugins, device=arguments.device, workers=arguments.workers
+    )
     about = {
         "folder": str(arguments.folder.resolve()),
         "paths": [os.path.relpath(path, arguments.folder) for path in paths],
@@ -116,7 +121,7 @@ def search(arguments: argparse.Namespace) -> None:
             f"{weights}: the index was built with other weights ({about['weights']}, {about['digest']}). Name those "
             f"with --weights, or build the index again."
         )
-    extractor = FeatureExtractor.from_checkpoint(weights, device=arguments.device)
+    extractor = FeatureExtractor.from_checkpoint(weights, plugins=arguments.plugins, device=arguments.device)
     if not arguments.image.is_file():
         raise MissingFile(f"{arguments.image}: no such image. Check the path.")
     query = check_feats(extractor(arguments.image), f"{arguments.image}: the features")

@@ -7,12 +7,10 @@ every other key against its type and its bounds.
 
 from fastreid_uns.config.comparison import FREE_KEYS, deviations, refuse_other_config
 from fastreid_uns.config.loading import CfgNode, load_config, parse_config
-from fastreid_uns.config.overrides import OverridesParser
 
 __all__ = [
     "FREE_KEYS",
     "CfgNode",
-    "OverridesParser",
     "deviations",
     "load_config",
     "parse_config",

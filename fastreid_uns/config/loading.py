@@ -105,7 +105,7 @@ def _untrusted(name: str, entries: Sequence[str]) -> str:
     return (
         f"{name}: its config names the plugin {', '.join(entries)}, which is code from outside of the package; from a "
         f"checkpoint only installed plugins are imported. If you trust its code pass trust=True, or plugins=[...] "
-        f"with the folder where it is now."
+        f"with the folder where it is now (--plugins FOLDER on a command line)."
     )
 
 
@@ -132,7 +132,8 @@ def _build(
                 _at(merged, path).clear()
         _merge(merged, content, name, "", origin)
     try:
-        cfg = CfgNode(Completion(origin, model_only=model_only).section(merged, known, ""))
+        tolerated = layers[0][0] if model_only else None
+        cfg = CfgNode(Completion(origin, tolerated=tolerated).section(merged, known, ""))
     except UnknownName as error:
         if missing:
             raise UnknownName(f"{error} Not imported: {'; '.join(missing)}") from error

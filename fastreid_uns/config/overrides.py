@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,22 +9,6 @@ from typing import Any
 from fastreid_uns.config.values import Typed, cast
 from fastreid_uns.errors import InvalidValue, UnknownName
 from fastreid_uns.plugins import resolve_plugin
-
-HELP = (
-    "KEY VALUE pairs change any key of the config, for example: SOLVER.EPOCHS 30 MODEL.LOSSES.triplet null. "
-    "KEY=VALUE is the same, and needed for a value that begins with a dash."
-)
-
-
-class OverridesParser(argparse.ArgumentParser):
-    """Takes `KEY VALUE` pairs before, between and behind the options of a command, as `overrides`."""
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """The arguments; `overrides` is the list of words that belong to no option."""
-        if not any(action.dest == "overrides" for action in self._actions):
-            self.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="keys of the config to change")
-            self.epilog = " ".join(filter(None, [self.epilog, HELP]))
-        return self.parse_intermixed_args(args, namespace)
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastreid_uns.defaults import DEFAULTS
-
 KEYS = {
     "PROTOCOL": "PAPER",
     "INPUT.AUGMENTS.*.GREY": "INPUT.AUGMENTS.*.GRAY",
@@ -51,7 +49,8 @@ def translate(tree: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{where}.{key}".lstrip(".")
-        name = KEYS.get(_pattern(path), str(key)).rpartition(".")[2]
+        new = KEYS.get(_pattern(path))
+        name = new.rpartition(".")[2] if new else key
         if isinstance(value, Mapping):
             value = translate(value, "" if name == "PAPER" and not where else path)
         found[name] = new_value(path, value) or value
@@ -60,8 +59,6 @@ def translate(tree: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 def _one_cache_key(section: dict[str, Any]) -> dict[str, Any]:
     """`FEED: loader` is `CACHE: none`, and `FEED: cached` says nothing that CACHE does not."""
-    if "FEED" in DEFAULTS["DATALOADER"]:
-        return section
     feed = section.pop("FEED", None)
     return {**section, "CACHE": "none"} if feed == "loader" else section
 

@@ -41,13 +41,13 @@ class Completion:
 
     Args:
         origin: path of a key → the file that gives it.
-        model_only: keep as it is what a model does not need and nobody knows, such as a data set of a script that is
-            not there.
+        tolerated: a file of which is kept as it is what no model needs and nobody knows, such as a data set of a
+            script that is not there; None = of no file.
     """
 
-    def __init__(self, origin: Mapping[str, str], *, model_only: bool = False) -> None:
+    def __init__(self, origin: Mapping[str, str], *, tolerated: str | None = None) -> None:
         self.origin = origin
-        self.model_only = model_only
+        self.tolerated = tolerated
 
     def section(self, given: Mapping, known: Mapping, where: str) -> dict[str, Any]:
         """`given` checked against `known`, and filled from it and from the signatures of components."""
@@ -85,7 +85,7 @@ class Completion:
         try:
             return self._checked_component(kind, section, path)
         except UserError:
-            if not self.model_only or _of_a_model(path):
+            if not self._is_tolerated(path, f"{path}.NAME"):
                 raise
             return {**resolve(section, path), "NAME": str(section.get("NAME", ""))}
 
@@ -128,7 +128,7 @@ class Completion:
     def _refuse_unknown(self, given: Mapping, known: Mapping, where: str) -> None:
         for key in given:
             path = f"{where}.{key}".lstrip(".")
-            if key in known or (self.model_only and not _of_a_model(path)):
+            if key in known or self._is_tolerated(path, path):
                 continue
             renamed = renames.new_key(path)
             if renamed:
@@ -137,6 +137,10 @@ class Completion:
                 f"{self._file(path)}: unknown key {path}{did_you_mean(str(key), known)} "
                 f"Accepted here: {', '.join(known) or 'none'}."
             )
+
+    def _is_tolerated(self, path: str, given: str) -> bool:
+        needed = any(path == part or path.startswith(f"{part}.") for part in _OF_A_MODEL)
+        return self.tolerated is not None and not needed and self.origin.get(given) == self.tolerated
 
     def _file(self, path: str) -> str:
         return self.origin.get(path, "defaults")
@@ -157,7 +161,3 @@ def refuse_no_map(value: Any, path: str, file: str) -> None:
     else:
         advice = "Leave it out to keep its values, or write the keys that change below it."
     raise InvalidValue(f"{file}: {path} is {found}; a map of keys is accepted. {advice}")
-
-
-def _of_a_model(path: str) -> bool:
-    return any(path == part or path.startswith(f"{part}.") for part in _OF_A_MODEL)
