@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from fastreid_uns.data.camera_style import CameraStyle
 from fastreid_uns.data.samplers import Sampler
 from fastreid_uns.data.train_set import TrainSet
 from fastreid_uns.errors import InvalidState, InvalidValue
-from fastreid_uns.structures import Batch
+from fastreid_uns.structures import Batch, PseudoLabels
 
 
 class TrainLoader:
@@ -70,8 +71,8 @@ class TrainLoader:
         """
         train_set = self.train_set
         self._labels = train_set.batch_labels
-        assert train_set.pseudo is not None  # else there were no labels
-        self.sampler.set_epoch(epoch, train_set.pseudo, train_set.cameras[: train_set.num_images])
+        pseudo = cast(PseudoLabels, train_set.pseudo)  # else there were no labels
+        self.sampler.set_epoch(epoch, pseudo, train_set.cameras[: train_set.num_images])
         self._most = self.sampler.most_of_one(self._labels)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:

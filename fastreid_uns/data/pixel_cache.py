@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -112,8 +113,11 @@ class CachedImageSet(ImageSet):
         """The batches, each as soon as all of its images are held; they are decoded ahead."""
         batches = list(batches)
         missing = self._missing(batches)
-        assert self._source is not None
-        decoded = self._source.decode([new for new in missing if new], self.pixels.device) if any(missing) else iter(())
+        decoded = (
+            cast(ImageSet, self._source).decode([new for new in missing if new], self.pixels.device)
+            if any(missing)
+            else iter(())
+        )
         for batch, new in zip(batches, missing, strict=True):
             if new:
                 pixels, errors = next(decoded)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from fastreid_uns.config import load_config
-from fastreid_uns.pseudo_labels import approximate
 from fastreid_uns.pseudo_labels.dbscan import DBSCANLabels
+from fastreid_uns.pseudo_labels.search import approximate
 from fastreid_uns.pseudo_labels.search.approximate import approximate_neighbours
 from fastreid_uns.pseudo_labels.search.exact import nearest_neighbours
 from fastreid_uns.structures import FeatureBank
