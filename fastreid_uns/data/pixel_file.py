@@ -120,7 +120,7 @@ def _open(file: Path, shape: tuple[int, ...]) -> tuple[Tensor, dict[str, Any]] |
     size = int(np.prod(shape))
     try:
         with open(os.open(file, os.O_RDONLY | _NO_FOLLOW), "rb") as stream:
-            _lock(stream.fileno(), wait=True, shared=True)  # for as long as the mapping lives
+            _lock(stream.fileno(), shared=True)  # for as long as the mapping lives
             stream.seek(size)
             text = stream.read()
             if int(text[-8:], 16) != zlib.crc32(text[:-8]):
@@ -148,7 +148,7 @@ def _build(images: ImageSet, file: Path, shape: tuple[int, ...]) -> None:
     with contextlib.ExitStack() as cleanup:
         lock = _together(lambda: _reserve(partial, shape) if rank() == 0 else None)[0]
         if rank() == 0:
-            cleanup.callback(os.close, lock)  # type: ignore[arg-type]
+            cleanup.callback(_release, lock)
             cleanup.callback(partial.unlink, missing_ok=True)
         shares = _together(lambda: _write_share(images, partial, shape))
         content = {
@@ -179,7 +179,7 @@ def _reserve(partial: Path, shape: tuple[int, ...]) -> int:
         partial.parent.mkdir(parents=True, exist_ok=True)
         while True:
             descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o666)
-            _lock(descriptor, wait=True, shared=False)
+            _lock(descriptor, wait=True)
             if os.path.lexists(partial):  # else another run took it for a leftover before it was locked
                 break
             os.close(descriptor)
@@ -187,7 +187,7 @@ def _reserve(partial: Path, shape: tuple[int, ...]) -> int:
             os.truncate(descriptor, int(np.prod(shape)))
         except OSError:
             partial.unlink()
-            os.close(descriptor)
+            _release(descriptor)
             raise
     return descriptor
 
@@ -253,14 +253,14 @@ def _remove_outdated(folder: Path, outdated: re.Pattern[str], keep: str) -> None
         with contextlib.suppress(OSError):
             descriptor = os.open(file, os.O_RDWR | _NO_FOLLOW)
             try:
-                if _lock(descriptor, wait=False, shared=False):
+                if _lock(descriptor):
                     file.unlink()
                     logger.info("%s: removed %s, which no run uses any more", _KEY, file)
             finally:
-                os.close(descriptor)
+                _release(descriptor)
 
 
-def _lock(descriptor: int, *, wait: bool, shared: bool) -> bool:
+def _lock(descriptor: int, *, wait: bool = False, shared: bool = False) -> bool:
     """Lock an open file; False where another process has it, or where the file system knows no locks."""
     if fcntl is None:
         return False
@@ -269,6 +269,14 @@ def _lock(descriptor: int, *, wait: bool, shared: bool) -> bool:
     except OSError:
         return False
     return True
+
+
+def _release(descriptor: int) -> None:
+    """Unlock and close; closing alone would leave the lock to worker processes that were started meanwhile."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def _said(error: UserError) -> list[str]:
