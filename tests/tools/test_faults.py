@@ -1,0 +1,79 @@
+"""The trial by force: what it compares, what it accepts as a refusal, and where it kills."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools/benchmark"))
+import faults
+
+FOLDER = Path(faults.__file__).parent
+
+
+def test_two_records_differ_where_they_do():
+    one = {"lines": [{"epoch": 0, "loss": 0.5}], "weights": {"a": torch.ones(2)}, "nothing": float("nan")}
+    assert faults.difference(one, {**one, "nothing": float("nan")}) == ""
+    assert faults.difference(one, {**one, "lines": [{"epoch": 0, "loss": 0.6}]}) == "lines 0 loss: 0.5 and 0.6"
+    assert faults.difference(one, {**one, "lines": []}) == "lines 0 is in one only"
+    assert faults.difference(one, {**one, "weights": {"a": torch.tensor([1.0, 2.0])}}) == "weights a differ"
+    assert faults.difference(one, {**one, "more": 1}) == " more is in one only"
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "fault"),
+    [
+        (2, "error: SEED is many; a number is accepted.\n", ""),
+        (0, "epoch 0 ...\n", "silent"),
+        (2, "Traceback (most recent call last):\nerror: x\n", "traceback"),
+        (1, "error: x\n", "exit code 1"),
+        (2, "something\n", "exit code 2"),
+        (None, "", "hung"),
+    ],
+)
+def test_only_exit_code_two_with_a_message_is_a_refusal(code, text, fault):
+    found = faults.Ended(code, text).refusal
+    assert found.startswith(fault)
+    assert bool(found) == bool(fault)
+
+
+def test_a_command_is_killed_before_the_line_that_is_asked_for(tmp_path):
+    """Two appended bytes: killed in the first call, in the second one, and after the last line."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys; from pathlib import Path; from fastreid_uns.utils.atomic import append\n"
+        "append(Path(sys.argv[1]), b'a'); append(Path(sys.argv[1]), b'b')\n"
+    )
+    counted = faults.traced([sys.executable, str(program), str(tmp_path / "counted")], 0)
+    assert counted.code == 0
+    total = int(counted.text.split()[-1])
+    written = {}
+    for line in (1, total, total + 1):
+        file = tmp_path / str(line)
+        code = faults.traced([sys.executable, str(program), str(file)], line).code
+        written[line] = (code, file.read_bytes() if file.is_file() else b"")
+    assert written == {1: (-signal.SIGKILL, b""), total: (-signal.SIGKILL, b"ab"), total + 1: (0, b"ab")}
+
+
+def test_the_table_counts_cases_and_faults():
+    outcomes = [
+        faults.Outcome("flips", "a", ""),
+        faults.Outcome("flips", "b", "silent"),
+        faults.Outcome("two", "c", ""),
+    ]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in faults.table(outcomes).splitlines()[2:]]
+    assert [(row[0], row[2], row[3]) for row in rows] == [("flips", "2", "1"), ("two", "1", "0")]
+
+
+@pytest.mark.slow
+def test_a_few_faults_are_found_harmless(tmp_path):
+    counts = ["--kills", "2", "--lines", "2", "--truncations", "3", "--flips", "5", "--inputs", "3"]
+    few = ["--methods", "core", "--only", "kills", "lines", "truncations", "flips", "inputs"]
+    command = [sys.executable, str(FOLDER / "faults.py"), *counts, *few, "--output", str(tmp_path / "faults.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert len(json.loads((tmp_path / "faults.json").read_text())["outcomes"]) >= 14
