@@ -113,11 +113,8 @@ class CachedImageSet(ImageSet):
         """The batches, each as soon as all of its images are held; they are decoded ahead."""
         batches = list(batches)
         missing = self._missing(batches)
-        decoded = (
-            cast(ImageSet, self._source).decode([new for new in missing if new], self.pixels.device)
-            if any(missing)
-            else iter(())
-        )
+        source = cast(ImageSet, self._source)
+        decoded = source.decode([new for new in missing if new], self.pixels.device) if any(missing) else iter(())
         for batch, new in zip(batches, missing, strict=True):
             if new:
                 pixels, errors = next(decoded)

@@ -7,9 +7,10 @@ import logging
 import torch
 import torch.nn.functional as F
 
-from fastreid_uns.data.image_set import ImageSet
+from fastreid_uns.data.loader import TrainLoader
 from fastreid_uns.hook import HookBase
 from fastreid_uns.modeling.norm import frozen_statistics
+from fastreid_uns.utils import comm
 
 LOW = 0.5  # mean cosine below which the labels belong to other features than those that are trained
 logger = logging.getLogger(__name__)
@@ -23,17 +24,17 @@ class AgreementHook(HookBase):
     about the features that are trained. Norm statistics and random numbers are left as they are.
 
     Args:
-        images: the set whose first `count` images are unlabelled.
-        count: N.
-        batch_size: images of one forward pass in training, in this process.
+        loader: of the training images.
+        parts: into which a batch is cut, as `SOLVER.ACCUMULATE` says.
         pretrained: whether the run starts from weights worth keeping; a low agreement at the start is then a warning.
     """
 
     order = 15
 
-    def __init__(self, images: ImageSet, count: int, *, batch_size: int, pretrained: bool) -> None:
-        self.images = images
-        self.rows = [i * count // batch_size for i in range(batch_size)]  # spread over the set
+    def __init__(self, loader: TrainLoader, *, parts: int, pretrained: bool) -> None:
+        count, batch = loader.train_set.num_images, loader.sampler.batch_size // comm.world() // parts
+        self.images = loader.images
+        self.rows = [i * count // batch for i in range(batch)]  # spread over the unlabelled images
         self.pretrained = pretrained
 
     def before_epoch(self) -> None:

@@ -171,12 +171,7 @@ class DefaultTrainer(Trainer):
                 batch_size=cfg.TEST.BATCH_SIZE,
                 measure=cfg.LOG.CLUSTER_QUALITY,
             ),
-            AgreementHook(
-                trainer.train_set.images,
-                trainer.train_set.num_images,
-                batch_size=trainer.train_loader.sampler.batch_size // comm.world() // cfg.SOLVER.ACCUMULATE,
-                pretrained=bool(cfg.MODEL.WEIGHTS),
-            ),
+            AgreementHook(trainer.train_loader, parts=cfg.SOLVER.ACCUMULATE, pretrained=bool(cfg.MODEL.WEIGHTS)),
             ScheduleHook(cls.build_lr_scheduler(cfg, trainer.optimizer)),
             evaluate,
             CheckpointHook(

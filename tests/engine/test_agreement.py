@@ -31,7 +31,7 @@ def test_the_mean_cosine_of_one_batch_and_nothing_changes(tiny: list[str]) -> No
     assert torch.equal(torch.get_rng_state(), random)
     assert not model.training
 
-    pixels = torch.stack([trainer.train_set.images[i] for i in range(0, 96, 6)])  # 16 of 96 images
+    pixels = torch.stack([trainer.train_loader.images[i] for i in range(0, 96, 6)])  # 16 of 96 images
     with torch.no_grad():
         clustered = model.eval().encoder(pixels).feats
         trained = model.train().encoder(pixels).feats
@@ -71,7 +71,9 @@ def test_a_low_agreement_at_the_start_from_weights_warns(
 def test_more_images_in_a_batch_than_in_the_set_and_the_log_of_a_run(tiny: list[str], tmp_path: Path) -> None:
     trainer, hook = prepared(tiny, "SOLVER.ACCUMULATE=2")
     assert hook.rows == [0, 12, 24, 36, 48, 60, 72, 84]
-    assert AgreementHook(trainer.train_set.images, 2, batch_size=4, pretrained=False).rows == [0, 0, 1, 1]
+    count, trainer.train_set.num_images = trainer.train_set.num_images, 3
+    assert AgreementHook(trainer.train_loader, parts=2, pretrained=False).rows == [0, 0, 0, 1, 1, 1, 2, 2]
+    trainer.train_set.num_images = count
     trainer.train()
     line = json.loads((trainer.folder / "metrics.jsonl").read_text().splitlines()[0])
     assert -1 <= line["feature_agreement"] <= 1
