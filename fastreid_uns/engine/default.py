@@ -253,6 +253,12 @@ class DefaultTrainer(Trainer):
         if not self._accepted:
             self.resume_or_load(resume=False)
         comm.on_first_rank(self.run.claim)
+        if self.epochs_done >= self.epochs:
+            logger.info(
+                "The run in %s is finished, all %d epochs are done. To train longer raise SOLVER.EPOCHS.",
+                self.folder,
+                self.epochs,
+            )
         try:
             super().train()
         finally:

@@ -53,7 +53,7 @@ def test_a_run_from_python_has_a_log_and_is_not_overwritten(tiny, capsys, heard)
     again = DefaultTrainer(trainer.cfg)
     again.resume_or_load(resume=True)
     again.train()
-    assert "All 1 epochs are done, nothing is left to train. To train longer raise SOLVER.EPOCHS" in heard.text
+    assert "is finished, all 1 epochs are done. To train longer raise SOLVER.EPOCHS" in heard.text
 
 
 def test_resume_where_nothing_is_saved_begins_with_a_warning(tiny, heard):
