@@ -228,11 +228,12 @@ def goes_on(method: str, folder: Path, processes: int = 1) -> str:
 def kills(options: argparse.Namespace) -> Iterator[Outcome]:
     """SIGKILL at random moments, up to four times in the life of one run."""
     rng, left, number = random.Random(options.seed), options.kills, 0
+    of_one_run = max(1, min(4, options.kills // len(options.methods)))
     while left > 0:
         method = options.methods[number % len(options.methods)]
         _, first, whole = straight(method)
         folder, moments = fresh(f"kills-{number}"), []
-        for _ in range(min(4, left)):
+        for _ in range(min(of_one_run, left)):
             process = start(arguments_of(method, folder, "--resume"))
             moment = rng.uniform(0.7 * first, whole)
             try:
