@@ -46,6 +46,7 @@ DEFAULTS: dict[str, Any] = {
         "MEMORY": {"NAME": "ClusterMemory"},
         "LOSSES": {"contrast": {"NAME": "CrossEntropyLoss"}},
     },
+    # DECISIONS, of any generator: files of answers, or answers [first, second, same or different] themselves
     "PSEUDO_LABELS": {"NAME": "DBSCANLabels"},
     "SOLVER": {
         "OPTIMIZER": "Adam",  # a class of torch.optim, or a name of timm's optimiser factory such as lars

@@ -36,6 +36,7 @@ from fastreid_uns.hook import HookBase
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.meta_arch import MetaArch, build_model, check_domains
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator
+from fastreid_uns.pseudo_labels.constraints import ConstrainedLabels, Constraints, read_answers
 from fastreid_uns.registry import HOOK_REGISTRY, PSEUDO_LABEL_REGISTRY
 from fastreid_uns.structures import ReIDData
 from fastreid_uns.utils import checkpoint, comm
@@ -141,9 +142,14 @@ class DefaultTrainer(Trainer):
         return build_writers(cfg.LOG.WRITERS, folder) if comm.rank() == 0 else []
 
     @classmethod
-    def build_generator(cls, cfg: Any) -> PseudoLabelGenerator:
-        """The pseudo-label generator."""
-        return PSEUDO_LABEL_REGISTRY.build(cfg.PSEUDO_LABELS)
+    def build_generator(cls, cfg: Any, train_set: TrainSet) -> PseudoLabelGenerator:
+        """The pseudo-label generator, held to the answers of `PSEUDO_LABELS.DECISIONS`."""
+        generator = PSEUDO_LABEL_REGISTRY.build(cfg.PSEUDO_LABELS)
+        if not cfg.PSEUDO_LABELS.DECISIONS:
+            return generator
+        paths = [record.path for record in train_set.records[: train_set.num_images]]
+        answers = read_answers(cfg.PSEUDO_LABELS.DECISIONS, paths)
+        return ConstrainedLabels(generator, Constraints(len(paths), answers))
 
     @classmethod
     def build_evaluators(cls, cfg: Any, device: torch.device) -> dict[str, Evaluator]:
@@ -166,7 +172,7 @@ class DefaultTrainer(Trainer):
         )
         hooks: list[HookBase] = [
             ReclusterHook(
-                cls.build_generator(cfg),
+                cls.build_generator(cfg, trainer.train_set),
                 trainer.train_loader,
                 batch_size=cfg.TEST.BATCH_SIZE,
                 measure=cfg.LOG.CLUSTER_QUALITY,

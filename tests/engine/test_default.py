@@ -1,6 +1,7 @@
 """A run from Python alone, and the names that a user of detectron2 types."""
 
 import hashlib
+import json
 import logging
 import sys
 import types
@@ -153,3 +154,16 @@ def test_each_part_comes_from_a_builder_that_a_subclass_can_replace(tiny):
     Mine = type("Mine", (DefaultTrainer,), {f"build_{name}": noted(f"build_{name}") for name in names})
     Mine(load_config(overrides=[*tiny, *SHORT]))
     assert sorted(called) == sorted(f"build_{name}" for name in names)
+
+
+def test_answers_hold_for_the_labels_of_any_generator(tiny):
+    paths = [r.path for r in DefaultTrainer(load_config(overrides=[*tiny, *SHORT])).train_set.records]
+    answers = [[paths[0], paths[1], "same"], [paths[0], paths[2], "different"]]
+    trainer = DefaultTrainer(load_config(overrides=[*tiny, *SHORT, f"PSEUDO_LABELS.DECISIONS={json.dumps(answers)}"]))
+    trainer.train()
+    labels = trainer.train_set.pseudo.labels
+    assert labels[0] == labels[1] >= 0
+    assert labels[0] != labels[2]
+    contradiction = json.dumps([*answers, [paths[1], paths[2], "same"]])
+    with pytest.raises(ValueError, match="contradicts"):
+        DefaultTrainer(load_config(overrides=[*tiny, *SHORT, f"PSEUDO_LABELS.DECISIONS={contradiction}"]))
