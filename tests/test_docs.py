@@ -98,7 +98,7 @@ def test_commands_parse(file, monkeypatch):
             options = parse(ROOT / word, words[place + 1 :], monkeypatch)
             config = getattr(options, "config_file", None)
             if config and config not in made:
-                load_config(ROOT / config, options.overrides)
+                load_config(ROOT / config, options.opts if "opts" in options else options.overrides)
 
 
 @pytest.mark.parametrize("file", READMES, ids=name_of)

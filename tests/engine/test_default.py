@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fastreid_uns import DefaultTrainer, load_config
 from fastreid_uns.engine import default_setup
 from fastreid_uns.hook import HookBase
 
+ROOT = Path(__file__).parents[2]
 SHORT = ["SOLVER.EPOCHS=1", "PSEUDO_LABELS.MIN_SAMPLES=2", "PSEUDO_LABELS.K1=8", "TEST.PERIOD=0"]
 
 
@@ -167,3 +169,20 @@ def test_answers_hold_for_the_labels_of_any_generator(tiny):
     contradiction = json.dumps([*answers, [paths[1], paths[2], "same"]])
     with pytest.raises(ValueError, match="contradicts"):
         DefaultTrainer(load_config(overrides=[*tiny, *SHORT, f"PSEUDO_LABELS.DECISIONS={contradiction}"]))
+
+
+def test_the_names_of_the_page_for_users_of_detectron2_exist():
+    import re
+
+    from fastreid_uns import FeatureExtractor, engine
+
+    page = (ROOT / "projects/README.md").read_text().partition("## Coming from detectron2")[2]
+    here = [row.split("|")[2] for row in page.splitlines() if row.startswith("| `")]
+    assert len(here) > 10
+    names = set(re.findall(r"build_\w+", " ".join(page.splitlines()))) - {"build_evaluator"}
+    assert all(hasattr(DefaultTrainer, name) for name in {*names, "resume_or_load", "register_hooks", "test", "log"})
+    moments = set(re.findall(r"(?:before|after)_\w+", page))
+    assert moments == {name for name in vars(HookBase) if name.startswith(("before_", "after_"))}
+    assert callable(FeatureExtractor.from_checkpoint)
+    for name in ("default_argument_parser", "default_setup", "launch"):
+        assert callable(getattr(engine, name))
