@@ -227,24 +227,33 @@ def goes_on(method: str, folder: Path, processes: int = 1) -> str:
 
 def kills(options: argparse.Namespace) -> Iterator[Outcome]:
     """SIGKILL at random moments, up to four times in the life of one run."""
-    rng, left, number = random.Random(options.seed), options.kills, 0
+    rng, left = random.Random(options.seed), options.kills
     of_one_run = max(1, min(4, options.kills // len(options.methods)))
-    while left > 0:
+    for number in range(3 * options.kills):  # a run that ends before its moment is made again
+        if left <= 0:
+            break
         method = options.methods[number % len(options.methods)]
-        _, first, whole = straight(method)
-        folder, moments = fresh(f"kills-{number}"), []
-        for _ in range(min(of_one_run, left)):
-            process = start(arguments_of(method, folder, "--resume"))
-            moment = rng.uniform(0.7 * first, whole)
-            try:
-                process.wait(moment)
-            except subprocess.TimeoutExpired:
-                kill_group(process)
-                moments.append(f"{moment:.2f}")
-            process.communicate()
-            left -= 1
-        yield Outcome("kills", f"{method}, after {' s, '.join(moments)} s", goes_on(method, folder))
-        number += 1
+        folder = fresh(f"kills-{method}")
+        moments = killed_at(method, folder, min(of_one_run, left), rng)
+        left -= len(moments)
+        if moments:
+            yield Outcome("kills", f"{method}, after {' s, '.join(moments)} s", goes_on(method, folder))
+
+
+def killed_at(method: str, folder: Path, count: int, rng: random.Random) -> list[str]:
+    """Start and resume a run, kill it each time; the seconds after which it was killed, fewer if it ended before."""
+    _, first, whole = straight(method)
+    moments: list[str] = []
+    while len(moments) < count:
+        process = start(arguments_of(method, folder, "--resume"))
+        moment = rng.uniform(0.7 * first, whole)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=moment)
+            break
+        kill_group(process)
+        process.communicate()
+        moments.append(f"{moment:.2f}")
+    return moments
 
 
 TRACED = {  # where the record is written: file → its functions, None = all
