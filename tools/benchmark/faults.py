@@ -417,26 +417,24 @@ def process_of_rank(folder: Path, rank: int) -> int | None:
 
 
 def ranks(options: argparse.Namespace) -> Iterator[Outcome]:
-    """One of two processes is killed, or stands still, in the first epoch or later."""
-    _, first, whole = straight("core", 2)
+    """One of two processes is killed, or stands still, after the first epoch."""
     for name, number in (("killed", signal.SIGKILL), ("frozen", signal.SIGSTOP)):
         for rank in (0, 1):
             folder = fresh("ranks")
             process = start(arguments_of("core", folder, "DISTRIBUTED.TIMEOUT_MINUTES=0.5", processes=2))
-            time.sleep(first + (whole - first) / 4)
+            while process.poll() is None and not (folder / "metrics.jsonl").is_file():
+                time.sleep(0.05)
             victim = process_of_rank(folder, rank)
-            if victim is None:
-                kill_group(process)
-                process.communicate()
-                yield Outcome("ranks", f"rank {rank} {name}", "it had ended before; run again")
-                continue
-            os.kill(victim, number)
+            if victim is not None:
+                os.kill(victim, number)
             ended = wait(process)
+            if victim is None:
+                yield Outcome("ranks", f"rank {rank} {name}", f"it was not found: {ended.text[-150:]!r}")
+                continue
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
-            fault = "" if ended.code and f"process {rank}" in ended.text else Ended(ended.code, ended.text).refusal
-            if ended.code is not None and not fault and "Traceback" in ended.text:
-                fault = "traceback"
+            named = ended.code not in (0, None) and "Traceback" not in ended.text and f"process {rank}" in ended.text
+            fault = "" if named else ended.refusal or f"rank {rank} is not named: {ended.text[-150:]!r}"
             yield Outcome("ranks", f"rank {rank} {name}", fault or goes_on("core", folder, processes=2))
 
 
