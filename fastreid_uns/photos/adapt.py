@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastreid_uns.modeling.losses import instance_contrast
 from fastreid_uns.modeling.whitening import ViewWhitening
 from fastreid_uns.photos.embed import Activations, Stages, Told
 from fastreid_uns.pseudo_labels.constraints import Constraints
@@ -80,22 +81,6 @@ def adapt(
         losses.append(loss.item())
         told(feats.shape[0] * feats.shape[1])
     return losses
-
-
-def instance_contrast(first: Tensor, second: Tensor, unit: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of finding the other view of each photo among those of all photos of the batch, both ways.
-
-    Args:
-        first, second: (B, D) two views of each photo, unit length.
-        unit: (B,) photos with the same number show the same individual; they share the probability that is asked for.
-
-    Returns:
-        The mean over photos and ways.
-    """
-    logits = first @ second.T / temperature
-    same = (unit[:, None] == unit).to(logits.dtype)
-    wanted = same / same.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, wanted) + F.cross_entropy(logits.T, wanted)) / 2
 
 
 def _batches(count: int, how: Adaptation, generator: torch.Generator) -> Iterator[Tensor]:

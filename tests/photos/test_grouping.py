@@ -15,7 +15,7 @@ from fastreid_uns.modeling.backbones.timm_net import TimmBackbone
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.heads import PooledHead
 from fastreid_uns.photos import embed
-from fastreid_uns.photos.adapt import Adaptation, adapt, instance_contrast
+from fastreid_uns.photos.adapt import Adaptation, adapt
 from fastreid_uns.photos.embed import Activations, Stages, cache_activations, direct_features, pooled_features, views
 from fastreid_uns.photos.group import Clock, Settings, cluster, group
 from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
@@ -94,20 +94,6 @@ def test_activations_are_taken_by_photo_and_view():
     kept.put(slice(0, 3), torch.arange(6.0).view(3, 2, 1, 1, 1))
     assert kept.take(slice(1, 3)).flatten().tolist() == [2, 3, 4, 5]
     assert kept.take(torch.tensor([2, 0]), torch.tensor([[1], [0]])).flatten().tolist() == [5, 0]
-
-
-def test_instance_contrast_equals_a_plain_loop():
-    draw = torch.Generator().manual_seed(0)
-    first, second = (F.normalize(torch.randn(5, 4, generator=draw, dtype=torch.float64)) for _ in range(2))
-    unit = torch.tensor([0, 1, 0, 3, 4])
-    expected = 0.0
-    for one, other in ((first, second), (second, first)):
-        for i in range(5):
-            logits = [float(one[i] @ other[j]) / 0.2 for j in range(5)]
-            total = np.log(np.sum(np.exp(logits)))
-            right = [logits[j] - total for j in range(5) if unit[i] == unit[j]]
-            expected -= sum(right) / len(right) / 10
-    assert float(instance_contrast(first, second, unit, 0.2)) == pytest.approx(expected)
 
 
 def test_training_moves_the_last_stages_only(encoder, photos):
