@@ -122,7 +122,7 @@ def test_what_a_finished_run_has_lost_comes_back(recipe, straight, damage, caplo
     logging.getLogger("fastreid_uns").propagate = True
     caplog.set_level(logging.INFO)
     assert_equal_records(record(run(recipe, resume=True).folder), expected)
-    assert f"is finished: {EPOCHS} of {EPOCHS} epochs are done. Set SOLVER.EPOCHS higher to train longer" in caplog.text
+    assert f"is finished, all {EPOCHS} epochs are done. To train longer raise SOLVER.EPOCHS" in caplog.text
 
 
 def test_the_best_file_is_written_again_where_the_newest_checkpoint_is_the_best(recipe):
