@@ -55,8 +55,8 @@ class Settings:
 
     views: int = 4
     adaptation: Adaptation = field(default_factory=Adaptation)
-    threshold: float = 0.85
-    k1: int = 20
+    threshold: float = 0.75
+    k1: int = 25
     k2: int = 6
     seed: int = 0
 

@@ -124,12 +124,12 @@ class AverageLinkageLabels(PseudoLabelGenerator):
         ValueError: a parameter out of range.
     """
 
-    def __init__(self, *, threshold: float = 0.8, k1: int = 20, k2: int = 6, min_size: int = 2) -> None:
+    def __init__(self, *, threshold: float = 0.75, k1: int = 25, k2: int = 6, min_size: int = 2) -> None:
         super().__init__()
         if not 0 < threshold < 1:
             raise InvalidValue(
                 f"PSEUDO_LABELS: THRESHOLD is {threshold}; it must lie between 0 and 1, both excluded, because images "
-                f"that share no neighbour have distance 1. 0.75 to 0.85 suits most sets."
+                f"that share no neighbour have distance 1. 0.7 to 0.85 suits most sets."
             )
         for key, value, least in (("K1", k1, 2), ("K2", k2, 1), ("MIN_SIZE", min_size, 1)):
             if value < least:
