@@ -27,6 +27,7 @@ setup(
     install_requires=[
         "fvcore",
         "iopath",
+        "jinja2",
         "numba",
         "numpy>=1.25",
         "pillow>=9.1",
@@ -56,6 +57,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff",
+            "selenium",
             "types-PyYAML",
             "types-tabulate",
             "types-tqdm",

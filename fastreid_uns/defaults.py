@@ -46,6 +46,7 @@ DEFAULTS: dict[str, Any] = {
         "MEMORY": {"NAME": "ClusterMemory"},
         "LOSSES": {"contrast": {"NAME": "CrossEntropyLoss"}},
     },
+    # DECISIONS, of any generator: files of answers, or answers [first, second, same or different] themselves
     "PSEUDO_LABELS": {"NAME": "DBSCANLabels"},
     "SOLVER": {
         "OPTIMIZER": "Adam",  # a class of torch.optim, or a name of timm's optimiser factory such as lars
@@ -62,7 +63,7 @@ DEFAULTS: dict[str, Any] = {
         "MIN_LR": 0.0,  # of cosine: rate at the end
         "WARMUP_EPOCHS": 0,  # linear rise to BASE_LR
         "WARMUP_FACTOR": 0.01,  # of BASE_LR at the first step
-        "AMP": "auto",  # bfloat16, float16, none; auto = bfloat16 where the processor has it, else none
+        "AMP": "auto",  # bfloat16, float16, none; auto = the faster one of bfloat16 and none, by measurement on a CPU
         "CLIP_NORM": 0.0,  # largest norm of the gradient; 0 = no clipping
         # parts into which a batch is cut to save memory: losses and memories are those of the whole batch, but batch
         # norm (unless MODEL.GHOST_BATCH divides a part) and losses that compare images of a batch see a part at a time

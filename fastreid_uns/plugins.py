@@ -13,7 +13,8 @@ from types import ModuleType
 
 from fastreid_uns.errors import MissingPackage
 
-GROUP = "fastreid_uns.plugins"
+PACKAGE = "fastreid_uns"
+GROUP = f"{PACKAGE}.plugins"
 
 
 def resolve_plugin(entry: str, folder: Path) -> str:
@@ -35,7 +36,7 @@ def is_installed(entry: str) -> bool:
         return False
     package = entry.partition(".")[0]
     return (
-        package == __name__.partition(".")[0]
+        package == PACKAGE
         or entry in sys.modules
         or bool(entry_points(group=GROUP, name=entry))
         or package in packages_distributions()
@@ -58,7 +59,8 @@ def load_plugins(entries: Sequence[str]) -> list[ModuleType]:
 def _load(entry: str) -> ModuleType:
     if "/" in entry:
         return _load_folder(Path(entry))
-    for point in entry_points(group=GROUP, name=entry):
+    # what ships with the package is no entry point; looking through all that is installed takes longer than the import
+    for point in () if entry.startswith(f"{PACKAGE}.") else entry_points(group=GROUP, name=entry):
         loaded = point.load()
         return loaded if isinstance(loaded, ModuleType) else sys.modules[point.module]
     try:

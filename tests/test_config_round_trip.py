@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from fastreid_uns.commands import export, report, search
 from fastreid_uns.config import CfgNode, load_config, parse_config, refuse_other_config
 from fastreid_uns.engine.default import DefaultTrainer
 from fastreid_uns.predictor import FeatureExtractor, load_run
@@ -61,10 +64,19 @@ def test_a_run_that_emptied_its_losses_is_of_use_afterwards(tiny, tmp_path):
     trainer = DefaultTrainer(cfg)
     trainer.train()
     trainer.model.eval()
-    images = torch.randint(0, 256, (3, 3, 32, 16), dtype=torch.uint8)
     with torch.no_grad():
-        expected = trainer.model.extract(images)["feats"]
-    torch.testing.assert_close(FeatureExtractor.from_checkpoint(cfg.OUTPUT_DIR, device="cpu")(images), expected)
+        expected = trainer.model.extract(images())["feats"]
+    torch.testing.assert_close(FeatureExtractor.from_checkpoint(cfg.OUTPUT_DIR, device="cpu")(images()), expected)
+
+    photos = cfg.DATASETS.TRAIN.ROOT
+    index = str(tmp_path / "photos.safetensors")
+    assert search.main(["build", photos, index, "--weights", cfg.OUTPUT_DIR, "--workers", "0"]) == 0
+    page = report.make_report(cfg.OUTPUT_DIR, options=report.Options(parts=("ranks", "clusters")))
+    assert "Clusters" in page.read_text()
+    onnx = tmp_path / "encoder.onnx"
+    if all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
+        assert export.main([cfg.OUTPUT_DIR, str(onnx)]) == 0
+        assert onnx.is_file()
 
 
 def images() -> torch.Tensor:
@@ -77,6 +89,16 @@ def test_a_checkpoint_of_version_0_1_gives_the_features_of_then():
     assert type(model).__name__ == "ACFL"
     extractor = FeatureExtractor.from_checkpoint(file, device="cpu")
     torch.testing.assert_close(extractor(images()), content["golden_feats"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_of_version_0_1_is_evaluated(tmp_path):
+    content = torch.load(GOLDEN / "acfl_0.1.pth", weights_only=True)
+    shutil.copy(GOLDEN / "acfl_0.1.pth", tmp_path / "checkpoint_0002.pth")
+    (tmp_path / "last").write_text("checkpoint_0002.pth\n")
+    model = DefaultTrainer.load_model(parse_config(content["config"], "x", ["OUTPUT_DIR", str(tmp_path)]))
+    with torch.no_grad():
+        feats = model.eval().extract(images())["feats"]
+    torch.testing.assert_close(feats, content["golden_feats"], rtol=1e-4, atol=1e-5)
 
 
 def test_a_config_of_version_0_1_is_translated():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastreid_uns import plugins
+from fastreid_uns.commands.report import Options, make_report
 from fastreid_uns.config import load_config, parse_config
 from fastreid_uns.modeling.meta_arch import build_model
 from fastreid_uns.predictor import FeatureExtractor, load_run
@@ -142,7 +143,7 @@ def private(monkeypatch):
     return lambda: [registry._obj_map.pop(part.__name__) for registry, part in registered.items()]
 
 
-def test_a_run_is_of_use_without_its_data_set_sampler_and_hook(private, tmp_path):
+def test_a_run_is_of_use_without_its_data_set_sampler_and_hook(private, tmp_path, capsys):
     keys = ["DATASETS.TRAIN={NAME: photos, ROOT: here}", "DATASETS.TESTS={mine: {NAME: photos, ROOT: there}}"]
     keys += ["DATALOADER.SAMPLER.NAME=Private", "HOOKS.own.NAME=Private"]
     cfg = load_config(overrides=[*NETWORK, *keys])
@@ -154,6 +155,11 @@ def test_a_run_is_of_use_without_its_data_set_sampler_and_hook(private, tmp_path
     assert kept == cfg
     images = torch.randint(0, 256, (2, 3, 32, 16), dtype=torch.uint8)
     assert FeatureExtractor.from_checkpoint(file, device="cpu")(images).shape[0] == 2
+    with pytest.raises(ValueError, match="nothing to show"):
+        make_report(file, tmp_path / "report", Options(parts=("ranks", "clusters")))
+    said = capsys.readouterr().err
+    for part in ("ranks and map", "clusters"):
+        assert f"{part} left out: no plugin here registers the data set photos; see --plugins" in said
 
 
 def test_keys_of_a_plugin_that_is_gone_are_kept_where_no_model_needs_them(tmp_path):

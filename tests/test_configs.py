@@ -11,11 +11,16 @@ import torch
 import yaml
 
 from fastreid_uns.config import deviations, load_config
-from fastreid_uns.data.augment import Augment
 from fastreid_uns.engine.default import DefaultTrainer
 from fastreid_uns.engine.solver import build_optimizer, build_schedule
 from fastreid_uns.modeling.meta_arch import build_model
-from fastreid_uns.registry import DATASET_REGISTRY, HOOK_REGISTRY, PSEUDO_LABEL_REGISTRY, SAMPLER_REGISTRY
+from fastreid_uns.registry import (
+    AUGMENT_REGISTRY,
+    DATASET_REGISTRY,
+    HOOK_REGISTRY,
+    PSEUDO_LABEL_REGISTRY,
+    SAMPLER_REGISTRY,
+)
 
 ROOT = Path(__file__).parents[1]
 DATA = sorted(ROOT.glob("configs/datasets/*.yaml"))
@@ -66,7 +71,7 @@ def test_file_builds(path, tmp_path, models):
     for hook in cfg.HOOKS.values():
         HOOK_REGISTRY.build(hook)
     for preset in cfg.INPUT.AUGMENTS.values():
-        Augment(**{name.lower(): value for name, value in preset.items()})
+        AUGMENT_REGISTRY.build(preset)
     assert set(cfg.INPUT.VIEWS) <= set(cfg.INPUT.AUGMENTS)
     for section in (cfg.DATASETS.TRAIN, *cfg.DATASETS.SOURCES.values(), *cfg.DATASETS.TESTS.values()):
         assert not section.NAME or DATASET_REGISTRY.get(section.NAME)

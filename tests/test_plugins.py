@@ -81,6 +81,11 @@ def test_folder_without_init(tmp_path):
         plugins.load_plugins([str(tmp_path)])
 
 
+def test_a_folder_that_has_moved(tmp_path):
+    with pytest.raises(ImportError, match=r"folder .*gone does not exist\. Name the place to which it was moved"):
+        plugins.load_plugins([str(tmp_path / "gone")])
+
+
 def test_an_import_that_fails_inside_a_plugin_is_not_hidden(tmp_path):
     folder = tmp_path / "broken"
     folder.mkdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from fastreid_uns.config import load_config
 from fastreid_uns.engine.default import DefaultTrainer
 from fastreid_uns.engine.hooks import CheckpointHook
 from fastreid_uns.engine.log import JsonWriter
+from fastreid_uns.hook import HookBase
 from fastreid_uns.utils import atomic, checkpoint
 
 RECIPE = ["PSEUDO_LABELS.K1=8", "PSEUDO_LABELS.K2=3", "PSEUDO_LABELS.MIN_SAMPLES=2", "MODEL.BACKBONE.WIDTH=8"]
@@ -120,7 +122,7 @@ def test_what_a_finished_run_has_lost_comes_back(recipe, straight, damage, caplo
     logging.getLogger("fastreid_uns").propagate = True
     caplog.set_level(logging.INFO)
     assert_equal_records(record(run(recipe, resume=True).folder), expected)
-    assert f"is finished: {EPOCHS} of {EPOCHS} epochs are done. Set SOLVER.EPOCHS higher to train longer" in caplog.text
+    assert f"is finished, all {EPOCHS} epochs are done. To train longer raise SOLVER.EPOCHS" in caplog.text
 
 
 def test_the_best_file_is_written_again_where_the_newest_checkpoint_is_the_best(recipe):
@@ -179,6 +181,27 @@ def test_weights_without_the_state_of_a_run_are_named(recipe):
     checkpoint.save_checkpoint({k: content[k] for k in ("model", "config", "num_images")}, file)
     with pytest.raises(ValueError, match=r"weights without the state of a run \(epochs_done, hooks, iter"):
         run(recipe, resume=True)
+
+
+class Measures(HookBase):
+    """Notes numbers of other libraries."""
+
+    def after_epoch(self):
+        self.trainer.metrics.update(a=np.float64(0.5), b=np.int64(3), c=torch.tensor(1.5), d=True)
+
+
+def test_numbers_of_other_libraries_can_be_saved_and_read(recipe):
+    trainer = DefaultTrainer(load_config(overrides=[*recipe, "SOLVER.EPOCHS=1"]))
+    trainer.add_hook(Measures())
+    trainer.train()
+    line = json.loads((trainer.folder / "metrics.jsonl").read_text())
+    saved = checkpoint.load_checkpoint(checkpoint.last_checkpoint(trainer.folder))["history"][0]
+    assert [(name, line[name], saved[name]) for name in "abcd"] == [
+        ("a", 0.5, 0.5),
+        ("b", 3, 3),
+        ("c", 1.5, 1.5),
+        ("d", 1, 1),
+    ]
 
 
 def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path):

@@ -1,6 +1,6 @@
 import pytest
 
-from fastreid_uns.registry import Registry, keywords
+from fastreid_uns.registry import Registry, did_you_mean, keywords
 
 
 def make() -> Registry:
@@ -61,3 +61,19 @@ def test_keywords_of_a_function():
     found = keywords(photos)
     assert found["root"] == "x"
     assert list(found) == ["root", "size"]
+
+
+def test_types_are_the_annotations_as_they_are_written():
+    registry = Registry("FRUIT")
+
+    @registry.register()
+    class Pear:
+        def __init__(self, *, root: str, size: "int | None" = None, name="pear"):
+            pass
+
+    assert registry.types("Pear") == {"root": "str", "size": "int | None", "name": ""}
+
+
+def test_a_near_name_is_found_whatever_its_case():
+    assert did_you_mean("solvr", ["SOLVER", "MODEL"]) == "; did you mean SOLVER?"
+    assert did_you_mean("photos", ["SOLVER"]) == "."

@@ -13,6 +13,7 @@ from fastreid_uns.errors import InvalidValue
 FREE_KEYS = (
     "PLUGINS",
     "PAPER",
+    "PSEUDO_LABELS.DECISIONS",  # answers are given while a run goes on
     "OUTPUT_DIR",
     "LOG",
     "CHECKPOINT",

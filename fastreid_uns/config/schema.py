@@ -33,6 +33,7 @@ MAPS: dict[str, Registry] = {
 FREE = ("SOLVER.OPTIMIZER_ARGS", "PAPER")  # sections whose keys are not ours to check
 OPTIONAL = ("MODEL.MEMORY", "DATASETS.TRAIN")  # components that `null` switches off
 USUAL = {"INPUT.AUGMENTS": "Augment"}  # maps whose entries need no NAME, and what it is then
+_SHARED: dict[str, Any] = {"WEIGHT": 1.0, "DECISIONS": []}  # keys of all components of a kind that reserves them
 _OF_A_MODEL = ("MODEL", "INPUT.SIZE", "INPUT.MEAN", "INPUT.STD")
 
 
@@ -100,8 +101,7 @@ class Completion:
         section = {**section, "NAME": name}
         if path == "MODEL":
             return self.section(section, {**known, **DEFAULTS["MODEL"], "NAME": name}, path)
-        if "WEIGHT" in kind.reserved:
-            known["WEIGHT"] = 1.0
+        known |= {key: default for key, default in _SHARED.items() if key in kind.reserved}
         self._refuse_unknown(section, known, path)
         filled = {}
         for key, default in known.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import cast
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from fastreid_uns.data.camera_style import CameraStyle
 from fastreid_uns.data.samplers import Sampler
 from fastreid_uns.data.train_set import TrainSet
 from fastreid_uns.errors import InvalidState, InvalidValue
-from fastreid_uns.structures import Batch, PseudoLabels
+from fastreid_uns.structures import Batch
 
 
 class TrainLoader:
@@ -69,9 +68,10 @@ class TrainLoader:
         Raises:
             RuntimeError: it has none yet.
         """
-        train_set = self.train_set
+        train_set, pseudo = self.train_set, self.train_set.pseudo
+        if pseudo is None:
+            raise InvalidState("train loader: there are no labels yet; write train_set.pseudo after clustering.")
         self._labels = train_set.batch_labels
-        pseudo = cast(PseudoLabels, train_set.pseudo)  # else there were no labels
         self.sampler.set_epoch(epoch, pseudo, train_set.cameras[: train_set.num_images])
         self._most = self.sampler.most_of_one(self._labels)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -78,7 +77,7 @@ class CachedImageSet(ImageSet):
         """See `ImageSet.check`: every image is decoded and held."""
         if self._source is not None:
             batches = [range(i, min(i + BLOCK, len(self))) for i in range(0, len(self), BLOCK)]
-            for _ in progress(self._ready(batches), "fill cache", total=len(batches)):
+            for _ in progress(self._ready(self._source, batches), "fill cache", total=len(batches)):
                 pass
         return united(self._errors)
 
@@ -94,7 +93,7 @@ class CachedImageSet(ImageSet):
     def stream(self, batches: Iterable[Sequence[int]], device: torch.device | str) -> Iterator[Tensor]:
         """See `ImageSet.stream`."""
         device = torch.device(device)
-        for batch in batches if self._source is None else self._ready(batches):
+        for batch in batches if self._source is None else self._ready(self._source, batches):
             if self._errors:
                 for error in (self._errors[i] for i in batch if i in self._errors):
                     raise error
@@ -105,15 +104,14 @@ class CachedImageSet(ImageSet):
     ) -> Iterator[tuple[Tensor, dict[int, UserError]]]:
         """See `ImageSet.decode`."""
         device = torch.device(device)
-        for batch in batches if self._source is None else self._ready(batches):
+        for batch in batches if self._source is None else self._ready(self._source, batches):
             errors = {i: self._errors[i] for i in batch if i in self._errors}
             yield self._gather(torch.as_tensor(batch, dtype=torch.int64), device), errors
 
-    def _ready(self, batches: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
+    def _ready(self, source: ImageSet, batches: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
         """The batches, each as soon as all of its images are held; they are decoded ahead."""
         batches = list(batches)
         missing = self._missing(batches)
-        source = cast(ImageSet, self._source)
         decoded = source.decode([new for new in missing if new], self.pixels.device) if any(missing) else iter(())
         for batch, new in zip(batches, missing, strict=True):
             if new:

@@ -147,7 +147,7 @@ def _build(images: ImageSet, file: Path, shape: tuple[int, ...]) -> None:
     partial = file.with_name(f"{file.name}.{token}.partial")
     with contextlib.ExitStack() as cleanup:
         lock = _together(lambda: _reserve(partial, shape) if rank() == 0 else None)[0]
-        if rank() == 0:
+        if rank() == 0 and lock is not None:
             cleanup.callback(_release, lock)
             cleanup.callback(partial.unlink, missing_ok=True)
         shares = _together(lambda: _write_share(images, partial, shape))

@@ -95,7 +95,7 @@ class TrainSet:
             RuntimeError: nothing has been clustered yet.
         """
         if self._pseudo is None:
-            raise InvalidState("train set: there are no labels yet; a batch needs them. Write its pseudo labels first.")
+            raise InvalidState("train set: there are no labels yet; write train_set.pseudo after clustering.")
         return self._pseudo.labels
 
     @property

@@ -36,6 +36,7 @@ from fastreid_uns.hook import HookBase
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.meta_arch import MetaArch, build_model, check_domains
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator
+from fastreid_uns.pseudo_labels.constraints import ConstrainedLabels, Constraints, read_answers
 from fastreid_uns.registry import HOOK_REGISTRY, PSEUDO_LABEL_REGISTRY
 from fastreid_uns.structures import ReIDData
 from fastreid_uns.utils import checkpoint, comm
@@ -67,7 +68,7 @@ class DefaultTrainer(Trainer):
         self.folder = Path(cfg.OUTPUT_DIR)
         self.run = RunFolder(self.folder)
         self._accepted = False
-        self._open_folder()
+        made_in = self._open_folder()
         seed_everything(cfg.SEED, cfg.DETERMINISTIC)
         self.train_set = self.build_train_set(cfg, device)
         model = self.build_model(cfg, self.train_set.num_images).to(device)
@@ -83,7 +84,7 @@ class DefaultTrainer(Trainer):
             self.build_optimizer(cfg, model),
             epochs=cfg.SOLVER.EPOCHS,
             iters_per_epoch=cfg.SOLVER.ITERS_PER_EPOCH,
-            amp=precision(cfg.SOLVER.AMP, device),
+            amp=precision(made_in if made_in and cfg.SOLVER.AMP == "auto" else cfg.SOLVER.AMP, device),
             clip=cfg.SOLVER.CLIP_NORM or None,
             accumulate=cfg.SOLVER.ACCUMULATE,
             channels_last=cfg.SOLVER.CHANNELS_LAST,
@@ -141,9 +142,14 @@ class DefaultTrainer(Trainer):
         return build_writers(cfg.LOG.WRITERS, folder) if comm.rank() == 0 else []
 
     @classmethod
-    def build_generator(cls, cfg: Any) -> PseudoLabelGenerator:
-        """The pseudo-label generator."""
-        return PSEUDO_LABEL_REGISTRY.build(cfg.PSEUDO_LABELS)
+    def build_generator(cls, cfg: Any, train_set: TrainSet) -> PseudoLabelGenerator:
+        """The pseudo-label generator, held to the answers of `PSEUDO_LABELS.DECISIONS`."""
+        generator = PSEUDO_LABEL_REGISTRY.build(cfg.PSEUDO_LABELS)
+        if not cfg.PSEUDO_LABELS.DECISIONS:
+            return generator
+        paths = [record.path for record in train_set.records[: train_set.num_images]]
+        answers = read_answers(cfg.PSEUDO_LABELS.DECISIONS, paths)
+        return ConstrainedLabels(generator, Constraints(len(paths), answers))
 
     @classmethod
     def build_evaluators(cls, cfg: Any, device: torch.device) -> dict[str, Evaluator]:
@@ -161,12 +167,13 @@ class DefaultTrainer(Trainer):
     @classmethod
     def build_hooks(cls, cfg: Any, trainer: DefaultTrainer) -> list[HookBase]:
         """The hooks of the core, then those of `HOOKS`."""
-        evaluate = EvaluateHook(
-            cls.build_evaluators(cfg, trainer.device), period=cfg.TEST.PERIOD, patience=cfg.TEST.PATIENCE
-        )
+        evaluators = cls.build_evaluators(cfg, trainer.device)
+        for evaluator in evaluators.values():
+            evaluator.amp = trainer.amp
+        evaluate = EvaluateHook(evaluators, period=cfg.TEST.PERIOD, patience=cfg.TEST.PATIENCE)
         hooks: list[HookBase] = [
             ReclusterHook(
-                cls.build_generator(cfg),
+                cls.build_generator(cfg, trainer.train_set),
                 trainer.train_loader,
                 batch_size=cfg.TEST.BATCH_SIZE,
                 measure=cfg.LOG.CLUSTER_QUALITY,
@@ -196,15 +203,22 @@ class DefaultTrainer(Trainer):
         """The hook of a class, such as the `CheckpointHook`."""
         return next(hook for hook in self._hooks if isinstance(hook, kind))
 
-    def _open_folder(self) -> None:
-        """Claim the folder; of a run in it nothing changes before it is known that this one continues it."""
+    def _open_folder(self) -> str | None:
+        """Claim the folder; of a run in it nothing changes before it is known that this one continues it.
+
+        Returns:
+            The precision that the run in it was made in, which `SOLVER.AMP auto` keeps; None if there is none.
+        """
         comm.on_first_rank(self.run.claim)
         fresh = comm.on_first_rank(lambda: not self.run.holds_run())
         setup_logging(self.folder if fresh else None)
         if self.run.holds_checkpoint():  # refused at once, and not when all images have been read
             with self.run.released_on_error():
                 newest = checkpoint.last_checkpoint(self.folder)
-                refuse_other_config(checkpoint.load_checkpoint(newest)["config"], self.cfg.dump(), newest)
+                content = checkpoint.load_checkpoint(newest)
+                refuse_other_config(content["config"], self.cfg.dump(), newest)
+            return content.get("amp")
+        return None
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue the run of `OUTPUT_DIR`, or begin one with `MODEL.WEIGHTS`, which the model has been given.
@@ -253,6 +267,12 @@ class DefaultTrainer(Trainer):
         if not self._accepted:
             self.resume_or_load(resume=False)
         comm.on_first_rank(self.run.claim)
+        if self.epochs_done >= self.epochs:
+            logger.info(
+                "The run in %s is finished, all %d epochs are done. To train longer raise SOLVER.EPOCHS.",
+                self.folder,
+                self.epochs,
+            )
         try:
             super().train()
         finally:

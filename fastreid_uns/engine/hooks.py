@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,7 @@ class LogHook(HookBase):
         trainer.metrics = {**trainer.logged(), **dict(zip(names, means, strict=True)), **trainer.metrics}
         now = time.perf_counter()
         trainer.metrics["seconds_epoch"], self._since_line = now - self._since_line, now
+        trainer.metrics = {name: _plain(value) for name, value in trainer.metrics.items()}
         trainer.history.append({"epoch": trainer.epoch, "iter": trainer.iter, **trainer.metrics})
         for writer in self.writers:
             writer.epoch(trainer.epoch, trainer.iter, trainer.metrics)
@@ -299,6 +301,11 @@ class CheckpointHook(HookBase):
                 f"changed since, and memory and labels count them in order. Restore the images, or start anew in "
                 f"another OUTPUT_DIR with MODEL.WEIGHTS {file}."
             )
+
+
+def _plain(value: Any) -> int | float:
+    """A number of NumPy or torch as one of Python, which JSON and checkpoints can hold."""
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _is_due(epoch: int, period: int) -> bool:

@@ -126,9 +126,21 @@ def run_command(main: Callable[..., T], *args: Any) -> T:
 def _fail(error: Exception, message: str, code: int = 2) -> NoReturn:
     """One line, and the exit code."""
     logger.debug("error: %s", message, exc_info=error)
-    if not isinstance(error, FailedElsewhere):
+    if not isinstance(error, FailedElsewhere) and _is_first_to_say(message):
         sys.stderr.write(f"error: {_one_line(message)}\n")
     raise SystemExit(code) from None
+
+
+def _is_first_to_say(message: str) -> bool:
+    """Whether no other process of the run has said the same; all of them read the same config."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    from fastreid_uns.utils.watch import store_of_run
+
+    try:
+        return store_of_run("said", patience=2.0).add(message, 1) == 1
+    except RuntimeError:  # the process that holds it is gone
+        return True
 
 
 def _one_line(message: str) -> str:

@@ -11,8 +11,10 @@ from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamSc
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastreid_uns.engine.cpu_precision import faster_precision
 from fastreid_uns.errors import InvalidValue, UnknownName
 from fastreid_uns.registry import did_you_mean
+from fastreid_uns.utils import comm
 
 SCHEDULES = ("step", "milestones", "cosine", "constant")
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None}
@@ -119,19 +121,16 @@ def precision(name: str, device: torch.device) -> torch.dtype | None:
     """The dtype of mixed precision, or None for float32.
 
     Args:
-        name: `bfloat16`, `float16`, `none`, or `auto`: bfloat16 where the processor computes in it, else None.
+        name: `bfloat16`, `float16`, `none`, or `auto`: bfloat16 on a GPU that computes in it, and on a CPU where it is
+            faster by measurement, see `cpu_precision.faster_precision`; else None.
 
     Raises:
         ValueError: unknown name.
     """
     if name == "auto":
-        return torch.bfloat16 if _has_bfloat16(device) else None
+        if device.type == "cpu":
+            return comm.on_first_rank(faster_precision)
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     if name not in PRECISIONS:
         raise InvalidValue(f"SOLVER.AMP: {name!r} is unknown; accepted: auto, {', '.join(PRECISIONS)}.")
     return PRECISIONS[name]
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -264,6 +264,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "amp": str(self.amp or "none").removeprefix("torch."),
             "hooks": {hook.name: hook.state_dict() for hook in self._hooks},
             "epochs_done": self.epochs_done,
             "iter": self.iter,

@@ -45,6 +45,42 @@ class SoftCrossEntropyLoss(nn.Module):
         return F.cross_entropy(at_least_float32(logits), at_least_float32(teacher_logits.detach()).softmax(1))
 
 
+def instance_contrast(first: Tensor, second: Tensor, same: Tensor, temperature: float) -> Tensor:
+    """Cross entropy of finding the other view of each image among those of all images of the batch, both ways.
+
+    Args:
+        first, second: (B,D) two views of each image, unit length.
+        same: (B,) images with the same number are sought together; they share the target evenly.
+        temperature: similarities are divided by it.
+
+    Returns:
+        Scalar, the mean over images and ways.
+    """
+    logits = at_least_float32(first) @ at_least_float32(second).T / temperature
+    target = (same[:, None] == same).to(logits.dtype)
+    target = target / target.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+@LOSS_REGISTRY.register()
+class InstanceContrastLoss(nn.Module):
+    """Each image against the others of the batch of its process: no cluster is needed, every image is a class.
+
+    Args:
+        temperature: similarities are divided by it.
+
+    Source: Chen et al. 2020 (SimCLR), between the views of the model and of its momentum encoder.
+    """
+
+    def __init__(self, *, temperature: float = 0.2) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, feats: Tensor, teacher_feats: Tensor, index: Tensor) -> Tensor:
+        """Scalar; feats and teacher_feats (B,D), index (B,) of the image."""
+        return instance_contrast(feats, teacher_feats, index, self.temperature)
+
+
 @LOSS_REGISTRY.register()
 class SoftTripletLoss(nn.Module):
     """Soft-margin triplet loss on the hardest positive and negative in the batch of all processes.

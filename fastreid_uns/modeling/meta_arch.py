@@ -13,7 +13,7 @@ from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.encoder import Encoder, build_encoder
 from fastreid_uns.modeling.losses import LossSet
 from fastreid_uns.modeling.memory import Memory
-from fastreid_uns.modeling.momentum import momentum_copy, update_momentum
+from fastreid_uns.modeling.momentum import check_buffer_policy, momentum_copy, update_momentum
 from fastreid_uns.modeling.norm import domain_batch_norm, freeze_norm_statistics, ghost_batch_norm
 from fastreid_uns.modeling.weights import load_weights
 from fastreid_uns.registry import BACKBONE_REGISTRY, LOSS_REGISTRY, MEMORY_REGISTRY, META_ARCH_REGISTRY
@@ -62,6 +62,7 @@ class MetaArch(nn.Module):
         self.num_images = num_images
         self.teacher: Encoder | None = momentum_copy(encoder) if momentum_encoder else None
         self.encoder_momentum = encoder_momentum
+        check_buffer_policy(momentum_buffers)
         self.momentum_buffers = momentum_buffers
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

@@ -22,6 +22,12 @@ def momentum_copy(module: Module) -> Module:
     return teacher
 
 
+def check_buffer_policy(buffers: str) -> None:
+    """Raise a ValueError unless `update_momentum` knows the policy."""
+    if buffers not in BUFFER_POLICIES:
+        raise InvalidValue(f"MODEL.MOMENTUM_BUFFERS: {buffers!r} is unknown; accepted: {', '.join(BUFFER_POLICIES)}.")
+
+
 @torch.no_grad()
 def update_momentum(teacher: nn.Module, online: nn.Module, momentum: float, buffers: str = "own") -> None:
     """Move the teacher's parameters towards the online ones, in place.
@@ -36,8 +42,7 @@ def update_momentum(teacher: nn.Module, online: nn.Module, momentum: float, buff
 
     Source: He et al. 2020 (MoCo), eq. 2.
     """
-    if buffers not in BUFFER_POLICIES:
-        raise InvalidValue(f"MODEL.MOMENTUM_BUFFERS: {buffers!r} is unknown; accepted: {', '.join(BUFFER_POLICIES)}.")
+    check_buffer_policy(buffers)
     torch._foreach_lerp_(list(teacher.parameters()), [p.detach() for p in online.parameters()], 1.0 - momentum)
     if buffers == "own":
         return

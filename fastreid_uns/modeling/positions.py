@@ -49,7 +49,7 @@ class Positions:
             raise InvalidValue(
                 f"MODEL.BACKBONE.POSITION_RESIZE: {self.resize!r} is unknown; accepted: {', '.join(RESIZES)}."
             )
-        if len(self.pretrained) not in (0, 2) or any(side < 1 for side in self.pretrained):
+        if len(self.pretrained) not in (0, 2) or any(not isinstance(side, int) or side < 1 for side in self.pretrained):
             raise InvalidValue(
                 f"MODEL.BACKBONE.PRETRAINED_GRID is {list(self.pretrained)}; [] or lines and columns of patches are "
                 f"accepted, such as [16, 8] for 256x128 pixels in patches of 16. Change it."

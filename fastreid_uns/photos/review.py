@@ -208,8 +208,8 @@ class Review:
             self.decisions.merge(first.paths, second.paths)
             return self._now().group_of[first.paths[0]]
 
-    def split(self, number: int, mark: str, photos: Sequence[str], together: bool) -> None:
-        """Take photos (ids) out of a group: into one new group, or into one each.
+    def split(self, number: int, mark: str, photos: Sequence[str], together: bool) -> list[int]:
+        """Take photos (ids) out of a group: into one new group, or into one each; gives their numbers.
 
         Raises:
             Stale: the group has changed.
@@ -223,6 +223,8 @@ class Review:
             if not leaving or not staying or not leaving <= set(group.paths):
                 raise InvalidValue("review: some photos of the group must leave and some must stay. Select again.")
             self.decisions.split([path for path in group.paths if path in leaving], staying, together)
+            now = self._now()
+            return sorted({now.group_of[path] for path in leaving})
 
     def undo(self, row: int | None = None) -> Json:
         """Take a decision back, by default the last one; gives it."""

@@ -99,6 +99,7 @@ class Server:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((HOST, port))
+            self._socket.listen(128)  # a browser that is opened before `run` waits
         except OSError as error:
             self._socket.close()
             raise InvalidState(f"server: port {port} cannot be used ({error.strerror}). Choose another one.") from error
@@ -226,7 +227,7 @@ class _Pages:
         with self._one_image:
             return self._identify(content) if self._identify else {}
 
-    async def _decided(self, decide: Callable[..., Json | int | None], **arguments: Any) -> Response:
+    async def _decided(self, decide: Callable[..., Json | list[int] | int | None], **arguments: Any) -> Response:
         done = await run_in_threadpool(decide, **arguments)
         return _json({"done": done, **await run_in_threadpool(self._state)})
 

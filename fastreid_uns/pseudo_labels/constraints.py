@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from fastreid_uns.errors import InvalidValue, MissingFile
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
-from fastreid_uns.registry import did_you_mean
 from fastreid_uns.structures import FeatureBank, PseudoLabels
 from fastreid_uns.utils.paths import path_manager
 
@@ -203,62 +202,61 @@ def _split(images: np.ndarray, units: np.ndarray, colors: dict[int, int], feats:
     return torch.where(part >= 0, part, nearest).numpy()
 
 
-def read_answers(source: str | Path | Iterable[Sequence[str]], paths: Sequence[str]) -> list[Answer]:
+def read_answers(sources: Iterable[str | Sequence[str]], paths: Sequence[str]) -> list[Answer]:
     """Answers about pairs of images that are named by their paths.
 
     Args:
-        source: a CSV file with the columns `first`, `second` and `answer` (same, different or unsure; the last says
-            nothing), or a list of such triples. A column `kind` may tell pairs (`pair`) from lines that take back the
-            last line that holds (`undo`).
+        sources: answers (first, second, same / different / unsure), and names of CSV files that hold them in columns
+            of these names; `unsure` says nothing. A column `kind` may tell answers (`pair`) from rows that take back
+            an earlier one (`undo`): that whose number is in `first`, counted from 1 after the header.
         paths: of the N images. An image may be named by the end of its path, if no other image ends with it.
 
     Raises:
         MissingFile: no such file.
         InvalidValue: a column is missing, an unknown answer or kind, or a name that fits no image or several.
     """
-    lines: list[tuple[str, tuple[str, str, str]]] = []
-    for origin, kind, line in _lines(source):
-        if kind == "undo":
-            if lines:
-                lines.pop()
-            continue
-        if kind != "pair":
-            raise InvalidValue(f"{origin}: KIND is {kind!r}; accepted here: pair, undo. Answer pairs instead.")
-        if line[2] not in ANSWERS:
-            near = did_you_mean(line[2], ANSWERS)
-            raise InvalidValue(f"{origin}: the answer is {line[2]!r}{near} Accepted: {', '.join(ANSWERS)}.")
-        lines.append((origin, line))
-    index = _Names(paths)
-    return [
-        Answer(index.find(first, origin), index.find(second, origin), answer == "same", f"{origin}: {first}, {second}")
-        for origin, (first, second, answer) in lines
-        if answer != "unsure"
-    ]
+    rows: list[tuple[str, Sequence[str]]] = []
+    for place, source in enumerate(sources):
+        rows += _rows(source) if isinstance(source, str) else [(f"PSEUDO_LABELS.DECISIONS[{place}]", source)]
+    names = _Names(paths)
+    found = []
+    for origin, row in rows:
+        if len(row) != 3 or row[2] not in ANSWERS:
+            raise InvalidValue(
+                f"{origin}: found {list(row)}; two images and one of {', '.join(ANSWERS)} are accepted. Correct it."
+            )
+        if row[2] != "unsure":
+            first, second = (names.find(name, origin) for name in row[:2])
+            found.append(Answer(first, second, row[2] == "same", f"{origin}: {row[0]}, {row[1]}"))
+    return found
 
 
-def _lines(source: str | Path | Iterable[Sequence[str]]) -> Iterable[tuple[str, str, tuple[str, str, str]]]:
-    """Where each line stands, its kind, and its two images and answer."""
-    if not isinstance(source, (str, Path)):
-        for number, row in enumerate(source):
-            origin = f"PSEUDO_LABELS.DECISIONS[{number}]"
-            if isinstance(row, str) or len(row) != 3:
-                raise InvalidValue(f"{origin}: found {row!r}; [first, second, answer] is accepted. Correct it.")
-            yield origin, "pair", (str(row[0]), str(row[1]), str(row[2]))
-        return
+def _rows(file: str) -> list[tuple[str, Sequence[str]]]:
+    """Where each answer of a file is, and the answer; those that were taken back are left out."""
     try:
-        file = path_manager.open(str(source), "r", encoding="utf-8", newline="")
+        opened = path_manager.open(file, "r", encoding="utf-8", newline="")
     except FileNotFoundError:
-        raise MissingFile(f"PSEUDO_LABELS.DECISIONS: {source} is missing; a CSV file is needed. Correct it.") from None
-    with file:
-        reader = csv.DictReader(file)
-        missing = {"first", "second", "answer"} - set(reader.fieldnames or ())
+        raise MissingFile(f"PSEUDO_LABELS.DECISIONS: {file} is missing; a CSV file is needed. Correct it.") from None
+    rows: dict[int, tuple[str, Sequence[str]]] = {}
+    with opened:
+        reader = csv.DictReader(opened)
+        missing = [name for name in ("first", "second", "answer") if name not in (reader.fieldnames or ())]
         if missing:
             raise InvalidValue(
-                f"{source}: column {sorted(missing)[0]!r} is missing; first, second and answer are needed. Add it."
+                f"{file}: column {missing[0]!r} is missing; first, second and answer are needed. Add it."
             )
-        for line in reader:
-            origin = f"{Path(source).name} line {reader.line_num}"
-            yield origin, line.get("kind") or "pair", (line["first"] or "", line["second"] or "", line["answer"] or "")
+        for number, row in enumerate(reader, start=1):
+            kind = row.get("kind") or "pair"
+            if kind == "undo" and row["first"].isdigit() and int(row["first"]) in rows:
+                del rows[int(row["first"])]
+            elif kind == "pair":
+                rows[number] = f"{Path(file).name} row {number}", (row["first"], row["second"], row["answer"])
+            else:
+                raise InvalidValue(
+                    f"{file}: row {number} has kind {kind!r}; pair, and undo of a pair, are accepted here. "
+                    f"`fastreid-uns group --resume` reads all kinds."
+                )
+    return list(rows.values())
 
 
 class _Names:

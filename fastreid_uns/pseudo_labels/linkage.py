@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
 from fastreid_uns.pseudo_labels.jaccard import jaccard_distance
 from fastreid_uns.registry import PSEUDO_LABEL_REGISTRY
@@ -123,16 +124,16 @@ class AverageLinkageLabels(PseudoLabelGenerator):
         ValueError: a parameter out of range.
     """
 
-    def __init__(self, *, threshold: float = 0.8, k1: int = 20, k2: int = 6, min_size: int = 2) -> None:
+    def __init__(self, *, threshold: float = 0.75, k1: int = 25, k2: int = 6, min_size: int = 2) -> None:
         super().__init__()
         if not 0 < threshold < 1:
-            raise ValueError(
+            raise InvalidValue(
                 f"PSEUDO_LABELS: THRESHOLD is {threshold}; it must lie between 0 and 1, both excluded, because images "
-                f"that share no neighbour have distance 1. 0.75 to 0.85 suits most sets."
+                f"that share no neighbour have distance 1. 0.7 to 0.85 suits most sets."
             )
         for key, value, least in (("K1", k1, 2), ("K2", k2, 1), ("MIN_SIZE", min_size, 1)):
             if value < least:
-                raise ValueError(f"PSEUDO_LABELS: {key} is {value}; it must be at least {least}.")
+                raise InvalidValue(f"PSEUDO_LABELS: {key} is {value}; it must be at least {least}.")
         self.threshold, self.k1, self.k2, self.min_size = threshold, k1, k2, min_size
         self.dendrogram: Dendrogram | None = None
 

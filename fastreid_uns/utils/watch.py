@@ -9,11 +9,28 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
+
+
+def store_of_run(prefix: str, patience: float = 300.0) -> dist.Store:
+    """The store that `torchrun` gives to the processes of a run, over a connection of its own.
+
+    Args:
+        prefix: of the keys.
+        patience: seconds to wait for the connection.
+
+    Raises:
+        RuntimeError: no connection.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    limit = timedelta(seconds=patience)
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
+    return dist.PrefixStore(f"{prefix}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 class Place(NamedTuple):
@@ -55,10 +72,7 @@ class Watch:
     @classmethod
     def from_environment(cls, timeout: float) -> Watch:
         """The watch of a process that `torchrun` has started, at work."""
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)  # a connection of its own
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        watch = cls(dist.PrefixStore(f"watch/{attempt}", store), dist.get_rank(), dist.get_world_size(), timeout)
+        watch = cls(store_of_run("watch"), dist.get_rank(), dist.get_world_size(), timeout)
         watch._thread.start()
         return watch
 

@@ -116,7 +116,7 @@ def test_what_is_missing_or_odd_is_said(records):
     loader = make(records[:6])
     with pytest.raises(RuntimeError, match=r"train loader: no epoch was planned; call plan\(epoch\)"):
         next(loader.epoch(0))
-    with pytest.raises(RuntimeError, match="train set: there are no labels yet"):
+    with pytest.raises(RuntimeError, match=r"train loader: there are no labels yet; write train_set\.pseudo"):
         loader.plan(0)
     with pytest.raises(ValueError, match=r"INPUT\.VIEWS is empty"):
         TrainLoader(loader.train_set, loader.sampler, [], seed=0, device="cpu")

@@ -1,9 +1,11 @@
 """A run from Python alone, and the names that a user of detectron2 types."""
 
 import hashlib
+import json
 import logging
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from fastreid_uns import DefaultTrainer, load_config
 from fastreid_uns.engine import default_setup
 from fastreid_uns.hook import HookBase
 
+ROOT = Path(__file__).parents[2]
 SHORT = ["SOLVER.EPOCHS=1", "PSEUDO_LABELS.MIN_SAMPLES=2", "PSEUDO_LABELS.K1=8", "TEST.PERIOD=0"]
 
 
@@ -53,7 +56,7 @@ def test_a_run_from_python_has_a_log_and_is_not_overwritten(tiny, capsys, heard)
     again = DefaultTrainer(trainer.cfg)
     again.resume_or_load(resume=True)
     again.train()
-    assert "All 1 epochs are done, nothing is left to train. To train longer raise SOLVER.EPOCHS" in heard.text
+    assert "is finished, all 1 epochs are done. To train longer raise SOLVER.EPOCHS" in heard.text
 
 
 def test_resume_where_nothing_is_saved_begins_with_a_warning(tiny, heard):
@@ -153,3 +156,33 @@ def test_each_part_comes_from_a_builder_that_a_subclass_can_replace(tiny):
     Mine = type("Mine", (DefaultTrainer,), {f"build_{name}": noted(f"build_{name}") for name in names})
     Mine(load_config(overrides=[*tiny, *SHORT]))
     assert sorted(called) == sorted(f"build_{name}" for name in names)
+
+
+def test_answers_hold_for_the_labels_of_any_generator(tiny):
+    paths = [r.path for r in DefaultTrainer(load_config(overrides=[*tiny, *SHORT])).train_set.records]
+    answers = [[paths[0], paths[1], "same"], [paths[0], paths[2], "different"]]
+    trainer = DefaultTrainer(load_config(overrides=[*tiny, *SHORT, f"PSEUDO_LABELS.DECISIONS={json.dumps(answers)}"]))
+    trainer.train()
+    labels = trainer.train_set.pseudo.labels
+    assert labels[0] == labels[1] >= 0
+    assert labels[0] != labels[2]
+    contradiction = json.dumps([*answers, [paths[1], paths[2], "same"]])
+    with pytest.raises(ValueError, match="contradicts"):
+        DefaultTrainer(load_config(overrides=[*tiny, *SHORT, f"PSEUDO_LABELS.DECISIONS={contradiction}"]))
+
+
+def test_the_names_of_the_page_for_users_of_detectron2_exist():
+    import re
+
+    from fastreid_uns import FeatureExtractor, engine
+
+    page = (ROOT / "projects/README.md").read_text().partition("## Coming from detectron2")[2]
+    here = [row.split("|")[2] for row in page.splitlines() if row.startswith("| `")]
+    assert len(here) > 10
+    names = set(re.findall(r"build_\w+", " ".join(page.splitlines()))) - {"build_evaluator"}
+    assert all(hasattr(DefaultTrainer, name) for name in {*names, "resume_or_load", "register_hooks", "test", "log"})
+    moments = set(re.findall(r"(?:before|after)_\w+", page))
+    assert moments == {name for name in vars(HookBase) if name.startswith(("before_", "after_"))}
+    assert callable(FeatureExtractor.from_checkpoint)
+    for name in ("default_argument_parser", "default_setup", "launch"):
+        assert callable(getattr(engine, name))

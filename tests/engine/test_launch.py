@@ -216,6 +216,27 @@ def ended(process: subprocess.Popen, seconds: float) -> tuple[str, str]:
 
 
 @pytest.mark.slow
+def test_an_error_of_all_processes_is_said_once(endless):
+    out, err = ended(two_processes(endless, "SOLVER.EPOCH", "3"), 60)
+    assert out == ""
+    assert err == "error: command line: unknown key SOLVER.EPOCH; did you mean EPOCHS?" + err.partition("EPOCHS?")[2]
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_processes_of_a_second_run_are_refused_by_one_line(endless, tmp_path):
+    from fastreid_uns.engine.run_folder import RunFolder
+
+    run = RunFolder(tmp_path / "run")
+    run.claim()
+    process = two_processes(endless)
+    _, err = ended(process, 60)
+    assert process.returncode == 2
+    assert f"run is in use by process {os.getpid()} on " in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["killed", "frozen"])
 def test_a_rank_that_dies_or_freezes_ends_the_run_with_its_name(endless, fault):
     process = two_processes(endless, "DISTRIBUTED.TIMEOUT_MINUTES", "0.2")

@@ -106,3 +106,10 @@ def test_norms_of_each_domain_are_refused() -> None:
     )
     with pytest.raises(InvalidValue, match=r"DOMAIN_BN and MODEL\.FREEZE_NORM are both true.*Set one"):
         build_model(cfg, 4)
+
+
+@pytest.mark.parametrize("momentum_encoder", ["true", "false"])
+def test_an_unknown_policy_for_the_statistics_is_refused_with_and_without_a_momentum_encoder(tiny, momentum_encoder):
+    keys = [f"MODEL.MOMENTUM_ENCODER={momentum_encoder}", "MODEL.MOMENTUM_BUFFERS=mean"]
+    with pytest.raises(ValueError, match=r"MOMENTUM_BUFFERS: 'mean' is unknown; accepted: own, copy, average"):
+        build_model(load_config(overrides=[*tiny, *keys]), 4)

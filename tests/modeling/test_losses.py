@@ -1,10 +1,17 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastreid_uns.modeling.losses import CrossEntropyLoss, LossSet, SoftCrossEntropyLoss, SoftTripletLoss
+from fastreid_uns.modeling.losses import (
+    CrossEntropyLoss,
+    InstanceContrastLoss,
+    LossSet,
+    SoftCrossEntropyLoss,
+    SoftTripletLoss,
+)
 
 
 def test_cross_entropy_with_smoothing_by_hand():
@@ -74,3 +81,17 @@ def test_a_loss_whose_input_the_model_lacks():
         KeyError, match=r"MODEL\.LOSSES\.a: CrossEntropyLoss asks for logits; this model has feats, labels"
     ):
         losses({"feats": torch.eye(2), "labels": torch.tensor([0, 1])})
+
+
+def test_instance_contrast_equals_a_plain_loop():
+    draw = torch.Generator().manual_seed(0)
+    first, second = (F.normalize(torch.randn(5, 4, generator=draw, dtype=torch.float64)) for _ in range(2))
+    unit = torch.tensor([0, 1, 0, 3, 4])
+    expected = 0.0
+    for one, other in ((first, second), (second, first)):
+        for i in range(5):
+            logits = [float(one[i] @ other[j]) / 0.2 for j in range(5)]
+            total = np.log(np.sum(np.exp(logits)))
+            right = [logits[j] - total for j in range(5) if unit[i] == unit[j]]
+            expected -= sum(right) / len(right) / 10
+    assert float(InstanceContrastLoss(temperature=0.2)(first, second, unit)) == pytest.approx(expected)

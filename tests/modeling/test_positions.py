@@ -121,6 +121,7 @@ def test_a_published_network_of_timm_states_its_grid() -> None:
     [
         ({"pretrained_grid": [24, 6]}, r"PRETRAINED_GRID is 24x6, but .* has 128 patches, such as 16x8, 8x16"),
         ({"pretrained_grid": [16]}, r"PRETRAINED_GRID is \[16\]; \[\] or lines and columns"),
+        ({"pretrained_grid": ["a", 8]}, r"PRETRAINED_GRID is \['a', 8\]"),
         ({"pretrained_grid": [-16, -8]}, r"PRETRAINED_GRID is \[-16, -8\]"),
         ({"position_resize": "nearest"}, r"POSITION_RESIZE: 'nearest' is unknown; accepted: bicubic, bilinear"),
     ],

@@ -37,12 +37,27 @@ class Page:
         return len(self.browser.find_elements("css selector", selector))
 
     def click(self, selector: str) -> None:
-        self.wait(lambda: self.count(selector))
-        self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", self.find(selector))
-        self.find(selector).click()
+        """Scroll to an element and click it; again if the page was drawn anew in between."""
+        from selenium.common.exceptions import WebDriverException
+
+        def clicked() -> bool:
+            try:
+                self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", self.find(selector))
+                self.find(selector).click()
+            except (WebDriverException, AssertionError):
+                return False
+            return True
+
+        self.settle()
+        self.wait(clicked)
 
     def press(self, key: str) -> None:
+        self.settle()
         self.find("body").send_keys(key)
+
+    def settle(self) -> None:
+        """Wait until the page has drawn what was decided; until then it ignores keys and clicks."""
+        self.wait(lambda: self.browser.execute_script("return document.querySelector('main').ariaBusy") == "false")
 
     def text(self, selector: str = "main") -> str:
         return self.browser.execute_script("return document.querySelector(arguments[0])?.textContent ?? ''", selector)
@@ -145,6 +160,7 @@ def test_split_off_and_undo_and_reload(page, decisions):
     page.click("#split")
     page.wait(lambda: page.count(".member") == 3)
     assert decisions.active()[0].first == ("a2.png",)
+    assert page.text("#message") == "Split off from group 1 as group 5."
     page.browser.refresh()
     page.wait(lambda: page.count(".member") == 3)
     page.open("group/5")

@@ -97,9 +97,9 @@ def test_merge_split_and_undo_move_photos_at_once(review):
     assert review.group(1)["size"] == 7
     with pytest.raises(UnknownName, match="no group 2"):
         review.group(2)
-    review.split(*mark(review, 1), [photo_id("b1.png"), photo_id("b2.png")], together=True)
+    assert review.split(*mark(review, 1), [photo_id("b1.png"), photo_id("b2.png")], together=True) == [5]
     assert members(review, 5) == {"b1.png", "b2.png"}
-    review.split(*mark(review, 1), [photo_id("a1.png"), photo_id("a2.png")], together=False)
+    assert review.split(*mark(review, 1), [photo_id("a1.png"), photo_id("a2.png")], together=False) == [6, 7]
     assert members(review, 6) == {"a2.png"}
     assert members(review, 7) == {"a1.png"}
     for _ in range(3):

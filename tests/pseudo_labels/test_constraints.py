@@ -132,12 +132,12 @@ def test_answers_come_from_a_file(tmp_path):
         "1,pair,a/1.jpg,b/1.jpg,different\n"
         "2,pair,b/1.jpg,ü 2.jpg,unsure\n"
         "3,pair,a/1.jpg,ü 2.jpg,same\n"
-        "4,undo,,,\n"
+        "4,undo,3,,\n"
         "5,pair,b/1.jpg,/photos/b/ü 2.jpg,same\n",
         encoding="utf-8",
     )
-    first, second = read_answers(file, PATHS)
-    assert first == (0, 1, False, "decisions.csv line 2: a/1.jpg, b/1.jpg")
+    first, second = read_answers([str(file)], PATHS)
+    assert first == (0, 1, False, "decisions.csv row 1: a/1.jpg, b/1.jpg")
     assert second[:3] == (1, 2, True)
 
 
@@ -151,8 +151,8 @@ def test_answers_come_from_a_table():
     [
         (["a/1.jpg", "c.jpg", "same"], "'c.jpg' fits no image of the 3"),
         (["1.jpg", "a/1.jpg", "same"], "'1.jpg' fits 2 images"),
-        (["a/1.jpg", "b/1.jpg", "sane"], "the answer is 'sane'; did you mean same"),
-        (["a/1.jpg", "b/1.jpg"], "first, second, answer"),
+        (["a/1.jpg", "b/1.jpg", "sane"], "same, different, unsure are accepted"),
+        (["a/1.jpg", "b/1.jpg"], "two images and one of"),
     ],
 )
 def test_answers_that_mean_nothing_are_refused(row, message):
@@ -160,10 +160,13 @@ def test_answers_that_mean_nothing_are_refused(row, message):
         read_answers([row], PATHS)
 
 
-def test_a_file_without_its_columns_is_refused(tmp_path):
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     file = tmp_path / "decisions.csv"
     file.write_text("first,second\n")
     with pytest.raises(ValueError, match="column 'answer' is missing"):
-        read_answers(file, PATHS)
+        read_answers([str(file)], PATHS)
+    file.write_text("kind,first,second,answer\nmerge,a,b,\n")
+    with pytest.raises(ValueError, match="row 1 has kind 'merge'"):
+        read_answers([str(file)], PATHS)
     with pytest.raises(FileNotFoundError, match="is missing; a CSV file is needed"):
-        read_answers(tmp_path / "none.csv", PATHS)
+        read_answers([str(tmp_path / "none.csv")], PATHS)

@@ -227,23 +227,33 @@ def goes_on(method: str, folder: Path, processes: int = 1) -> str:
 
 def kills(options: argparse.Namespace) -> Iterator[Outcome]:
     """SIGKILL at random moments, up to four times in the life of one run."""
-    rng, left, number = random.Random(options.seed), options.kills, 0
-    while left > 0:
+    rng, left = random.Random(options.seed), options.kills
+    of_one_run = max(1, min(4, options.kills // len(options.methods)))
+    for number in range(3 * options.kills):  # a run that ends before its moment is made again
+        if left <= 0:
+            break
         method = options.methods[number % len(options.methods)]
-        _, first, whole = straight(method)
-        folder, moments = fresh(f"kills-{number}"), []
-        for _ in range(min(4, left)):
-            process = start(arguments_of(method, folder, "--resume"))
-            moment = rng.uniform(0.7 * first, whole)
-            try:
-                process.wait(moment)
-            except subprocess.TimeoutExpired:
-                kill_group(process)
-                moments.append(f"{moment:.2f}")
-            process.communicate()
-            left -= 1
-        yield Outcome("kills", f"{method}, after {' s, '.join(moments)} s", goes_on(method, folder))
-        number += 1
+        folder = fresh(f"kills-{method}")
+        moments = killed_at(method, folder, min(of_one_run, left), rng)
+        left -= len(moments)
+        if moments:
+            yield Outcome("kills", f"{method}, after {' s, '.join(moments)} s", goes_on(method, folder))
+
+
+def killed_at(method: str, folder: Path, count: int, rng: random.Random) -> list[str]:
+    """Start and resume a run, kill it each time; the seconds after which it was killed, fewer if it ended before."""
+    _, first, whole = straight(method)
+    moments: list[str] = []
+    while len(moments) < count:
+        process = start(arguments_of(method, folder, "--resume"))
+        moment = rng.uniform(0.7 * first, whole)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=moment)
+            break
+        kill_group(process)
+        process.communicate()
+        moments.append(f"{moment:.2f}")
+    return moments
 
 
 TRACED = {  # where the record is written: file → its functions, None = all
@@ -407,26 +417,24 @@ def process_of_rank(folder: Path, rank: int) -> int | None:
 
 
 def ranks(options: argparse.Namespace) -> Iterator[Outcome]:
-    """One of two processes is killed, or stands still, in the first epoch or later."""
-    _, first, whole = straight("core", 2)
+    """One of two processes is killed, or stands still, after the first epoch."""
     for name, number in (("killed", signal.SIGKILL), ("frozen", signal.SIGSTOP)):
         for rank in (0, 1):
             folder = fresh("ranks")
             process = start(arguments_of("core", folder, "DISTRIBUTED.TIMEOUT_MINUTES=0.5", processes=2))
-            time.sleep(first + (whole - first) / 4)
+            while process.poll() is None and not (folder / "metrics.jsonl").is_file():
+                time.sleep(0.05)
             victim = process_of_rank(folder, rank)
-            if victim is None:
-                kill_group(process)
-                process.communicate()
-                yield Outcome("ranks", f"rank {rank} {name}", "it had ended before; run again")
-                continue
-            os.kill(victim, number)
+            if victim is not None:
+                os.kill(victim, number)
             ended = wait(process)
+            if victim is None:
+                yield Outcome("ranks", f"rank {rank} {name}", f"it was not found: {ended.text[-150:]!r}")
+                continue
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
-            fault = "" if ended.code and f"process {rank}" in ended.text else Ended(ended.code, ended.text).refusal
-            if ended.code is not None and not fault and "Traceback" in ended.text:
-                fault = "traceback"
+            named = ended.code not in (0, None) and "Traceback" not in ended.text and f"process {rank}" in ended.text
+            fault = "" if named else ended.refusal or f"rank {rank} is not named: {ended.text[-150:]!r}"
             yield Outcome("ranks", f"rank {rank} {name}", fault or goes_on("core", folder, processes=2))
 
 
@@ -447,13 +455,19 @@ def wrong_keys() -> Iterator[tuple[str, list[str]]]:
     import yaml
 
     config = yaml.safe_load((finished_run() / "config.yaml").read_text())
+    wrong = {
+        bool: ["perhaps", "[1]"],
+        int: ["many", "[1]", "-7000"],
+        float: ["much", "{a: 1}", ".nan"],
+        str: ["no such thing"],
+        list: ["5", "{a: 1}"],
+        dict: ["5", "{a: 1}"],
+    }
+    free = ("SEED", "ROOT", "FOLDER", "DIR", "FILE", "OPTIMIZER_ARGS", "PLUGINS")  # take any text or number
     for key, value in flat(config).items():
-        if key.startswith(("PAPER", "PLUGINS", "OUTPUT_DIR", "SOLVER.OPTIMIZER_ARGS")):
+        if key.startswith(("PAPER", "DATALOADER.SOURCE_SAMPLER")) or key.endswith(free):  # not read here
             continue
-        wrong = {bool: ["perhaps", "[1]"], int: ["many", "[1]", "-7000"], float: ["much", "{a: 1}", ".nan"]}
-        for text in wrong.get(type(value), ["[[1]]"] if isinstance(value, str) else ["5", "{a: 1}"]):
-            if text == "-7000" and key in ("SEED",):
-                continue
+        for text in wrong.get(type(value), []):
             yield f"{key} {text}", [key, text]
         yield f"{key}X", [f"{key}X", "1"]
     for key in flat(config):

@@ -66,6 +66,19 @@ class Backbone(nn.Module):
             f"to '' for random initialisation."
         )
 
+    def split(self) -> tuple[nn.Module, nn.Module]:
+        """The network up to its last two stages, and these; one after the other they are `forward`.
+
+        Both are made of the modules of this one, so what is trained in them is trained here.
+
+        Raises:
+            InvalidState: it is not known where the stages begin.
+        """
+        raise InvalidState(
+            f"{type(self).__name__}: its last stages cannot be trained apart. Take an EfficientNet, a MobileNet or a "
+            f"ResNet of timm, or train all of it."
+        )
+
     def imagenet_package(self) -> str:
         """Name of a package that carries the same weights in itself, so that no network is needed; "" for none."""
         return ""

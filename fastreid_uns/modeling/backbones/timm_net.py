@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile, UnknownName
 from fastreid_uns.modeling.backbones.base import Backbone, Tokens, output_shape, set_last_stride
@@ -87,6 +87,17 @@ class TimmBackbone(Backbone):
             return output.permute(0, 3, 1, 2) if channels_last else output
         patches = output[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
         return Tokens(patches, output[:, :1]) if self.prefix else patches
+
+    def split(self) -> tuple[nn.Module, nn.Module]:
+        """The last two stages of an EfficientNet or a MobileNet with their head, or of a ResNet."""
+        net = self.net
+        if all(hasattr(net, name) for name in ("conv_stem", "bn1", "blocks", "conv_head", "bn2")):
+            parts = [net.conv_stem, net.bn1, *net.blocks[:-2]], [*net.blocks[-2:], net.conv_head, net.bn2]
+        elif all(hasattr(net, name) for name in ("conv1", "bn1", "act1", "maxpool", "layer4")):
+            parts = [net.conv1, net.bn1, net.act1, net.maxpool, net.layer1, net.layer2], [net.layer3, net.layer4]
+        else:
+            return super().split()
+        return nn.Sequential(*parts[0]), nn.Sequential(*parts[1])
 
     @classmethod
     def pretrained_input(cls, section: Mapping[str, Any]) -> dict[str, list[float]]:

@@ -97,6 +97,7 @@ function complain(problem) {
 async function decide(address, fields, done) {
   if (waiting) return;
   waiting = true;
+  main.ariaBusy = "true";
   try {
     const content = await ask(address, fields);
     if (done) say(typeof done === "function" ? done(content) : done);
@@ -226,7 +227,7 @@ async function showGroup(mine, name) {
   if (mine !== shown) return;
   const split = (together) => () => decide("api/split",
     { number: group.number, mark: group.mark, photos: [...chosen.keys()], together },
-    `${count(chosen.size, "photo")} left group ${group.number}.`);
+    ({ done }) => `Split off from group ${group.number} as group${done.length > 1 ? "s" : ""} ${done.join(", ")}.`);
   const buttons = [
     element("button", { class: "main", id: "split", disabled: true, onclick: split(true) }, "Split off together"),
     element("button", { id: "split-each", disabled: true, onclick: split(false) }, "Split off one by one")];
@@ -315,6 +316,7 @@ function answerRow(decision) {
 
 async function show() {
   const mine = ++shown;
+  main.ariaBusy = "true";
   const [path, query] = location.hash.slice(1).split("?");
   const [view, name] = (path || "questions").split("/");
   chosen.clear();
@@ -327,8 +329,8 @@ async function show() {
     else if (view === "group") await showGroup(mine, name);
     else if (view === "answers") await showAnswers(mine);
     else await showQuestions(mine);
-    document.body.dataset.ready = shown;
   } catch (problem) { complain(problem); }
+  if (mine === shown) main.ariaBusy = "false";
 }
 
 async function look() { // has another window decided something?

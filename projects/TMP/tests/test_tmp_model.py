@@ -120,7 +120,7 @@ def test_the_ablation_changes_the_loss_alone():
 
 def test_pictures_that_are_not_there_and_sets_without_cameras(small, tmp_path):
     style = keys(**{"INPUT.CAMERA_STYLE": {"KIND": "images", "FOLDER": str(tmp_path / "camstyle")}})
-    with pytest.raises(FileNotFoundError, match=r"INPUT\.CAMERA_STYLE\.FOLDER: .*camstyle.*KIND: colours needs no"):
+    with pytest.raises(FileNotFoundError, match=r"INPUT\.CAMERA_STYLE\.FOLDER: .*camstyle.*KIND: colors needs no"):
         DefaultTrainer(load_config(CONFIGS / "synthetic.yaml", [*small, *style]))
     for name in ("grocery", "omniglot"):
         assert load_config(CONFIGS / f"{name}.yaml").INPUT.AUGMENTS.train.CAMERA_STYLE == 0

@@ -1,0 +1,94 @@
+"""Training without labels that starts from good features and keeps them: instance contrast on cached activations.
+
+Only the last two stages are trained, on what the stages before them gave once for each view; norm layers keep their
+statistics. Features are compared in the whitened space of the start, in which directions that tell photos apart weigh
+more than those in which views of one photo differ.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastreid_uns.modeling.losses import instance_contrast
+from fastreid_uns.modeling.whitening import ViewWhitening
+from fastreid_uns.photos.embed import Activations, Stages, Told
+from fastreid_uns.pseudo_labels.constraints import Constraints
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How the last stages are trained.
+
+    Attributes:
+        steps: of the optimiser; more than 120 did not help.
+        batch: photos in a step, two views of each.
+        rate: learning rate of Adam.
+        temperature: similarities are divided by it.
+    """
+
+    steps: int = 100
+    batch: int = 64
+    rate: float = 3e-4
+    temperature: float = 0.2
+
+
+def adapt(
+    stages: Stages,
+    kept: Activations,
+    space: ViewWhitening,
+    how: Adaptation,
+    *,
+    seed: int = 0,
+    constraints: Constraints | None = None,
+    told: Told = lambda done: None,
+) -> list[float]:
+    """Train the top of an encoder, in place, by telling each photo of a batch from the others.
+
+    Args:
+        stages: the top is trained, in evaluation mode, so that its norm layers keep their statistics.
+        kept: activations of all photos.
+        space: what features are compared in; it stays as it is.
+        constraints: photos that belong together are each other's positives; those that must stay apart are
+            negatives, as all other photos of a batch are.
+        told: counts views that went forth and back.
+
+    Returns:
+        The loss of each step.
+
+    Source: the loss is NT-Xent (Chen et al. 2020) between the first and the second views of a batch.
+    """
+    space = copy.deepcopy(space).requires_grad_(False)
+    parameters = [p for p in stages.top.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=how.rate)
+    unit = torch.arange(len(kept)) if constraints is None else torch.from_numpy(constraints.unit)
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for photos in _batches(len(kept), how, generator):
+        chosen = torch.rand(len(photos), kept.number, generator=generator).argsort(1)[:, :2]
+        values = kept.take(photos, chosen)
+        pooled = stages.pooled(values.flatten(0, 1))
+        feats = F.normalize(space(pooled)).unflatten(0, values.shape[:2])
+        loss = instance_contrast(feats[:, 0], feats[:, -1], unit[photos], how.temperature)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        told(feats.shape[0] * feats.shape[1])
+    return losses
+
+
+def _batches(count: int, how: Adaptation, generator: torch.Generator) -> Iterator[Tensor]:
+    """Photos of each step: all of them in random order, again and again; never one twice in a step."""
+    size = min(how.batch, count)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(how.steps):
+        if len(order) < size:
+            order = torch.randperm(count, generator=generator)
+        yield order[:size]
+        order = order[size:]

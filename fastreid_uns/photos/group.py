@@ -1,0 +1,222 @@
+"""The way from photos to groups: views, pooled features, whitening, training, average linkage."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastreid_uns.data.image_set import ImageSet
+from fastreid_uns.modeling.encoder import Encoder
+from fastreid_uns.photos.adapt import Adaptation, adapt
+from fastreid_uns.photos.embed import (
+    Stages,
+    cache_activations,
+    direct_features,
+    pooled_features,
+    whitened,
+    whitening_of,
+)
+from fastreid_uns.pseudo_labels.base import centroids
+from fastreid_uns.pseudo_labels.constraints import Constraints
+from fastreid_uns.pseudo_labels.jaccard import jaccard_distance
+from fastreid_uns.pseudo_labels.linkage import Dendrogram, average_linkage
+
+logger = logging.getLogger(__name__)
+
+_TRAINED_VIEW = 0.6  # work of a view that the top is trained on, with that of a view through the whole network as 1
+_TOP_VIEW = 0.15  # work of a view through the top
+
+Told = Callable[[str, float, "float | None"], None]  # stage, share of the work that is done, seconds left
+
+
+def _silent(stage: str, share: float, left: float | None) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How photos are grouped; the same for all sets, chosen on the training identities of three.
+
+    Attributes:
+        views: of each photo, itself included.
+        adaptation: the training; `steps` 0 trains nothing.
+        threshold: average Jaccard distance up to which groups are merged.
+        k1, k2: of the Jaccard distance.
+        seed: of views and training.
+    """
+
+    views: int = 4
+    adaptation: Adaptation = field(default_factory=Adaptation)
+    threshold: float = 0.75
+    k1: int = 25
+    k2: int = 6
+    seed: int = 0
+
+
+class Grouping(NamedTuple):
+    """Groups of N photos, and how sure each place in them is."""
+
+    labels: np.ndarray  # (N,) int64 groups 0..K-1, by their first photos; a photo alone has a group of its own
+    confidence: np.ndarray  # (N,) float64 in 0..1 that the photo belongs to its group; not calibrated
+    nearest: np.ndarray  # (N,) int64 nearest other group, -1 if there is none
+    similarity: np.ndarray  # (N,) float64 cosine to the centroid of that group, 0 if there is none
+    feats: Tensor  # (N, D) float32, unit length
+    dendrogram: Dendrogram
+
+
+class Clock:
+    """Tells how far a run is and how long it will still take.
+
+    Args:
+        work: of the whole run, in any unit.
+        told: gets the stage, the share of the work that is done (0..1) and the seconds left, None at the beginning.
+    """
+
+    def __init__(self, work: float, told: Told) -> None:
+        self.work, self.told = max(work, 1e-9), told
+        self.done, self.begin, self.stage = 0.0, time.monotonic(), ""
+
+    def add(self, done: float) -> None:
+        """Count work that was done."""
+        self.done = min(self.done + done, self.work)
+        passed = time.monotonic() - self.begin
+        left = passed * (self.work - self.done) / self.done if self.done > 0 else None
+        self.told(self.stage, self.done / self.work, left)
+
+
+def embed(
+    images: ImageSet,
+    encoder: Encoder,
+    settings: Settings,
+    *,
+    constraints: Constraints | None = None,
+    folder: Path | None = None,
+    told: Told = _silent,
+) -> Tensor:
+    """Features of photos; the encoder is trained and its whitening fitted on the way, in place.
+
+    Args:
+        images: at least one photo.
+        encoder: with a `PooledHead` that whitens, on the CPU, its weights as they were published.
+        constraints: used in training.
+        folder: where activations may be kept meanwhile.
+        told: see `Clock`.
+
+    Returns:
+        (N, D) float32, unit length.
+    """
+    how, number, count = settings.adaptation, settings.views, len(images)
+    training = how.steps > 0 and count > 1
+    stages = Stages.of(encoder, trained=training)
+    trained = 2 * how.steps * min(how.batch, count) * _TRAINED_VIEW if training else 0
+    clock = Clock(count * number * (1 + (2 * _TOP_VIEW if training else 0)) + trained, told)
+    clock.stage = "read photos"
+    if not training:
+        return _fitted(stages, direct_features(stages, images, number, settings.seed, clock.add))
+    kept = cache_activations(stages, images, number, settings.seed, folder, clock.add)
+    _fitted(stages, pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW)))
+    clock.stage = "train"
+    losses = adapt(
+        stages,
+        kept,
+        whitening_of(stages.head),
+        how,
+        seed=settings.seed,
+        constraints=constraints,
+        told=lambda views: clock.add(views * _TRAINED_VIEW),
+    )
+    logger.info("trained %d steps: loss %.2f to %.2f", len(losses), losses[0], losses[-1])
+    clock.stage = "features"
+    return _fitted(stages, pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW)))
+
+
+def _fitted(stages: Stages, pooled: Tensor) -> Tensor:
+    """Features of photos by a whitening that is fitted to them; one photo alone has nothing to be fitted to."""
+    if len(pooled) > 1:
+        whitening_of(stages.head).fit(pooled)
+    return whitened(stages.head, pooled)
+
+
+def cluster(feats: Tensor, settings: Settings, constraints: Constraints | None = None) -> Grouping:
+    """Groups of photos by their features.
+
+    Args:
+        feats: (N, D) float32, unit length, N at least 1.
+        constraints: answers that the groups keep to.
+    """
+    from scipy.sparse import csr_matrix
+
+    count = len(feats)
+    k1 = min(settings.k1, count)
+    distance = jaccard_distance(feats, k1, settings.k2) if count > 1 else csr_matrix((1, 1), dtype=np.float32)
+    dendrogram = average_linkage(distance, constraints)
+    labels = dendrogram.cut(settings.threshold)
+    if constraints is not None:
+        labels = constraints.apply(torch.from_numpy(labels), feats).numpy()
+    nearest, similarity = _nearest_others(feats, labels)
+    return Grouping(labels, _confidence(distance, labels), nearest, similarity, feats, dendrogram)
+
+
+def _nearest_others(feats: Tensor, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    means = centroids(feats, torch.from_numpy(labels))
+    if len(means) < 2:
+        return np.full(len(labels), -1, np.int64), np.zeros(len(labels))
+    best = []
+    for rows, own in zip(feats.split(4096), torch.from_numpy(labels).split(4096), strict=True):
+        similarity = rows @ means.T
+        best.append(similarity.scatter_(1, own[:, None], -torch.inf).max(1))
+    nearest = torch.cat([found.indices for found in best]).numpy()
+    return nearest, torch.cat([found.values for found in best]).double().numpy()
+
+
+def _confidence(distance, labels: np.ndarray) -> np.ndarray:
+    """Share of the own group in what a photo has in common with it and with the nearest other one, on average.
+
+    A photo alone has 1 less what it has in common with another group on average.
+    """
+    from scipy.sparse import csr_matrix
+
+    count = len(labels)
+    sizes = np.bincount(labels)
+    shared = distance.copy()
+    shared.data = 1 - shared.data
+    shared.setdiag(0)
+    member = csr_matrix((np.ones(count, np.float32), (np.arange(count), labels)), shape=(count, len(sizes)))
+    total = (shared @ member).tocoo()
+    mine = labels[total.row] == total.col
+    mean = total.data / np.maximum(sizes[total.col] - mine, 1)
+    own, other = np.zeros(count), np.zeros(count)
+    own[total.row[mine]] = mean[mine]
+    np.maximum.at(other, total.row[~mine], mean[~mine])
+    alone = sizes[labels] == 1
+    with np.errstate(invalid="ignore"):
+        share = np.where(own + other > 0, own / (own + other), 0.0)
+    return np.where(alone, 1 - other, share)
+
+
+def group(
+    images: ImageSet,
+    encoder: Encoder,
+    settings: Settings,
+    *,
+    constraints: Constraints | None = None,
+    folder: Path | None = None,
+    told: Told = _silent,
+) -> Grouping:
+    """`embed` and `cluster`: from any number of photos, at least one, to groups."""
+    feats = embed(images, encoder, settings, constraints=constraints, folder=folder, told=told)
+    return cluster(feats, settings, constraints)
+
+
+def features(images: ImageSet, encoder: Encoder, settings: Settings) -> Tensor:
+    """(M, D) features of further photos, by an encoder that `group` has trained and whose whitening it has fitted."""
+    stages = Stages.of(encoder, trained=False)
+    return whitened(stages.head, direct_features(stages, images, settings.views, settings.seed))

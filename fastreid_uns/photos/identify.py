@@ -1,0 +1,115 @@
+"""Whether a photo shows a known individual, a new one, or whether that cannot be said."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastreid_uns.errors import InvalidValue
+from fastreid_uns.photos.audit import GOOD
+
+FALSE_KNOWN = 0.05  # of photos of new individuals that may be called known
+FALSE_NEW = 0.05  # of photos of known individuals that may be called new
+STRICT = 0.65  # average Jaccard distance up to which groups are merged before thresholds are set
+_LEAST = 20  # scores from which a quantile can be taken
+
+KINDS = ("known", "new", "unsure")
+
+
+class Thresholds(NamedTuple):
+    """Of the largest cosine to a photo of a group of at least two.
+
+    A photo from `known` on is called known, one below `new` new; between them it is unsure.
+    """
+
+    known: float
+    new: float
+
+
+class Identity(NamedTuple):
+    """What is said about a photo."""
+
+    kind: str  # one of KINDS
+    group: int  # nearest group, also of a photo that is not called known; -1 if there is none
+    similarity: float  # the largest cosine to a photo of that group
+
+
+def fit_thresholds(
+    feats: Tensor, groups: Tensor, *, false_known: float = FALSE_KNOWN, false_new: float = FALSE_NEW
+) -> Thresholds:
+    """Thresholds from the known photos alone.
+
+    To all groups but its own a photo is one of a new individual. `known` is the (1 - false_known) quantile of the
+    largest similarity to these, in its conformal form; `new` the `false_new` quantile of that to the other photos of
+    its own group, and at most `known`.
+
+    Args:
+        feats: (N, D) unit length.
+        groups: (N,) int64; strict ones, cut at `STRICT`, hold few photos of other individuals.
+        false_known: share of photos of new individuals that are called known; holds if groups are at least 80 % pure.
+        false_new: share of photos of known individuals that are called new.
+
+    Returns:
+        Infinite `known` if fewer than 20 scores, or fewer than the quantile needs, are there.
+    """
+    together = groups.bincount()[groups] > 1
+    if not together.any():
+        return Thresholds(torch.inf, -torch.inf)
+    members, of = feats[together], groups[together]
+    others, own = [], []
+    for rows, group, at in zip(members.split(2048), of.split(2048), torch.arange(len(of)).split(2048), strict=True):
+        similarity = rows @ members.T
+        same = group[:, None] == of
+        others.append(similarity.masked_fill(same, -torch.inf).amax(1))
+        own.append(similarity.masked_fill(~same, -torch.inf).scatter_(1, at[:, None], -torch.inf).amax(1))
+    known = _upper_quantile(torch.cat(others), false_known)
+    inside = torch.cat(own).sort().values
+    new = float(inside[int(false_new * len(inside))])
+    return Thresholds(known, min(known, new))
+
+
+def _upper_quantile(scores: Tensor, share: float) -> float:
+    """The smallest score that a further one of the same kind exceeds with a probability of at most `share`."""
+    scores = scores[scores.isfinite()].sort().values
+    place = int(torch.ceil(torch.tensor((len(scores) + 1) * (1 - share), dtype=torch.float64)))
+    if len(scores) < _LEAST or place > len(scores):
+        return torch.inf
+    return float(torch.nextafter(scores[place - 1], torch.tensor(torch.inf)))
+
+
+def identify(
+    queries: Tensor, feats: Tensor, groups: Tensor, thresholds: Thresholds, *, precision: float | None
+) -> list[Identity]:
+    """What is said about each query.
+
+    Args:
+        queries: (Q, D) unit length, made as `feats`.
+        feats: (N, D) of known photos.
+        groups: (N,) int64, from 0 or 1; only those of at least two photos can be recognised.
+        thresholds: of `fit_thresholds`.
+        precision: pair precision that the audit found, None without one. Where it is below 0.8 no photo is called
+            known, because thresholds do not hold there.
+
+    Raises:
+        InvalidValue: features of another length.
+    """
+    if queries.shape[1] != feats.shape[1]:
+        raise InvalidValue(
+            f"identify: features have {queries.shape[1]} numbers, those of the known photos {feats.shape[1]}; they "
+            f"must be made by the same network. Extract them again."
+        )
+    together = groups.bincount()[groups] > 1
+    if not together.any():
+        return [Identity("unsure", -1, 0.0)] * len(queries)
+    trusted = precision is not None and precision >= GOOD
+    found = []
+    for rows in queries.split(2048):
+        best = (rows @ feats[together].T).max(1)
+        for score, at in zip(best.values.tolist(), best.indices, strict=True):
+            kind = "new" if score < thresholds.new else "unsure"
+            if trusted and score >= thresholds.known:
+                kind = "known"
+            found.append(Identity(kind, int(groups[together][at]), score))
+    return found

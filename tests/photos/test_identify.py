@@ -1,0 +1,73 @@
+"""Thresholds by hand and by simulation, and what is said about queries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastreid_uns.photos.identify import Thresholds, fit_thresholds, identify
+
+
+def individuals(count: int, photos: int, noise: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    middle = F.normalize(torch.randn(count, 32, generator=draw)).repeat_interleave(photos, 0)
+    feats = F.normalize(middle + noise * torch.randn(count * photos, 32, generator=draw))
+    return feats, torch.arange(count).repeat_interleave(photos)
+
+
+def test_thresholds_are_quantiles_of_scores_against_other_and_own_groups():
+    feats, groups = individuals(30, 2, 0.1, 0)
+    found = fit_thresholds(feats, groups, false_known=0.1, false_new=0.1)
+    others = [max(float(feats[i] @ feats[j]) for j in range(60) if groups[i] != groups[j]) for i in range(60)]
+    own = [float(feats[i] @ feats[i ^ 1]) for i in range(60)]
+    assert found.known == pytest.approx(sorted(others)[54], abs=1e-6)  # ceil(61 * 0.9) = 55
+    assert found.new == pytest.approx(min(sorted(own)[6], found.known), abs=1e-6)
+
+
+def test_groups_of_one_do_not_count():
+    feats, groups = individuals(30, 2, 0.1, 1)
+    alone = F.normalize(torch.randn(5, 32, generator=torch.Generator().manual_seed(9)))
+    more = torch.cat([feats, alone]), torch.cat([groups, torch.arange(30, 35)])
+    assert fit_thresholds(*more) == fit_thresholds(feats, groups)
+
+
+def test_too_few_scores_recognise_nobody():
+    feats, groups = individuals(3, 2, 0.1, 0)
+    assert fit_thresholds(feats, groups).known == torch.inf
+    assert fit_thresholds(torch.eye(4), torch.arange(4)) == Thresholds(torch.inf, -torch.inf)
+    one = fit_thresholds(*individuals(1, 30, 0.1, 0))
+    assert one.known == torch.inf
+
+
+def test_new_individuals_are_called_known_as_rarely_as_said():
+    wrong, found, count = 0, 0, 0
+    for seed in range(10):
+        feats, groups = individuals(60, 4, 0.12, seed)
+        known = groups < 40
+        thresholds = fit_thresholds(feats[known], groups[known], false_known=0.05)
+        said = identify(feats[~known], feats[known], groups[known], thresholds, precision=0.9)
+        wrong += sum(one.kind == "known" for one in said)
+        count += len(said)
+        held = torch.arange(len(groups)) % 4 == 0
+        again = identify(feats[known & held], feats[known & ~held], groups[known & ~held], thresholds, precision=0.9)
+        found += sum(one.kind == "known" and one.group == g for one, g in zip(again, groups[known & held], strict=True))
+    assert wrong / count <= 0.08
+    assert found / 400 > 0.5
+
+
+def test_what_is_said():
+    feats = torch.eye(4)[[0, 0, 1, 1, 2]]
+    groups = torch.tensor([1, 1, 2, 2, 3])
+    queries = F.normalize(torch.tensor([[0.0, 1, 0.1, 0], [1, 0, 0, 1], [0, 0, 0, 1], [0, 0, 1, 0]]))
+    thresholds = Thresholds(known=0.9, new=0.5)
+    said = identify(queries, feats, groups, thresholds, precision=0.8)
+    assert [(one.kind, one.group) for one in said[:2]] == [("known", 2), ("unsure", 1)]
+    assert [one.kind for one in said[2:]] == ["new", "new"]  # the group of one is nobody yet
+    assert said[1].similarity == pytest.approx(0.5**0.5)
+    for precision in (None, 0.79):
+        kinds = [one.kind for one in identify(queries, feats, groups, thresholds, precision=precision)]
+        assert kinds == ["unsure", "unsure", "new", "new"]
+    assert identify(queries[:1], feats[4:], groups[4:], thresholds, precision=1.0)[0] == ("unsure", -1, 0)
+    with pytest.raises(ValueError, match="features have 3 numbers, those of the known photos 4"):
+        identify(torch.ones(1, 3), feats, groups, thresholds, precision=1.0)

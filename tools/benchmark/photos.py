@@ -1,0 +1,341 @@
+"""How well photos are grouped, labels hidden and names scrambled; one line of photos.jsonl for each row of a run.
+
+    python tools/benchmark/photos.py --data my/sets --sets cattely grocery omniglot person vehicle --seeds 1 2 3 4 5
+    python tools/benchmark/photos.py --data my/sets --table
+
+A set is a folder of `--data` with a manifest.csv (path, identity, ...), all of whose photos are taken, or a generated
+set (person, vehicle). A seed changes names, views, training and questions. Rows:
+
+    today       pooled features of one view, Jaccard distance, DBSCAN with its defaults
+    start       views, whitening, average linkage; no training
+    trained     the same after training
+    answers15, answers50
+                after so many answers by the true labels to the questions that tell most, the threshold refitted
+    supervised  trained on the true labels, then grouped as `trained`
+    identify    half of the individuals known, without labels: photos of the others that are called known, and photos of
+                these that are found
+
+`trained` also has what 15 audit answers say about its pair precision. Lines that are there are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import measuring
+from measuring import FOLDER, ROOT
+
+SETS = ("cattely", "grocery", "omniglot", "person", "vehicle")
+ROWS = ("today", "start", "trained", "answers15", "answers50", "supervised", "identify")
+GENERATED = {"TRAIN_IDENTITIES": 60, "TRAIN_IMAGES": 1200, "TEST_IDENTITIES": 2, "QUERY_IMAGES": 2, "GALLERY_IMAGES": 4}
+ROUND = 5  # answers after which the groups are made again
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT / "datasets", help="folder of the real sets")
+    parser.add_argument("--sets", nargs="+", default=SETS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
+    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
+    parser.add_argument("--identities", type=int, default=0, help="take every n-th identity only; 0 = all photos")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"))
+    parser.add_argument("--table", action="store_true", help="print the results, measure nothing")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        print(json.dumps(measure(given.data, **json.loads(given.one))))
+    elif given.table:
+        print(table(read_lines(given.output)))
+    else:
+        run_all(given)
+
+
+def run_all(given: argparse.Namespace) -> None:
+    """Each case that has no line yet, in a process of its own."""
+    for seed in given.seeds:
+        for name in given.sets:
+            for row in given.rows:
+                case = {"name": name, "row": row, "seed": seed, "identities": given.identities}
+                if any(line["case"] == case for line in read_lines(given.output)):
+                    continue
+                command = [sys.executable, __file__, "--data", str(given.data), "--one", json.dumps(case)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+                if done.returncode:
+                    raise SystemExit(f"photos: {case} ended with {done.returncode}; its message is above.")
+                line = {"case": case, "result": json.loads(done.stdout.splitlines()[-1]), "environment": about()}
+                with given.output.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(json.dumps({**case, **line["result"]}), flush=True)
+
+
+def about() -> dict[str, str]:
+    import torch
+
+    from fastreid_uns.utils.environment import environment
+
+    return {**environment(torch.device("cpu")), "threads": str(torch.get_num_threads())}
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def measure(data: Path, name: str, row: str, seed: int, identities: int) -> dict[str, Any]:
+    """The numbers of one row."""
+    import numpy as np
+
+    from fastreid_uns.photos.scan import scan
+
+    sources, truth = photos_of(data, name, identities)
+    with tempfile.TemporaryDirectory() as folder:
+        hidden = scramble(sources, Path(folder), seed)
+        found = scan(folder)
+        labels = np.array([truth[hidden[Path(photo).resolve()]] for photo in found.photos])
+        result: dict[str, Any] = {"photos": len(labels), "individuals": len(set(labels.tolist())), "size": found.size}
+        with measuring.measured(result):
+            result |= ROW[row](found, labels, seed)
+    return result
+
+
+def photos_of(data: Path, name: str, every: int) -> tuple[list[Path], list[int]]:
+    """All photos of a set, and who they show."""
+    import csv
+
+    if name in ("person", "vehicle"):
+        from fastreid_uns import builtin  # noqa: F401
+        from fastreid_uns.registry import DATASET_REGISTRY
+
+        section = {"NAME": "synthetic", "ROOT": str(FOLDER / "images"), "KIND": name, "SIZE": [128, 128], **GENERATED}
+        pairs = [(Path(record.path), record.identity) for record in DATASET_REGISTRY.build(section).train]
+    else:
+        with (data / name / "manifest.csv").open(newline="") as file:
+            pairs = [(data / name / row["path"], int(row["identity"])) for row in csv.DictReader(file)]
+    kept = set(sorted({identity for _, identity in pairs})[:: every or 1])
+    pairs = [pair for pair in pairs if pair[1] in kept]
+    return [path for path, _ in pairs], [identity for _, identity in pairs]
+
+
+def scramble(sources: list[Path], folder: Path, seed: int) -> dict[Path, int]:
+    """Copies whose names and order say nothing; place in `sources` by real path."""
+    import numpy as np
+
+    names = np.random.default_rng(seed).permutation(len(sources))
+    hidden = {}
+    for place, (source, number) in enumerate(zip(sources, names, strict=True)):
+        copy = folder / f"{number:06d}{source.suffix}"
+        copy.write_bytes(source.read_bytes())
+        hidden[copy.resolve()] = place
+    return hidden
+
+
+def image_set(photos: list[str], size: tuple[int, int]):
+    from fastreid_uns.data.image_set import ImageSet
+    from fastreid_uns.structures import Record
+
+    return ImageSet([Record(photo, -1, -1) for photo in photos], size)
+
+
+def settings_of(seed: int, **other: Any):
+    from fastreid_uns.photos.group import Settings
+
+    return Settings(seed=seed, **other)
+
+
+def untrained(seed: int):
+    from fastreid_uns.photos.adapt import Adaptation
+
+    return settings_of(seed, adaptation=Adaptation(steps=0))
+
+
+def grouped(found, seed: int, settings, constraints=None):
+    """Features and groups by the tool."""
+    from fastreid_uns.photos.encoder import pretrained_encoder
+    from fastreid_uns.photos.group import group
+
+    encoder = pretrained_encoder(found.size)
+    return group(image_set(found.photos, found.size), encoder, settings, constraints=constraints), encoder
+
+
+def today(found, truth, seed: int) -> dict[str, Any]:
+    import torch
+
+    from fastreid_uns.photos.embed import Stages, direct_features
+    from fastreid_uns.photos.encoder import pretrained_encoder
+    from fastreid_uns.pseudo_labels.dbscan import DBSCANLabels
+    from fastreid_uns.structures import FeatureBank, NoClusters
+
+    stages = Stages.of(pretrained_encoder(found.size), trained=False)
+    pooled = direct_features(stages, image_set(found.photos, found.size), 1, seed)[:, 0]
+    feats = torch.nn.functional.normalize(pooled[:, : pooled.shape[1] // 2])
+    try:
+        labels = DBSCANLabels(outliers="singletons")(FeatureBank(feats, torch.zeros(len(feats))), 0).labels.numpy()
+    except NoClusters:
+        labels = torch.arange(len(feats)).numpy()
+    return scores(labels, truth)
+
+
+def start(found, truth, seed: int) -> dict[str, Any]:
+    groups, _ = grouped(found, seed, untrained(seed))
+    return {**scores(groups.labels, truth), **audit(groups, truth, seed)}
+
+
+def trained(found, truth, seed: int) -> dict[str, Any]:
+    groups, _ = grouped(found, seed, settings_of(seed))
+    return {**scores(groups.labels, truth), **audit(groups, truth, seed)}
+
+
+def supervised(found, truth, seed: int) -> dict[str, Any]:
+    from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
+
+    first: dict[int, int] = {}
+    answers = [Answer(first.setdefault(who, photo), photo, True) for photo, who in enumerate(truth.tolist())]
+    settings = settings_of(seed)
+    known = Constraints(len(truth), answers)
+    from fastreid_uns.photos.encoder import pretrained_encoder
+    from fastreid_uns.photos.group import cluster, embed
+
+    images = image_set(found.photos, found.size)
+    feats = embed(images, pretrained_encoder(found.size), settings, constraints=known)
+    return scores(cluster(feats, settings).labels, truth)
+
+
+def answered(count: int):
+    """The row after `count` answers, asked in rounds."""
+
+    def measure(found, truth, seed: int) -> dict[str, Any]:
+        import dataclasses
+
+        import numpy as np
+
+        from fastreid_uns.photos.group import cluster
+        from fastreid_uns.photos.informative import informative_pairs, meeting_heights, refitted_threshold
+        from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
+
+        settings = settings_of(seed)
+        groups, _ = grouped(found, seed, settings)
+        free, answers = groups.dendrogram, []
+        while len(answers) < count:
+            constraints = Constraints(len(truth), answers)
+            wanted = min(ROUND, count - len(answers))
+            pairs = informative_pairs(groups.dendrogram, groups.feats, settings.threshold, wanted, constraints)
+            if not pairs:
+                break
+            answers += [Answer(p.first, p.second, bool(truth[p.first] == truth[p.second])) for p in pairs]
+            heights = meeting_heights(free, np.array([answer[:2] for answer in answers]))
+            threshold = refitted_threshold(settings_of(seed).threshold, heights, np.array([a.same for a in answers]))
+            settings = dataclasses.replace(settings, threshold=threshold)
+            groups = cluster(groups.feats, settings, Constraints(len(truth), answers))
+        return {**scores(groups.labels, truth), "threshold": settings.threshold, "answers": len(answers)}
+
+    return measure
+
+
+def audit(groups, truth, seed: int) -> dict[str, Any]:
+    """What 15 true answers make of the estimate."""
+    from fastreid_uns.photos.audit import audit_pairs, pair_precision, rough_estimate
+
+    rough = rough_estimate(groups.confidence, groups.labels)
+    pairs = audit_pairs(groups.labels, groups.confidence, seed=seed)
+    same = int((truth[pairs[:, 0]] == truth[pairs[:, 1]]).sum())
+    stated = pair_precision(rough, same, len(pairs) - same)
+    return {"rough": rough, "stated": stated.estimate, "stated_low": stated.low, "stated_high": stated.high}
+
+
+def identified(found, truth, seed: int) -> dict[str, Any]:
+    """Half of the individuals are known by four fifths of their photos; the rest is asked about."""
+    import dataclasses
+
+    import numpy as np
+    import torch
+
+    from fastreid_uns.photos.group import cluster, features
+    from fastreid_uns.photos.identify import STRICT, fit_thresholds, identify
+
+    draw = np.random.default_rng(seed)
+    individuals = draw.permutation(np.unique(truth))
+    known = np.isin(truth, individuals[: len(individuals) // 2])
+    inside = known & (draw.random(len(truth)) < 0.8)
+    part = dataclasses.replace(found, photos=[found.photos[i] for i in np.flatnonzero(inside)])
+    settings = settings_of(seed)
+    groups, encoder = grouped(part, seed, settings)
+    strict = cluster(groups.feats, dataclasses.replace(settings, threshold=STRICT)).labels
+    thresholds = fit_thresholds(groups.feats, torch.from_numpy(strict))
+    rest = np.flatnonzero(~inside)
+    queries = features(image_set([found.photos[i] for i in rest], found.size), encoder, settings)
+    said = identify(queries, groups.feats, torch.from_numpy(strict), thresholds, precision=1.0)
+    own = truth[inside]
+    who = {g: int(np.bincount(own[strict == g]).argmax()) for g in range(strict.max() + 1)}
+    called = np.array([one.kind == "known" for one in said])
+    right = np.array([who.get(one.group, -1) == truth[i] for one, i in zip(said, rest, strict=True)])
+    old = known[rest]
+    pure = scores(strict, own)
+    return {
+        "false_known": float(called[~old].mean()),
+        "found": float((called & right)[old].mean()),
+        "findable": float(right[old].mean()),
+        "called_new": float(np.mean([one.kind == "new" for one, k in zip(said, old, strict=True) if not k])),
+        "strict_precision": pure["precision"],
+    }
+
+
+def scores(labels, truth) -> dict[str, Any]:
+    """Adjusted Rand index, and precision and recall of pairs."""
+    import numpy as np
+    from sklearn.metrics import adjusted_rand_score
+    from sklearn.metrics.cluster import pair_confusion_matrix
+
+    (_, wrong), (missed, right) = pair_confusion_matrix(truth, labels).tolist()
+    return {
+        "ari": float(adjusted_rand_score(truth, labels)),
+        "precision": right / max(right + wrong, 1),
+        "recall": right / max(right + missed, 1),
+        "groups": len(np.unique(labels)),
+    }
+
+
+ROW = {
+    "today": today,
+    "start": start,
+    "trained": trained,
+    "answers15": answered(15),
+    "answers50": answered(50),
+    "supervised": supervised,
+    "identify": identified,
+}
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Means and spread over the seeds."""
+    from tabulate import tabulate
+
+    found = defaultdict(list)
+    for line in lines:
+        found[line["case"]["name"], line["case"]["row"]].append(line["result"])
+    rows = []
+    for (name, row), results in sorted(found.items(), key=lambda item: (item[0][0], ROWS.index(item[0][1]))):
+        numbers = ("ari", "precision", "recall", "groups", "stated", "false_known", "found")
+        cells = [spread([result[key] for result in results if key in result]) for key in numbers]
+        minutes = spread([result["seconds"] / 60 for result in results])
+        peak = max(result["peak_gib"] for result in results)
+        rows.append([name, row, len(results), *cells, minutes, f"{peak:.1f}"])
+    heads = ["set", "row", "seeds", "ARI", "pair precision", "pair recall", "groups", "stated precision"]
+    return tabulate(rows, [*heads, "false known", "found", "minutes", "peak GiB"], tablefmt="github")
+
+
+def spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
+
+
+if __name__ == "__main__":
+    main()
