@@ -14,13 +14,12 @@ from fastreid_uns.errors import InvalidValue
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.meta_arch import MetaArch, build_model, warn_of_other_input
 from fastreid_uns.modeling.weights import load_weights
+from fastreid_uns.photos.encoder import DIM, MODEL
 from fastreid_uns.photos.index import Index, Preprocessing, weights_fingerprint
 from fastreid_uns.predictor import find_checkpoint, load_run
 from fastreid_uns.utils.checkpoint import load_checkpoint, numbered_checkpoints, point_to_last, save_checkpoint
 from fastreid_uns.utils.paths import path_manager
 
-DIM = 192  # features of a photo
-BACKBONE = "tf_efficientnet_lite0"  # a package carries its weights, so no network is needed
 _FIXED = (  # what a config of grouped photos has in common
     "MODEL.HEAD.NAME=PooledHead",
     f"MODEL.HEAD.DIM={DIM}",
@@ -143,10 +142,10 @@ def describe(
     common += ["DATASETS.TRAIN.NAME=folder", f"DATASETS.TRAIN.ROOT={photos}"]
     if config_file is not None:
         return load_config(config_file, [*([] if weights == "imagenet" else [f"MODEL.WEIGHTS={weights}"]), *common])
-    if path_manager.exists(weights):
-        return _of_file(find_checkpoint(weights), common)
     usual = weights == "imagenet"
-    backbone = ["MODEL.BACKBONE.NAME=timm", f"MODEL.BACKBONE.MODEL={BACKBONE if usual else weights}"]
+    if not usual and path_manager.exists(weights):
+        return _of_file(find_checkpoint(weights), common)
+    backbone = ["MODEL.BACKBONE.NAME=timm", f"MODEL.BACKBONE.MODEL={MODEL if usual else weights}"]
     return load_config(None, [*backbone, "MODEL.WEIGHTS=imagenet", *common])
 
 
@@ -155,6 +154,6 @@ def _of_file(file: str, common: Sequence[str]) -> CfgNode:
     try:
         text = load_checkpoint(file)["config"]
     except InvalidValue:
-        backbone = ["MODEL.BACKBONE.NAME=timm", f"MODEL.BACKBONE.MODEL={BACKBONE}"]
+        backbone = ["MODEL.BACKBONE.NAME=timm", f"MODEL.BACKBONE.MODEL={MODEL}"]
         return load_config(None, [*backbone, f"MODEL.WEIGHTS={file}", *common])
     return parse_config(text, Path(file).name, [f"MODEL.WEIGHTS={file}", *common], model_only=True)

@@ -22,7 +22,7 @@ from fastreid_uns.photos.adapt import Adaptation
 from fastreid_uns.photos.album import Album, read_album
 from fastreid_uns.photos.cost import estimate
 from fastreid_uns.photos.decisions import Decisions
-from fastreid_uns.photos.group import Grouping, Settings, cluster, embed
+from fastreid_uns.photos.group import Settings, cluster, embed
 from fastreid_uns.photos.informative import meeting_heights, refitted_threshold
 from fastreid_uns.photos.network import Network, Origin, describe, start
 from fastreid_uns.photos.outcome import constraints_of, members_of, write_outcome
@@ -110,6 +110,7 @@ def group_photos(
         album, found = read_album(folders, teller.line)
     run = PhotoRun.create(output, place)
     with run.locked():
+        teller.begin(output)
         asked = _wishes(run, resume, wishes)
         cfg = describe(place, output, asked.size or found.size, asked.weights, asked.config_file)
         network, origin = start(cfg, len(album))

@@ -262,7 +262,9 @@ class PhotoRun:
         file = self.folder / "state" / "questions.json"
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))
-            return [(str(a), str(b), float(w)) for a, b, w in kept["pairs"]] if kept["version"] == self.version else None
+            return (
+                [(str(a), str(b), float(w)) for a, b, w in kept["pairs"]] if kept["version"] == self.version else None
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -278,7 +280,9 @@ class PhotoRun:
         try:
             descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
-            raise InvalidState(f"{self.folder}: cannot be written ({error.strerror}). Choose another folder.") from error
+            raise InvalidState(
+                f"{self.folder}: cannot be written ({error.strerror}). Choose another folder."
+            ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 
 class Teller:
     """Puts what there is to say into the log; a command shows it on its terminal instead."""
+
+    def begin(self, folder: Path) -> None:
+        """The output folder is there now."""
 
     def line(self, text: str) -> None:
         """Say something that stays."""

@@ -7,8 +7,16 @@ from itertools import islice
 
 import numpy as np
 
-from fastreid_uns.photos.audit import GOOD, QUESTIONS, PairPrecision, calibrated, pair_precision, pairs_inside
-from fastreid_uns.photos.audit import rough_estimate as rough
+from fastreid_uns.photos.audit import (
+    GOOD,
+    QUESTIONS,
+    PairPrecision,
+    audit_pairs,
+    calibrated,
+    pair_precision,
+    pairs_inside,
+    rough_estimate,
+)
 from fastreid_uns.photos.decisions import Decisions
 from fastreid_uns.photos.questions import Question
 from fastreid_uns.photos.store import Member, PhotoRun
@@ -23,12 +31,12 @@ ADVICE = (
 
 
 def draw(members: Sequence[Member], seed: int) -> dict[str, object]:
-    """The audit of new groups: random pairs inside them, more than are needed, because some answers are `unsure`."""
+    """The audit of new groups: random pairs inside them, and as many in reserve for answers that are `unsure`."""
     labels = np.array([member.group for member in members])
     confidence = np.array([member.confidence for member in members])
-    pairs = pairs_inside(labels, 2 * QUESTIONS, seed)
-    names = [[members[one].path, members[other].path] for one, other in pairs.tolist()]
-    return {"pairs": names, "rough": rough(confidence, labels)}
+    pairs = [*audit_pairs(labels, confidence, seed=seed).tolist(), *pairs_inside(labels, seed=seed + 1).tolist()]
+    names = dict.fromkeys((members[one].path, members[other].path) for one, other in pairs)
+    return {"pairs": list(names), "rough": rough_estimate(confidence, labels)}
 
 
 def open_pairs(run: PhotoRun) -> list[tuple[str, str]]:
