@@ -49,7 +49,7 @@ class Settings:
         views: of each photo, itself included.
         adaptation: the training; `steps` 0 trains nothing.
         threshold: average Jaccard distance up to which groups are merged.
-        k1, k2: of the Jaccard distance.
+        k1, k2: of the Jaccard distance, at most; sets of less than k1 * k1 photos take fewer.
         seed: of views and training.
     """
 
@@ -155,14 +155,20 @@ def cluster(feats: Tensor, settings: Settings, constraints: Constraints | None =
     from scipy.sparse import csr_matrix
 
     count = len(feats)
-    k1 = min(settings.k1, count)
-    distance = jaccard_distance(feats, k1, settings.k2) if count > 1 else csr_matrix((1, 1), dtype=np.float32)
+    k1, k2 = _neighbours(count, settings)
+    distance = jaccard_distance(feats, k1, k2) if count > 1 else csr_matrix((1, 1), dtype=np.float32)
     dendrogram = average_linkage(distance, constraints)
     labels = dendrogram.cut(settings.threshold)
     if constraints is not None:
         labels = constraints.apply(torch.from_numpy(labels), feats).numpy()
     nearest, similarity = _nearest_others(feats, labels)
     return Grouping(labels, _confidence(distance, labels), nearest, similarity, feats, dendrogram)
+
+
+def _neighbours(count: int, settings: Settings) -> tuple[int, int]:
+    """k1 and k2 for a set of photos: of few photos fewer neighbours vote, or all of them would be neighbours."""
+    k1 = min(settings.k1, max(round(count**0.5), 3), count)
+    return k1, min(settings.k2, max(k1 // 3, 1))
 
 
 def _nearest_others(feats: Tensor, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 
 from fastreid_uns.config import CfgNode, load_config, parse_config
@@ -118,7 +119,9 @@ def start(cfg: CfgNode, num_images: int) -> tuple[Network, Origin]:
     plain = cfg.clone()
     plain.defrost()
     plain.MODEL.WEIGHTS = ""
-    model = build_model(plain, num_images).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what the weights do not cover is equal in every run
+        model = build_model(plain, num_images).eval()
     name = load_weights(model.encoder, cfg.MODEL.WEIGHTS).source if cfg.MODEL.WEIGHTS else "random numbers"
     origin = Origin(name, weights_fingerprint(model.encoder.backbone.state_dict()))
     return Network(model, cfg.dump(), num_images), origin

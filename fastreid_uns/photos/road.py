@@ -220,14 +220,14 @@ def _wishes(run: PhotoRun, resume: bool, given: dict[str, Any]) -> Wishes:
 
 
 def _settings(network: Network, asked: Wishes, teller: Teller) -> Settings:
-    steps = Settings().adaptation.steps if asked.training else 0
+    how = Adaptation() if asked.training else Adaptation(steps=0)
     try:
         network.encoder.backbone.split()  # type: ignore[operator]
     except InvalidState as error:
-        if steps:
+        if how.steps:
             teller.line(f"grouping without training: {error}")
-        steps = 0
-    return Settings(adaptation=replace(Adaptation(), steps=steps), seed=asked.seed)
+        how = Adaptation(steps=0)
+    return Settings(adaptation=how, seed=asked.seed)
 
 
 def _told_settings(settings: Settings) -> dict[str, Any]:
