@@ -28,7 +28,7 @@ compare: $(VENV)/ready
 $(VENV)/ready: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[viz,export,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[viz,export,weights,review,dev]'
 	touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,7 +10,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fastreid_uns.config import load_config
 from fastreid_uns.config.shipped import shipped_configs, shipped_root
@@ -104,3 +107,38 @@ def test_an_installed_wheel_finds_its_configs(wheel, tmp_path):
     assert Path(where).is_relative_to(wheel)
     assert name == "ACFL"
     assert int(count) == len(shipped_configs())
+
+
+@pytest.mark.slow
+def test_the_commands_of_an_installed_wheel(wheel, tmp_path):
+    """Outside of the checkout: help, a run on photos, and a shipped config as far as its missing data set."""
+    photos = tmp_path / "my photos"
+    photos.mkdir()
+    for thing in range(4):
+        pattern = np.kron(np.random.default_rng(thing).integers(0, 256, (4, 4, 3)), np.ones((16, 16, 1)))
+        for number in range(5):
+            noise = np.random.default_rng([thing, number]).normal(0, 8, pattern.shape)
+            pixels = np.clip(pattern + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(photos / f"{thing}-{number}.jpg")
+
+    def command(*words: str) -> subprocess.CompletedProcess:
+        start = f"import sys; from fastreid_uns.commands import main; sys.exit(main({list(words)!r}))"
+        environment = {**os.environ, "PYTHONPATH": str(wheel)}
+        return subprocess.run(
+            [sys.executable, "-c", start], cwd=tmp_path, capture_output=True, text=True, env=environment
+        )
+
+    shown = command("--help")
+    assert shown.returncode == 0
+    assert all(name in shown.stdout for name in ("group", "review", "add", "identify", "serve", "train"))
+    grouped = command("group", "my photos", "--no-questions", "--output", "out", "--size", "64", "64")
+    assert grouped.returncode == 0, grouped.stderr[-3000:]
+    assert "20 photos together" in grouped.stdout
+    assert "next:     fastreid-uns review out" in grouped.stdout
+    assert (tmp_path / "out" / "report.html").is_file()
+    identified = command("identify", "out", "my photos/2-3.jpg", "--json")
+    assert json.loads(identified.stdout)["answer"] in ("known", "new", "unsure"), identified.stderr
+    trained = command("train", "--config-file", MARKET)
+    assert trained.returncode == 2
+    assert "Market" in trained.stderr
+    assert "Traceback" not in trained.stderr

