@@ -10,6 +10,8 @@ from pathlib import Path
 
 from fastreid_uns.photos.teller import Teller, duration
 
+logger = logging.getLogger(__name__)
+
 PAUSE = 30.0  # seconds between two lines of progress where there is no terminal
 BLINK = 0.2  # seconds between two changes of the line on a terminal
 
@@ -21,16 +23,23 @@ class Terminal(Teller):
         self.moving = sys.stderr.isatty()
         self._shown = False
         self._stage, self._last = "", 0.0
+        self._unlogged: list[str] | None = []  # until there is a log
 
     def begin(self, folder: Path) -> None:
         """Everything goes into log.txt, warnings to the terminal as well."""
         from fastreid_uns.engine.log import setup_logging
 
         setup_logging(folder, console=logging.WARNING)
+        earlier, self._unlogged = self._unlogged or [], None
+        for text in earlier:
+            logger.debug("%s", text)
 
     def line(self, text: str) -> None:
         self.clear()
-        logging.getLogger(__name__).debug("%s", text)
+        if self._unlogged is None:
+            logger.debug("%s", text)
+        else:
+            self._unlogged.append(text)
         print(text, flush=True)
 
     def share(self, stage: str, done: float, left: float | None) -> None:

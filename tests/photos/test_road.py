@@ -8,15 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastreid_uns import group_photos
 from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile
 from fastreid_uns.photos import road
 from fastreid_uns.photos.adapt import Adaptation
-from fastreid_uns.photos.addition import add_photos
+from fastreid_uns.photos.addition import _extended, add_photos
 from fastreid_uns.photos.album import read_album
 from fastreid_uns.photos.decisions import Contradiction, Decisions
+from fastreid_uns.photos.group import Settings
 from fastreid_uns.photos.index import Index
 from fastreid_uns.photos.known import Known
 from fastreid_uns.photos.store import PhotoRun
@@ -369,7 +371,7 @@ def test_the_page_asks_the_audit_first(run):
 # more photos
 
 
-def test_added_photos_join_their_group_or_found_one(run, tmp_path):
+def test_added_photos_leave_groups_and_numbers_as_they_are(run, tmp_path):
     before = parts(run)
     draw_things(tmp_path / "season 2", range(4, 6), range(6, 11))
     done = add_photos(run, tmp_path / "season 2")
@@ -377,18 +379,27 @@ def test_added_photos_join_their_group_or_found_one(run, tmp_path):
     assert {path: after[path] for path in before} == before
     added = {path: group for path, group in after.items() if path not in before}
     assert {path.split("/")[0] for path in added} == {"season 2"}
-    own = {before[path] for path in before if thing_of(path) == "Tier 4"}
-    joined = {group for path, group in added.items() if thing_of(path) == "Tier 4"}
-    assert joined <= own
-    new = {group for path, group in added.items() if thing_of(path) == "Tier 5"}
-    assert min(new) > max(before.values())
-    assert done == (10, 5, len(joined), len(new))
+    old = set(before.values())
+    joined = [group for group in added.values() if group in old]
+    founded = set(added.values()) - old
+    assert all(group > max(old) for group in founded)
+    assert done == (10, len(joined), len(set(joined)), len(founded))
     assert {member.path: member.group for member in run.groups(run.version - 1)} == before
     assert len(Index.load(run.folder / "index.safetensors")) == 40
     with pytest.raises(InvalidState, match="in it already"):
         add_photos(run, tmp_path / "season 2")
     again = parts(group_photos(None, run.folder, resume=True))
     assert again.keys() == after.keys()
+
+
+def test_added_photos_join_the_group_that_they_resemble_or_found_one():
+    directions = torch.eye(6)[[0, 0, 0, 1, 1, 1, 0, 0, 2, 2, 2]]
+    wobble = torch.randn(11, 6, generator=torch.Generator().manual_seed(0))
+    feats = torch.nn.functional.normalize(directions + 0.02 * wobble)
+    found, _ = _extended(feats, [1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0], Settings())
+    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 2, 2, 2]
+    together, _ = _extended(feats[[0, 0, 0, 0, 0]], [1, 1, 2, 2, 0], Settings())
+    assert together.labels[0] == together.labels[1] != together.labels[2] == together.labels[3]
 
 
 def test_known_groups_are_never_merged_by_added_photos(run, tmp_path):
