@@ -19,6 +19,7 @@ from fastreid_uns.modeling.heads import PooledHead
 from fastreid_uns.modeling.whitening import ViewWhitening
 
 BATCH = 32  # photos that are read at a time
+_PASS = 16  # images that go through the trunk at a time
 IN_MEMORY = 2**30  # bytes of activations above which they go to a file
 _ASPECT = 0.85  # smallest width / height of a crop, with that of the photo as 1
 
@@ -91,8 +92,9 @@ class Stages:
         return cls(encoder, trunk, top, encoder.head)  # type: ignore[arg-type]
 
     def activations(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in 0..1 → what the trunk gives."""
-        return self.trunk(_channels_last((images - self.encoder.mean) / self.encoder.std))
+        """(B, 3, H, W) in 0..1 → what the trunk gives; a few images at a time, whose maps fit into memory."""
+        parts = ((part - self.encoder.mean) / self.encoder.std for part in images.split(_PASS))
+        return torch.cat([self.trunk(_channels_last(part)) for part in parts])
 
     def pooled(self, activations: Tensor) -> Tensor:
         """What the trunk gave → (B, 2C), without whitening."""
