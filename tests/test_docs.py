@@ -237,3 +237,8 @@ def test_the_offer_to_losses_stands_in_the_guide():
     model(Batch((torch.zeros(2, 3, 256, 128),), zeros, zeros, zeros, zeros))
     text = re.search(r"^\*\*Losses\.\*\*.*?\. A loss that", GUIDE.read_text(), re.MULTILINE | re.DOTALL)[0]
     assert set(offered) == set(re.findall(r"`([a-z_]+)`", text))
+
+
+def test_the_readme_says_how_make_runs_the_tests():
+    command = re.search(r"^test:.*\n\t\$\(BIN\)/(.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert f"`{command}`" in (ROOT / "README.md").read_text()
