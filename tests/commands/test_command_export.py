@@ -55,7 +55,7 @@ IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 @pytest.fixture(scope="module")
 def whitened(tmp_path_factory):
-    """A run as grouped photos leave it: fixed norm layers, a fitted whitening, numbers that are not those of ImageNet."""
+    """A run as grouped photos leave it: fixed norm layers, a fitted whitening, and numbers not of ImageNet."""
     folder = tmp_path_factory.mktemp("photos")
     keys = ["INPUT.SIZE=[32, 16]", "MODEL.BACKBONE.NAME=SmallNet", "MODEL.BACKBONE.WIDTH=8", "MODEL.FREEZE_NORM=true"]
     keys += ["MODEL.HEAD.NAME=PooledHead", "MODEL.HEAD.DIM=12", "MODEL.MEMORY.NAME=", "MODEL.LOSSES.contrast=null"]
