@@ -38,6 +38,17 @@ class FeatureExtractor:
 
     Attributes:
         config: YAML text of the run that the encoder comes from, "" if unknown.
+
+    Example:
+        >>> from fastreid_uns.config import load_config
+        >>> from fastreid_uns.modeling import build_encoder
+        >>> encoder = build_encoder(load_config("configs/quickstart.yaml"))  # of random weights
+        >>> extractor = FeatureExtractor(encoder, size=(128, 64), device="cpu")
+        >>> feats = extractor([np.zeros((90, 50, 3), np.uint8), Image.new("RGB", (30, 60))])
+        >>> feats.shape == (2, extractor.dim)
+        True
+        >>> (feats @ feats.T).allclose(torch.ones(2, 2))  # both images are black
+        True
     """
 
     def __init__(

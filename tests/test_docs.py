@@ -21,7 +21,7 @@ import torch
 from fastreid_uns import DefaultTrainer, hook, registry
 from fastreid_uns.commands import COMMANDS
 from fastreid_uns.commands import main as run_command_line
-from fastreid_uns.config import load_config
+from fastreid_uns.config import load_config, renames
 from fastreid_uns.defaults import DEFAULTS
 from fastreid_uns.registry import DATASET_REGISTRY, META_ARCH_REGISTRY
 
@@ -177,6 +177,16 @@ def test_keys_exist(file, keys):
 
 def registries() -> set[str]:
     return {name for name, value in vars(registry).items() if isinstance(value, registry.Registry)}
+
+
+def test_the_changelog_names_what_was_renamed():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    renamed = [*renames.KEYS.items(), *(pair for names in renames.VALUES.values() for pair in names.items())]
+    missing = [
+        old for old, new in renamed if not re.search(rf"^\|.*`{re.escape(old)}`.*\|.*{new.split('.')[-1]}`", text, re.M)
+    ]
+    assert not missing
+    assert set(renames.GONE) <= set(re.findall(r"`([A-Z.]+)`", text))
 
 
 def definitions(file: Path) -> set[str]:

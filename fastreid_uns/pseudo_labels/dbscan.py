@@ -76,6 +76,12 @@ class DBSCANLabels(PseudoLabelGenerator):
     Raises:
         ValueError: a parameter out of range.
         ImportError: `search` is approximate and faiss is not installed; raised by the first clustering.
+
+    Example:
+        >>> angles = torch.tensor([0.0, 0.1, 0.2, 3.0, 3.1, 3.2])
+        >>> bank = FeatureBank(torch.stack([angles.cos(), angles.sin()], dim=1), cameras=torch.full((6,), -1))
+        >>> DBSCANLabels(eps=0.9, min_samples=2, k1=3, k2=1)(bank, epoch=0).labels
+        tensor([0, 0, 0, 1, 1, 1])
     """
 
     def __init__(
