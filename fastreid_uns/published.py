@@ -87,7 +87,7 @@ def fetch_published(source: str) -> Path:
     except hub_failures() as error:
         raise InvalidState(
             f"{source}: it could not be fetched ({_first_line(error)}). Check the name as hub:user/name, the network, "
-            f"and for a private one `hf auth login`."
+            f"for a private one `hf auth login`, or the path if a folder was meant."
         ) from error
     if not is_published(folder):
         raise MissingFile(

@@ -29,7 +29,13 @@ ROOT = Path(__file__).parents[1]
 ROOT_README = ROOT / "README.md"
 GUIDE = ROOT / "projects/README.md"
 READMES = sorted(
-    {ROOT_README, *ROOT.glob("*/README.md"), *ROOT.glob("projects/*/README.md"), ROOT / "tools/benchmark/README.md"}
+    {
+        ROOT_README,
+        ROOT / "DEPLOY.md",
+        *ROOT.glob("*/README.md"),
+        *ROOT.glob("projects/*/README.md"),
+        ROOT / "tools/benchmark/README.md",
+    }
 )
 DETECTRON2 = "## Coming from detectron2\n"
 FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -22,6 +22,8 @@ from fastreid_uns.modeling.meta_arch import build_model
 from fastreid_uns.predictor import FeatureExtractor, load_run
 
 IMAGES = torch.randint(0, 256, (3, 3, 32, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+ROOT = Path(__file__).parents[1]
+METHODS = sorted(ROOT.glob("projects/*/configs/synthetic.yaml"))
 FILES = {"README.md", "config.yaml", "model.safetensors"}
 COMMIT = "0" * 40
 
@@ -72,6 +74,28 @@ def test_a_folder_gives_the_same_features(published, expected):
 def test_it_can_be_published_again(published, expected, tmp_path):
     FeatureExtractor.from_pretrained(published, device="cpu").save_pretrained(tmp_path / "again")
     assert torch.equal(FeatureExtractor.from_pretrained(tmp_path / "again", device="cpu")(IMAGES), expected)
+
+
+@pytest.mark.parametrize("file", METHODS, ids=lambda file: file.parents[1].name)
+def test_the_encoder_of_each_method(file, tmp_path):
+    """None of its tensors depends on how many images it was trained on."""
+    cfg = load_config(file, ["OUTPUT_DIR=/somewhere/else"])
+    model = build_model(cfg, 300).eval()
+    torch.save({"model": model.state_dict(), "config": cfg.dump(), "num_images": 300}, tmp_path / "a.pth")
+    extractor = FeatureExtractor.from_checkpoint(tmp_path / "a.pth", device="cpu")
+    extractor.save_pretrained(tmp_path / "shared")
+    images = torch.rand(2, 3, *cfg.INPUT.SIZE, generator=torch.Generator().manual_seed(2))
+    again = FeatureExtractor.from_pretrained(tmp_path / "shared", device="cpu")
+    assert torch.equal(again(images), extractor(images))
+
+
+def test_a_checkpoint_of_version_0_1(tmp_path):
+    file = ROOT / "tests/golden/acfl_0.1.pth"
+    FeatureExtractor.from_checkpoint(file, device="cpu").save_pretrained(tmp_path / "shared")
+    images = (torch.arange(2 * 3 * 32 * 16) % 251).reshape(2, 3, 32, 16).to(torch.uint8)
+    expected = torch.load(file, weights_only=True)["golden_feats"]
+    found = FeatureExtractor.from_pretrained(tmp_path / "shared", device="cpu")(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_only_the_encoder_goes_out(published, run):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastreid_uns.commands import finished
-from fastreid_uns.errors import InvalidState
+from fastreid_uns.errors import InvalidState, InvalidValue
 
 BATCHES = (1, 2, 5)  # sizes at which the exported file is compared with the encoder
 NORMALISATIONS = ("inside", "outside", "imagenet")
@@ -51,7 +51,7 @@ class Normalisation(NamedTuple):
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("weights", help="checkpoint, or OUTPUT_DIR of a run")
+    parser.add_argument("weights", help="checkpoint, OUTPUT_DIR of a run, or hub:user/name")
     parser.add_argument(
         "output", type=Path, nargs="?", help="file to write (default: encoder.onnx beside the checkpoint)"
     )
@@ -206,7 +206,13 @@ def description(extractor, difference: float, normalisation: Normalisation) -> d
 def run(arguments: argparse.Namespace) -> None:
     require_onnx()
     from fastreid_uns.predictor import FeatureExtractor, find_checkpoint
+    from fastreid_uns.published import HUB
 
+    if arguments.weights.startswith(HUB) and arguments.output is None:
+        raise InvalidValue(
+            f"export: no file to write is named, and {arguments.weights} has no folder here. Add one, for example "
+            f"encoder.onnx."
+        )
     weights = find_checkpoint(arguments.weights)
     output = arguments.output or Path(weights).with_name("encoder.onnx")
     extractor = FeatureExtractor.from_checkpoint(weights, plugins=arguments.plugins, device="cpu")

@@ -132,6 +132,12 @@ def test_the_file_lies_beside_the_checkpoint_unless_named(checkpoint, monkeypatc
     assert {file.name for file in checkpoint.parent.iterdir()} == {"checkpoint.pth", "encoder.onnx", "encoder.json"}
 
 
+def test_an_encoder_of_the_hub_needs_a_file_to_be_named(monkeypatch, capsys):
+    monkeypatch.setattr(export, "require_onnx", lambda: None)
+    assert export.main(["hub:me/animals"]) == 2
+    assert "no file to write is named, and hub:me/animals has no folder here" in capsys.readouterr().err
+
+
 def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else object())
     assert export.main([str(tmp_path), "x.onnx"]) == 2
@@ -142,6 +148,6 @@ def test_help_loads_nothing_heavy():
     done = subprocess.run(
         [sys.executable, "-m", "fastreid_uns.commands", "export", "--help"], capture_output=True, text=True
     )
-    assert "OUTPUT_DIR of a run" in done.stdout
+    assert "OUTPUT_DIR of a run" in " ".join(done.stdout.split())
     code = "import sys, fastreid_uns.commands.export; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
