@@ -11,6 +11,7 @@ __getattr__, __dir__ = lazy_names(
         "FeatureExtractor": "predictor",
         "HookBase": "hook",
         "UserError": "errors",
+        "group_photos": "photos.road",
         "load_config": "config",
     },
 )

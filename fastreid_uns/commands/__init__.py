@@ -9,6 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 COMMANDS = {
+    "group": "find out which photos of a folder show the same individual",
+    "review": "answer questions about the groups on a page in the browser",
+    "add": "assign more photos to the groups, or to new ones",
+    "identify": "say which individual a photo shows: known, new or unsure",
+    "serve": "the review page and `identify` over HTTP",
     "train": "train what a config describes; --resume continues",
     "evaluate": "score a run, or given weights, on the test sets of a config",
     "search": "search a folder of images by example",
@@ -45,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return module.main(words[1:])
 
 
-def finished(action: Callable[..., Any], *args: Any) -> int:
-    """The exit code of `action(*args)`: what it returns if that is a number, else 0; see `run_command` for errors."""
+def finished(action: Callable[..., Any], *args: Any, last_line: Callable[[], str | None] | None = None) -> int:
+    """The exit code of `action(*args)`: what it returns if that is a number, else 0; see `run_command` for the rest."""
     from fastreid_uns.engine.launch import run_command
 
     try:
-        code = run_command(action, *args)
+        code = run_command(action, *args, last_line=last_line)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     return code if isinstance(code, int) else 0

@@ -98,17 +98,20 @@ def launch(main: Callable[..., T], num_gpus: int = 1, args: Sequence[Any] = ()) 
     return run_command(main, *args)
 
 
-def run_command(main: Callable[..., T], *args: Any) -> T:
+def run_command(main: Callable[..., T], *args: Any, last_line: Callable[[], str | None] | None = None) -> T:
     """`main(*args)` with the manners of a command.
 
     A `UserError` is one line on stderr, its traceback is in the log. Ctrl-C and SIGTERM end within five seconds, also
     inside a library, with one line that says what is saved. Every other exception keeps its traceback.
 
+    Args:
+        last_line: gives that line; by default it speaks of the newest checkpoint.
+
     Raises:
         SystemExit: 2 after a `UserError`, 3 where another process of the run is gone, 130 after Ctrl-C, 143 after
             SIGTERM.
     """
-    ending = Ending(_how_to_go_on)
+    ending = Ending(last_line or _how_to_go_on)
     with ending_at_signals(ending):
         try:
             return main(*args)

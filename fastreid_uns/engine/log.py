@@ -21,7 +21,7 @@ from fastreid_uns.utils.atomic import append, replacing
 logger = logging.getLogger("fastreid_uns")
 
 
-def setup_logging(folder: Path | None) -> None:
+def setup_logging(folder: Path | None, console: int = logging.INFO) -> None:
     """Lines to the console and to a file of each process, which has the tracebacks too.
 
     Rank 0 writes `log.txt`, rank r `log_rank<r>.txt`; ranks above 0 say only warnings on the console. Calling it again
@@ -29,6 +29,7 @@ def setup_logging(folder: Path | None) -> None:
 
     Args:
         folder: exists; None for no file.
+        console: level from which rank 0 speaks on the console.
 
     Raises:
         RuntimeError: the file cannot be written, or is a link, which is not followed.
@@ -39,7 +40,7 @@ def setup_logging(folder: Path | None) -> None:
         old.close()
     handlers: list[logging.Handler] = []
     if not any(_is_console(handler) for handler in (*logger.handlers, *logging.getLogger().handlers)):
-        handlers.append(_Console(logging.INFO if comm.rank() == 0 else logging.WARNING))
+        handlers.append(_Console(console if comm.rank() == 0 else logging.WARNING))
     if folder is not None:
         handlers.append(_File(folder / (f"log_rank{comm.rank()}.txt" if comm.rank() else "log.txt")))
     for handler in handlers:

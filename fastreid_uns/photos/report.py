@@ -33,6 +33,7 @@ from fastreid_uns.errors import InvalidValue
 from fastreid_uns.photos.atomic import write_file
 from fastreid_uns.photos.review import Group
 from fastreid_uns.photos.store import Member, PhotoRun, resolve
+from fastreid_uns.photos.teller import duration
 from fastreid_uns.photos.thumbnails import Thumbnails, photo_id
 from fastreid_uns.utils.paths import printable
 from fastreid_uns.utils.progress import progress
@@ -250,16 +251,6 @@ def _tables(about: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Duration", steps),
     ]
     return [(title, [(printable(a), printable(b)) for a, b in rows]) for title, rows in tables if rows]
-
-
-def duration(seconds: float) -> str:
-    """`48 s`, `3 min 5 s`, `2 h 7 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s" if seconds >= 10 else f"{seconds:.1f} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _map_data(members: Sequence[Member], places: NDArray[np.float64], page_of: dict[int, int]) -> Markup:

@@ -16,6 +16,7 @@ from fastreid_uns.data.datasets.folder import list_folder
 from fastreid_uns.data.datasets.layout import has_pictures, passed_over_text
 from fastreid_uns.data.decode import UnreadableImage, read_size
 from fastreid_uns.errors import InvalidValue, MissingFile
+from fastreid_uns.photos.teller import plural
 from fastreid_uns.utils.paths import printable
 from fastreid_uns.utils.progress import progress
 
@@ -45,18 +46,18 @@ class Scan:
 
     def summary(self) -> list[str]:
         """A few lines for a person to read."""
-        lines = [f"{_count(len(self.photos), 'photo')} in {printable(self.folder)} ({_bytes(self.total_bytes)})"]
+        lines = [f"{plural(len(self.photos), 'photo')} in {printable(self.folder)} ({_bytes(self.total_bytes)})"]
         if self.photos:
             height, width = self.size
             lines.append(f"median width / height {self.aspect:.2f}: input size {height} x {width} (height x width)")
         if self.duplicates:
             extra = sum(len(group) for group in self.duplicates) - len(self.duplicates)
             first = " = ".join(printable(os.path.basename(path)) for path in self.duplicates[0][:_SHOWN])
-            lines.append(f"{_count(extra, 'photo')} more than once, byte by byte, such as {first}")
+            lines.append(f"{plural(extra, 'photo')} more than once, byte by byte, such as {first}")
         if self.unreadable:
             first = "; ".join(f"{printable(path)}: {reason}" for path, reason in self.unreadable[:_SHOWN])
             more = f"; {len(self.unreadable) - _SHOWN:,} more" if len(self.unreadable) > _SHOWN else ""
-            lines.append(f"{_count(len(self.unreadable), 'file')} cannot be read: {first}{more}")
+            lines.append(f"{plural(len(self.unreadable), 'file')} cannot be read: {first}{more}")
         if self.passed_over:
             advice = "; convert pictures to JPEG or PNG to use them" if has_pictures(self.passed_over) else ""
             lines.append(f"passed over: {passed_over_text(self.passed_over)}{advice}")
@@ -68,7 +69,8 @@ class Scan:
 def scan(folder: str | Path, *, pixels: int = PIXELS, threads: int = _THREADS) -> Scan:
     """List the photos below a folder, at any depth.
 
-    Links are followed, but no file is listed twice; only regular files are opened.
+    Links are followed, but no file is listed twice; only regular files are opened. Output folders of this package are
+    not looked into, because they hold copies and small versions of photos.
 
     Args:
         folder: of photos.
@@ -84,7 +86,7 @@ def scan(folder: str | Path, *, pixels: int = PIXELS, threads: int = _THREADS) -
         raise MissingFile(f"{printable(folder)}: there is no such folder. Check the path.")
     if not os.path.isdir(root):
         raise InvalidValue(f"{printable(folder)}: this is no folder. Name the folder that holds the photos.")
-    listing = list_folder(root)
+    listing = list_folder(root, _is_output)
     with ThreadPoolExecutor(threads) as pool:
         looks = list(progress(pool.map(_look, listing.images.values()), "read headers", len(listing.images)))
         found = {
@@ -122,6 +124,11 @@ def input_size(aspect: float, pixels: int = PIXELS) -> tuple[int, int]:
     height = math.sqrt(pixels / aspect)
     sides = [max(STRIDE, STRIDE * round(side / STRIDE)) for side in (height, height * aspect)]
     return sides[0], sides[1]
+
+
+def _is_output(place: str) -> bool:
+    """Whether a folder is the output folder of grouped photos."""
+    return os.path.isfile(os.path.join(place, "run.json")) and os.path.isdir(os.path.join(place, "state"))
 
 
 @dataclass(frozen=True)
@@ -163,10 +170,6 @@ def _digest(path: str) -> bytes:
     except OSError:
         return b""
     return whole.digest()
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _bytes(number: int) -> str:

@@ -251,6 +251,23 @@ class PhotoRun:
         file = self.folder / "state" / "copies.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
 
+    # what the review page asks
+
+    def save_questions(self, pairs: Sequence[tuple[str, str, float]]) -> None:
+        """Keep (photo, photo, weight) of pairs whose answers would tell most about the present groups."""
+        _write_json(self.folder / "state" / "questions.json", {"version": self.version, "pairs": pairs})
+
+    def questions(self) -> list[tuple[str, str, float]] | None:
+        """The pairs that were kept; None if there are none for the present groups."""
+        file = self.folder / "state" / "questions.json"
+        try:
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            return (
+                [(str(a), str(b), float(w)) for a, b, w in kept["pairs"]] if kept["version"] == self.version else None
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     # going on after an interruption
 
     @contextmanager
@@ -258,9 +275,14 @@ class PhotoRun:
         """Keep other processes from writing to this folder. A killed process leaves no lock behind.
 
         Raises:
-            InvalidState: another process holds the lock.
+            InvalidState: another process holds the lock, or the folder cannot be written.
         """
-        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise InvalidState(
+                f"{self.folder}: cannot be written ({error.strerror}). Choose another folder."
+            ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
 from os.path import join, realpath
 from typing import NamedTuple
@@ -56,17 +56,21 @@ def folder(*, root: str) -> ReIDData:
     return ReIDData([Record(join(root, name), -1, -1) for name in found.images], [], [], "plain")
 
 
-def list_folder(root: str) -> Listing:
+def list_folder(root: str, leave_out: Callable[[str], bool] = lambda place: False) -> Listing:
     """The images at any depth below a folder; no file is opened.
 
     A file that several links lead to has its name without a link, or else the first one in sorted order. Two names of
     one file that are not links (hard links) are two files.
+
+    Args:
+        root: the folder.
+        leave_out: real path of a folder below it → whether it is not to be looked into, which is counted.
     """
     found: dict[str, str] = {}  # real path → name
     links: list[str] = []
     passed_over: Counter[str] = Counter()
     hidden = 0
-    for name, entry in _entries(path_manager.get_local_path(root), passed_over):
+    for name, entry in _entries(path_manager.get_local_path(root), passed_over, leave_out):
         if entry.name.startswith(".") or entry.name == "__MACOSX":
             hidden += 1
         elif not _is_file(entry):
@@ -82,7 +86,9 @@ def list_folder(root: str) -> Listing:
     return Listing({name: path for path, name in sorted(found.items(), key=lambda item: item[1])}, passed_over, hidden)
 
 
-def _entries(root: str, passed_over: Counter[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+def _entries(
+    root: str, passed_over: Counter[str], leave_out: Callable[[str], bool]
+) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Name below the root and entry (of a real path) of all that is no folder to look into; each folder once."""
     folders, links, seen = [("", realpath(root))], list[tuple[str, str]](), set()
     while folders or links:
@@ -91,6 +97,9 @@ def _entries(root: str, passed_over: Counter[str]) -> Iterator[tuple[str, os.Dir
         if place in seen:
             continue
         seen.add(place)
+        if folder_name and leave_out(place):
+            passed_over["output folder"] += 1
+            continue
         try:
             entries = sorted(os.scandir(place), key=lambda entry: entry.name)
         except OSError:

@@ -1,0 +1,53 @@
+"""The review page, and `identify` over HTTP: POST the bytes of an image to ADDRESS/identify with the token."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastreid_uns.commands import finished
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="fastreid-uns serve",
+        description=__doc__,
+        epilog="example: curl --data-binary @photo.jpg -H 'X-Token: TOKEN' http://127.0.0.1:8000/identify",
+    )
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder that `group` wrote")
+    parser.add_argument("--port", type=int, default=0, help="of this computer (default: a free one)")
+    return parser.parse_args(arguments)
+
+
+def run(given: argparse.Namespace) -> None:
+    from fastreid_uns.commands.review import show
+    from fastreid_uns.photos.store import PhotoRun
+
+    folder = PhotoRun(given.output)
+    known = _Newest(folder)
+    show(folder, identify=known.identify, port=given.port, browser=False)
+
+
+class _Newest:
+    """Identifies by the newest groups of a run; the index is read when it is first needed, and when it has changed."""
+
+    def __init__(self, run: Any) -> None:
+        self._load = functools.lru_cache(maxsize=1)(self._read)
+        self.run = run
+
+    def identify(self, content: bytes) -> dict[str, Any]:
+        """See `Known.identify_bytes`."""
+        return self._load(self.run.version).identify_bytes(content)
+
+    def _read(self, version: int) -> Any:
+        from fastreid_uns.photos.known import Known
+
+        return Known(self.run)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """See `commands.main`."""
+    return finished(run, parse_arguments(arguments), last_line=lambda: None)

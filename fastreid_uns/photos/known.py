@@ -1,0 +1,104 @@
+"""The individuals of a run, ready to be compared with further photos."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreid_uns.data.decode import UnreadableImage
+from fastreid_uns.data.image_set import ImageSet
+from fastreid_uns.errors import InvalidValue
+from fastreid_uns.photos.adapt import Adaptation
+from fastreid_uns.photos.group import Settings, features
+from fastreid_uns.photos.identify import Identity, Thresholds, identify
+from fastreid_uns.photos.index import Index
+from fastreid_uns.photos.network import Network
+from fastreid_uns.photos.outcome import present_groups
+from fastreid_uns.photos.store import PhotoRun
+from fastreid_uns.structures import Record
+
+
+class Known:
+    """What `identify`, `serve` and `add` need of a run; it is read once.
+
+    Args:
+        run: with an index.
+
+    Raises:
+        MissingFile, InvalidValue: the index is missing or damaged.
+    """
+
+    def __init__(self, run: PhotoRun) -> None:
+        self.run = run
+        self.index = Index.load(run.folder / "index.safetensors")
+        self.network = Network.of_index(self.index)
+        self.settings = Settings(
+            views=int(self.index.about["views"]), seed=int(self.index.about["seed"]), adaptation=Adaptation(steps=0)
+        )
+
+    def features(self, files: Sequence[str]) -> Tensor:
+        """(M, D) of photos, made as those of the index.
+
+        Raises:
+            UnreadableImage, MissingFile: one cannot be read.
+        """
+        images = ImageSet([Record(file, -1, -1) for file in files], self.network.size)
+        return features(images, self.network.encoder, self.settings)
+
+    def identify(self, files: Sequence[str]) -> list[Identity]:
+        """Who is on each of the photos; raises as `features`."""
+        now = present_groups(self.run)
+        groups = torch.tensor([now.get(path, number) for path, number in self._numbers()])
+        audit = self.run.about.get("audit", {})
+        precision = audit.get("precision") if audit.get("verified") else None
+        thresholds = Thresholds(**self.index.thresholds)
+        return identify(self.features(files), self.index.features, groups, thresholds, precision=precision)
+
+    def _numbers(self) -> list[tuple[str, int]]:
+        return list(zip(self.index.paths, self.index.groups.tolist(), strict=True))
+
+    def identify_bytes(self, content: bytes) -> dict[str, Any]:
+        """What is said about the bytes of an image file, as JSON can.
+
+        Raises:
+            InvalidValue: they cannot be read.
+        """
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(content)
+            file.flush()
+            try:
+                (found,) = self.identify([file.name])
+            except UnreadableImage as error:
+                raise InvalidValue(f"identify: the image cannot be read ({error.cause}). Send another one.") from error
+        return said(found)
+
+    def with_threshold(self, threshold: float) -> Settings:
+        """Settings of clustering with these features."""
+        return replace(self.settings, threshold=threshold)
+
+
+def said(found: Identity) -> dict[str, Any]:
+    """What is said about a photo, as JSON can: `answer`, `group` (null if there is none), `similarity`."""
+    return {
+        "answer": found.kind,
+        "group": None if found.group < 0 else found.group,
+        "similarity": round(found.similarity, 4),
+    }
+
+
+def unreadable(file: str | Path) -> str:
+    """Why a photo cannot be read; empty if it can."""
+    from fastreid_uns.data.decode import read_image
+    from fastreid_uns.errors import MissingFile
+
+    try:
+        read_image(file)
+    except (UnreadableImage, MissingFile) as error:
+        return str(error)
+    return ""
