@@ -2,13 +2,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench compare clean
+.PHONY: demo test slow check bench compare clean
 
 demo: $(VENV)/ready
 	$(BIN)/python tools/demo.py --output output/demo
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+slow: $(VENV)/ready
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+logger = logging.getLogger("fastreid_uns")
 torch.set_num_threads(1)  # networks this small gain nothing from a second thread
 
 
@@ -20,6 +22,15 @@ def device(request) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def log_of_one_test():
+    """The console and the file that a run opens for its log are closed when the test ends."""
+    yield
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +50,68 @@ def tiny_set(tmp_path_factory) -> dict:
         "DIFFICULTY": 0.2,
         "SIZE": [32, 16],
     }
+
+
+@pytest.fixture(scope="session")
+def learning_set(tiny_set) -> dict:
+    """Config section of a generated set from which a small network learns in six epochs: 48 x 24 pixels."""
+    return {
+        **tiny_set,
+        "TRAIN_IDENTITIES": 24,
+        "TRAIN_IMAGES": 288,
+        "TEST_IDENTITIES": 16,
+        "QUERY_IMAGES": 32,
+        "GALLERY_IMAGES": 160,
+        "DISTRACTORS": 20,
+        "DIFFICULTY": 0.4,
+        "CAMERA_BIAS": 0.3,
+        "SIZE": [48, 24],
+    }
+
+
+@pytest.fixture(scope="session")
+def shrink() -> Callable[..., list[str]]:
+    """Overrides that leave the method of a config as it is and make everything around it small."""
+
+    def overrides(config: str | Path, section: dict, batch: int, **more: object) -> list[str]:
+        """
+        Args:
+            config: YAML file.
+            section: generated set to train and to test on, such as `tiny_set`.
+            batch: images of the target, and of the sources, in a step.
+            more: further keys, with two underscores for each full stop.
+        """
+        from fastreid_uns.config import load_config
+
+        cfg = load_config(config)
+        sampler = cfg.DATALOADER.SAMPLER
+        values: dict[str, object] = {
+            **{f"DATASETS.TESTS.{name}": None for name in cfg.DATASETS.TESTS},
+            "DATASETS.TRAIN": section,
+            "DATASETS.TESTS.synthetic": section,
+            "INPUT.SIZE": section["SIZE"],
+            "DATALOADER.WORKERS": 0,
+            "DATALOADER.SAMPLER.BATCH_SIZE": batch,
+            "MODEL.WEIGHTS": "",
+            "MODEL.DEVICE": "cpu",
+            "SOLVER.AMP": "none",
+            "TEST.PERIOD": 0,
+            "LOG.WRITERS": ["json"],
+        }
+        if cfg.DATASETS.SOURCES:
+            values["DATALOADER.SOURCE_SAMPLER.BATCH_SIZE"] = batch
+        for name, source in cfg.DATASETS.SOURCES.items():
+            values[f"DATASETS.SOURCES.{name}"] = {**section, "SEED": source.SEED}
+        if "CLUSTERS" in sampler:
+            values["DATALOADER.SAMPLER.CLUSTERS"] = max(2, sampler.CLUSTERS * batch // sampler.BATCH_SIZE)
+        for name in cfg.INPUT.AUGMENTS:
+            values |= {f"INPUT.AUGMENTS.{name}.PAD": 2, f"INPUT.AUGMENTS.{name}.ERASE": 0.0}
+        few_images = {"K1": 12, "K2": 3, "MIN_SAMPLES": 2}
+        values |= {f"PSEUDO_LABELS.{key}": value for key, value in few_images.items() if key in cfg.PSEUDO_LABELS}
+        values |= {key.replace("__", "."): value for key, value in more.items()}
+        return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+    return overrides
 
 
 @pytest.fixture
@@ -71,6 +144,7 @@ from fastreid_uns.engine.default import DefaultTrainer
 from fastreid_uns.engine.recluster import ReclusterHook
 from fastreid_uns.utils import comm
 
+logger = logging.getLogger("fastreid_uns")
 torch.set_num_threads(1)
 trainer = DefaultTrainer(load_config(sys.argv[2], sys.argv[3:]))
 trainer.train()

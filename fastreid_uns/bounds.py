@@ -103,6 +103,7 @@ BOUNDS: dict[str, Bound] = {
     "DISTRIBUTED.TIMEOUT_MINUTES": above(0, 10_080),
     "TEST.PERIOD": at_least(0),
     "TEST.BATCH_SIZE": at_least(1),
+    "TEST.RERANK": one_of("none", "jaccard", "camera_jaccard"),
     "TEST.PATIENCE": at_least(0),
 }
 

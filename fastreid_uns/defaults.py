@@ -84,7 +84,7 @@ DEFAULTS: dict[str, Any] = {
     "TEST": {
         "PERIOD": 10,  # epochs; 0 = only after training
         "BATCH_SIZE": 256,
-        "RERANK": False,
+        "RERANK": "none",  # jaccard or camera_jaccard: score a second, re-ranked list as well
         "PATIENCE": 0,  # evaluations without a better mAP after which training stops; 0 = never
     },
     "DISTRIBUTED": {

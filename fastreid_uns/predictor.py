@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from fastreid_uns.config import CfgNode, parse_config
 from fastreid_uns.data.datasets.folder import folder as images_below
 from fastreid_uns.data.decode import read_pixels
 from fastreid_uns.data.image_set import ImageSet
-from fastreid_uns.errors import InvalidValue, MissingFile
+from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile
 from fastreid_uns.evaluation.extract import extract_features
 from fastreid_uns.modeling.meta_arch import MetaArch, build_model
+from fastreid_uns.published import HUB, fetch_published, is_published, read_published, write_published
+from fastreid_uns.published import WEIGHTS as PUBLISHED
 from fastreid_uns.structures import Record
 from fastreid_uns.utils.checkpoint import last_checkpoint, load_checkpoint, load_model
 from fastreid_uns.utils.paths import path_manager
@@ -35,6 +38,17 @@ class FeatureExtractor:
 
     Attributes:
         config: YAML text of the run that the encoder comes from, "" if unknown.
+
+    Example:
+        >>> from fastreid_uns.config import load_config
+        >>> from fastreid_uns.modeling import build_encoder
+        >>> encoder = build_encoder(load_config("configs/quickstart.yaml"))  # of random weights
+        >>> extractor = FeatureExtractor(encoder, size=(128, 64), device="cpu")
+        >>> feats = extractor([np.zeros((90, 50, 3), np.uint8), Image.new("RGB", (30, 60))])
+        >>> feats.shape == (2, extractor.dim)
+        True
+        >>> (feats @ feats.T).allclose(torch.ones(2, 2))  # both images are black
+        True
     """
 
     def __init__(
@@ -63,7 +77,7 @@ class FeatureExtractor:
         """The encoder of a training run.
 
         Args:
-            path: a checkpoint, or the OUTPUT_DIR of a run, of which the newest is taken.
+            path: a checkpoint; the OUTPUT_DIR of a run, of which the newest is taken; or what `from_pretrained` takes.
             trust, plugins: whose code may run, see `load_run`.
             options: keyword arguments of the class.
 
@@ -74,6 +88,45 @@ class FeatureExtractor:
         extractor = cls(model.deploy, cfg.INPUT.SIZE, **options)
         extractor.config = content["config"]
         return extractor
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> FeatureExtractor:
+        """An encoder that `save_pretrained` or `hub.push` has written.
+
+        Args:
+            source: a folder, or `hub:user/name` with or without `@revision`; the word `hub:` may be left out where
+                there is no such folder.
+            options: as for `from_checkpoint`.
+
+        Raises:
+            MissingPackage, InvalidState: it cannot be fetched.
+            FileNotFoundError, ValueError, KeyError: as `load_run`.
+        """
+        text = str(source)
+        remote = (
+            not text.startswith(HUB) and not path_manager.exists(text) and re.fullmatch(r"[\w-][\w.-]*/[\w.@-]+", text)
+        )
+        return cls.from_checkpoint(f"{HUB}{text}" if remote else text, **options)
+
+    def save_pretrained(self, folder: str | Path, *, source: str = "", overwrite: bool = False) -> None:
+        """Write the encoder for others: its weights as safetensors, its config, and a card that says how to use it.
+
+        Args:
+            folder: is made if it is not there.
+            source: what the card says that it is loaded from; the folder by default.
+            overwrite: replace what an earlier call has written.
+
+        Raises:
+            RuntimeError: the folder holds other things or cannot be written; or this extractor was not made from a
+                run, so that nobody could build its encoder again.
+        """
+        if not self.config:
+            raise InvalidState(
+                "save_pretrained: nothing is known about how this encoder was built. Make the extractor with "
+                "from_checkpoint."
+            )
+        weights = self.encoder.state_dict()
+        write_published(Path(folder), weights, self.config, dim=self.dim, source=source, overwrite=overwrite)
 
     @property
     def dim(self) -> int:
@@ -150,11 +203,19 @@ def list_images(path: str | Path) -> list[str]:
 
 
 def find_checkpoint(path: str | Path) -> str:
-    """The checkpoint file that a path means: itself, or the newest one of an OUTPUT_DIR.
+    """The file that a path means: itself, the newest checkpoint of an OUTPUT_DIR, the weights of a published encoder.
+
+    Args:
+        path: on the disk, or `hub:user/name`, which is fetched.
 
     Raises:
         FileNotFoundError: there is none.
+        MissingPackage, InvalidState: it cannot be fetched.
     """
+    if str(path).startswith(HUB):
+        return str(fetch_published(str(path)))
+    if is_published(path):
+        return str(Path(path) / PUBLISHED)
     return str(last_checkpoint(Path(path))) if path_manager.isdir(str(path)) else str(path)
 
 
@@ -164,7 +225,8 @@ def load_run(path: str | Path, *, trust: bool = False, plugins: Sequence[str] = 
     What the model does not need may be gone since: data sets, hooks and plugins.
 
     Args:
-        path: a checkpoint, or the OUTPUT_DIR of a run, of which the newest is taken.
+        path: a checkpoint, or the OUTPUT_DIR of a run, of which the newest is taken. Of a published encoder, a folder
+            or `hub:user/name`, the weights of `model.deploy` alone are known.
         trust: import the plugin folders that the checkpoint names. Their code runs, so say so only for files of your
             own; plugins that are installed need no trust.
         plugins: import these folders or modules instead.
@@ -180,11 +242,12 @@ def load_run(path: str | Path, *, trust: bool = False, plugins: Sequence[str] = 
 
 def _load_run(path: str | Path, trust: bool, plugins: Sequence[str]) -> tuple[dict[str, Any], CfgNode, MetaArch]:
     file = find_checkpoint(path)
-    content = load_checkpoint(file)
+    published = Path(file).suffix == Path(PUBLISHED).suffix
+    content = read_published(Path(file)) if published else load_checkpoint(file)
     name, own_weights = Path(file).name, ["MODEL.WEIGHTS="]
     cfg = parse_config(content["config"], name, own_weights, trust=trust, plugins=plugins, model_only=True)
     model = build_model(cfg, content["num_images"])
-    load_model(model, content, file)
+    load_model(model.deploy if published else model, content, file)
     return content, cfg, model.eval()
 
 

@@ -19,6 +19,18 @@ class Registry(_Registry):
     Args:
         name: what is collected, as it stands in messages.
         reserved: keys of a config section that belong to the framework, not to the component's signature.
+
+    Example:
+        >>> SHAPES = Registry("SHAPE")
+        >>> @SHAPES.register()
+        ... class Square:
+        ...     def __init__(self, *, side: float = 1.0) -> None:
+        ...         self.side = side
+        >>> SHAPES.build({"NAME": "Square", "SIDE": 3.0}).side
+        3.0
+        >>> SHAPES.build({"NAME": "Square", "SIED": 3.0})
+        Traceback (most recent call last):
+        fastreid_uns.errors.UnknownName: Square: unknown key SIED; did you mean SIDE? Accepted: SIDE.
     """
 
     def __init__(self, name: str, reserved: Iterable[str] = ()) -> None:

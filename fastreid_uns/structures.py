@@ -114,6 +114,12 @@ class PseudoLabels:
     Raises:
         NoClusters: every image is an outlier.
         ValueError: gaps in the numbering, or row counts that disagree.
+
+    Example:
+        >>> import torch
+        >>> pseudo = PseudoLabels(labels=torch.tensor([1, 0, -1, 1]), centroids=torch.eye(2))
+        >>> pseudo.num_clusters, pseudo.sizes.tolist()
+        (2, [1, 2])
     """
 
     labels: Tensor  # (N,) int64, -1 = not in any cluster

@@ -22,8 +22,9 @@ LAYERS = (
     {"structures", "registry", "hook", "plugins"},
     {"data", "pseudo_labels", "modeling", "defaults", "bounds"},
     {"evaluation", "projects", "config"},
+    {"published"},  # an encoder with its config
     {"engine", "predictor"},  # the predictor reads a config and extracts features
-    {"photos"},
+    {"photos", "hub"},
     {"builtin"},
     {"commands"},
 )

@@ -56,6 +56,7 @@ OUT_OF_BOUNDS = {
     "DISTRIBUTED.TIMEOUT_MINUTES": [0, -1, 20_000, *NOT_FINITE],
     "TEST.PERIOD": [-1],
     "TEST.BATCH_SIZE": [0, -1],
+    "TEST.RERANK": ["both", ""],
     "TEST.PATIENCE": [-1],
 }
 

@@ -67,6 +67,13 @@ def test_a_pair_of_quotes_around_all_of_it_is_no_part_of_the_text():
     assert load_config(overrides=["OUTPUT_DIR", "'a' and 'b'"]).OUTPUT_DIR == "'a' and 'b'"
 
 
+@pytest.mark.parametrize("name", ["torchvision", '"torchvision"', "'torchvision'"])
+def test_a_component_that_is_named_again_keeps_its_keys(name):
+    """`configs/base.yaml` has a torchvision ResNet-50 whose last stage does not stride."""
+    backbone = load_config("configs/base.yaml", ["MODEL.BACKBONE.NAME", name]).MODEL.BACKBONE
+    assert (backbone.NAME, backbone.MODEL, backbone.LAST_STRIDE) == ("torchvision", "resnet50", 1)
+
+
 def test_a_key_without_a_known_type_keeps_the_text_whole(monkeypatch):
     def photos(*, root, limit=None):
         return None

@@ -20,6 +20,7 @@ KEYS = {
 }
 VALUES = {
     "INPUT.CAMERA_STYLE.KIND": ("colours", "colors"),
+    "TEST.RERANK": (True, "jaccard"),
     "HOOKS.mine.NAME": ("GuideHook", "PretrainedTeacherHook"),
     "MODEL.LOSSES.mine.NAME": ("RawTripletLoss", "UnnormalizedTripletLoss"),
 }

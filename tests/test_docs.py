@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import json
 import re
@@ -17,13 +18,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastreid_uns import hook, registry
-from fastreid_uns.config import load_config
+from fastreid_uns import DefaultTrainer, hook, registry
+from fastreid_uns.commands import COMMANDS
+from fastreid_uns.commands import main as run_command_line
+from fastreid_uns.config import load_config, renames
+from fastreid_uns.defaults import DEFAULTS
 from fastreid_uns.registry import DATASET_REGISTRY, META_ARCH_REGISTRY
 
 ROOT = Path(__file__).parents[1]
+ROOT_README = ROOT / "README.md"
 GUIDE = ROOT / "projects/README.md"
-READMES = sorted({ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("projects/*/README.md")})
+READMES = sorted(
+    {
+        ROOT_README,
+        ROOT / "DEPLOY.md",
+        *ROOT.glob("*/README.md"),
+        *ROOT.glob("projects/*/README.md"),
+        ROOT / "tools/benchmark/README.md",
+    }
+)
+DETECTRON2 = "## Coming from detectron2\n"
 FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -40,7 +54,15 @@ def titled_blocks(file: Path) -> dict[str, str]:
     return found
 
 
-def commands(file: Path) -> Iterator[list[str]]:
+def prose_of(file: Path) -> str:
+    """Text without code blocks and without the words of detectron2."""
+    text = FENCE.sub("", file.read_text(encoding="utf-8"))
+    before, heading, rest = text.partition(DETECTRON2)
+    table, mark, after = rest.partition("\n## ")
+    return before + heading + re.sub(r"^\| [^|]+ \|", "| |", table, flags=re.MULTILINE) + mark + after
+
+
+def shell_lines(file: Path) -> Iterator[list[str]]:
     """Words of each command in the shell blocks."""
     for language, _, content in FENCE.findall(file.read_text(encoding="utf-8")):
         if language in ("bash", "sh", "console"):
@@ -53,32 +75,45 @@ class Parsed(BaseException):
     """A command line was accepted; carries the namespace."""
 
 
-def parse(tool: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """Run a tool up to where its arguments are parsed; a usage error is a SystemExit."""
+def parse(start: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """Start a command up to where its arguments are parsed; a usage error is a SystemExit."""
 
     def stopping(method: Callable) -> Callable:
         def parse_and_stop(self, args=None, namespace=None):
-            raise Parsed(method(self, args, namespace))
+            found = method(self, args, namespace)
+            if self.prog == "fastreid-uns":  # it has read the name of the subcommand alone
+                return found
+            raise Parsed(found)
 
         return parse_and_stop
 
     with monkeypatch.context() as patch:
         for name in ("parse_args", "parse_intermixed_args"):
             patch.setattr(argparse.ArgumentParser, name, stopping(getattr(argparse.ArgumentParser, name)))
-        patch.setattr(sys, "argv", [str(tool), *arguments])
-        patch.setattr(sys, "path", [*sys.path])
+        patch.setattr(sys, "path", [str(ROOT / "tools/benchmark"), *sys.path])
         with pytest.raises(Parsed) as stopped:
-            runpy.run_path(str(tool), run_name="__main__")
+            start()
     return stopped.value.args[0]
 
 
+def parse_line(words: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace | None:
+    """The arguments of `fastreid-uns ...`, `-m fastreid_uns.commands ...` or `tools/X.py ...`; None for other lines."""
+    for place, word in enumerate(words):
+        rest = words[place + 1 :]
+        if word in ("fastreid-uns", "fastreid_uns.commands"):
+            return parse(lambda arguments=rest: run_command_line(arguments), monkeypatch)
+        if word.startswith("tools/"):
+            assert (ROOT / word).is_file(), f"{word} does not exist"
+            monkeypatch.setattr(sys, "argv", [word, *rest])
+            return parse(lambda tool=word: runpy.run_path(str(ROOT / tool), run_name="__main__"), monkeypatch)
+    return None
+
+
 def made_files(file: Path) -> set[str]:
-    """Configs that a README makes itself: YAML blocks that begin with a name, and what new_project.py would write."""
+    """Configs that a README makes itself: YAML blocks that begin with a name, and what `new-project` would write."""
     text = file.read_text(encoding="utf-8")
     named = set(re.findall(r"^```yaml.*\n# (\S+\.yaml)$", text, re.MULTILINE))
-    return named | {
-        f"projects/{name}/configs/synthetic.yaml" for name in re.findall(r"new_project\.py (\w+)$", text, re.M)
-    }
+    return named | {f"projects/{name}/configs/synthetic.yaml" for name in re.findall(r"new-project (\w+)$", text, re.M)}
 
 
 @pytest.mark.parametrize("file", READMES, ids=name_of)
@@ -86,19 +121,128 @@ def test_commands_parse(file, monkeypatch):
     made = made_files(file)
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     extras = re.findall(r'^        "(\w+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE)
-    for words in commands(file):
+    for words in shell_lines(file):
         if words[0] == "make":
             assert set(words[1:]) <= set(targets), f"no such target: {words}"
         for named in re.findall(r"\.\[([\w,]+)\]", " ".join(words)):
             assert set(named.split(",")) <= set(extras), f"no such extra: {words}"
-        for place, word in enumerate(words):
-            if not word.startswith("tools/"):
-                continue
-            assert (ROOT / word).is_file(), f"{word} does not exist"
-            options = parse(ROOT / word, words[place + 1 :], monkeypatch)
-            config = getattr(options, "config_file", None)
+        options = parse_line(words, monkeypatch)
+        for config in [getattr(options, "config_file", None), *getattr(options, "configs", [])]:
             if config and config not in made:
-                load_config(ROOT / config, options.opts if "opts" in options else options.overrides)
+                load_config(ROOT / config, getattr(options, "opts", None) or getattr(options, "overrides", []))
+
+
+def test_a_wrong_command_line_is_noticed(monkeypatch):
+    assert parse_line(["fastreid-uns", "search", "query", "i", "a.jpg"], monkeypatch).image == Path("a.jpg")
+    assert parse_line(["python", "-m", "pytest"], monkeypatch) is None
+    for words in (["fastreid-uns", "trian"], ["fastreid-uns", "train", "--config", "a", "--gpus", "2"]):
+        with pytest.raises(SystemExit):
+            parse_line(words, monkeypatch)
+
+
+def test_every_command_is_in_the_readmes():
+    lines = [words for file in READMES for words in shell_lines(file) if words[0] == "fastreid-uns"]
+    shown = {words[1] for words in lines} | set(re.findall(r"`fastreid-uns ([a-z-]+)", ROOT_README.read_text()))
+    assert set(COMMANDS) - {"compare", "convert"} <= shown
+    assert shown <= set(COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def keys() -> set[str]:
+    """Every word that can be part of a key of a config, of all projects."""
+    importlib.import_module("fastreid_uns.builtin")
+    for project in ROOT.glob("projects/*/__init__.py"):
+        importlib.import_module(f"fastreid_uns.projects.{project.parent.name}")
+    importlib.import_module("fastreid_uns.projects.ACFL.camera")
+    kinds = [value for value in vars(registry).values() if isinstance(value, registry.Registry)]
+    words = {key.upper() for kind in kinds for name, _ in kind for key in kind.schema(name)}
+    return words | {word for kind in kinds for word in kind.reserved} | set(words_of(DEFAULTS)) | {"NAME"}
+
+
+def words_of(tree: dict) -> Iterator[str]:
+    for key, value in tree.items():
+        yield key
+        if isinstance(value, dict):
+            yield from words_of(value)
+
+
+@pytest.mark.parametrize("file", READMES, ids=name_of)
+def test_keys_exist(file, keys):
+    blocks = " ".join(content for *_, content in FENCE.findall(file.read_text(encoding="utf-8")))
+    known = keys | set(re.findall(r"\b([A-Z][A-Z_]+):", blocks))  # an example may bring a key of its own
+    prose = prose_of(file)
+    sections = "|".join(key for key, value in DEFAULTS.items() if isinstance(value, dict))
+    unknown = [word for word in re.findall(r"`\.?([A-Z0-9]+_[A-Z0-9_]+)(?=[`: ])", prose) if word not in known]
+    for text in re.findall(rf"`((?:{sections})\.[\w.]+)", prose):
+        section, first, *rest = text.split(".")
+        if section not in ("HOOKS", "PSEUDO_LABELS", "PAPER") and first not in DEFAULTS[section]:
+            unknown += [] if section == "MODEL" and first in keys else [text]
+        unknown += [text for word in [first, *rest] if word.isupper() and word not in known]
+    assert set(unknown) <= {"OUTPUT_DIR", "MSMT17_V1"} | registries()
+
+
+def registries() -> set[str]:
+    return {name for name, value in vars(registry).items() if isinstance(value, registry.Registry)}
+
+
+def test_the_changelog_names_what_was_renamed():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    renamed = [*renames.KEYS.items(), *(pair for names in renames.VALUES.values() for pair in names.items())]
+    missing = [
+        old for old, new in renamed if not re.search(rf"^\|.*`{re.escape(old)}`.*\|.*{new.split('.')[-1]}`", text, re.M)
+    ]
+    assert not missing
+    assert set(renames.GONE) <= set(re.findall(r"`([A-Z.]+)`", text))
+
+
+def definitions(file: Path) -> set[str]:
+    """Names of a module, `Class.method` among them."""
+    found = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("projects/*/README.md")), ids=name_of)
+def test_tables_lead_to_the_code(file):
+    rows = re.findall(r"`([\w/]+\.py)`(?:, `([\w.]+)`)?(?:, `([\w.]+)`)?", file.read_text(encoding="utf-8"))
+    assert rows
+    for name, *inside in rows:
+        places = [folder / name for folder in (file.parent, ROOT / "projects", ROOT / "fastreid_uns")]
+        code = next((place for place in places if place.is_file()), None)
+        assert code, f"{name} is in none of {', '.join(map(name_of, {p.parent for p in places}))}"
+        words = [word for word in inside if word and not word.isupper() and not word.endswith(".py")]
+        assert set(words) <= definitions(code), f"{name} does not define all of {words}"
+
+
+@pytest.mark.parametrize("file", READMES, ids=name_of)
+def test_python_that_is_shown_can_be_imported(file):
+    for language, rest, content in FENCE.findall(file.read_text(encoding="utf-8")):
+        if language == "python" and "title=" not in rest:
+            compile(content, str(file), "exec")
+            for line in re.findall(r"^(?:from|import) .+$", content, re.MULTILINE):
+                exec(line, {})
+
+
+def test_what_a_detectron2_user_types_is_there():
+    whole = GUIDE.read_text(encoding="utf-8").partition(DETECTRON2)[2].partition("\n## ")[0]
+    table = prose_of(GUIDE).partition(DETECTRON2)[2].partition("\n## ")[0]
+    imports = re.findall(r"`from (fastreid_uns[\w.]*) import ([\w, ]+)`", table)
+    assert imports
+    for module, names in imports:
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"
+    kinds = {"DefaultTrainer": DefaultTrainer, "HookBase": hook.HookBase, "trainer": DefaultTrainer}
+    for kind, name in re.findall(r"`(DefaultTrainer|HookBase|trainer)\.(\w+)", table):
+        known = hasattr(kinds[kind], name) or f"        {name}:" in (DefaultTrainer.__mro__[1].__doc__ or "")
+        assert known, f"{kind} has no {name}"
+    builders = {name for name in vars(DefaultTrainer) if name.startswith("build_")}
+    assert builders == set(re.findall(r"`(build_\w+)`", table))
+    moments = {name for name in vars(hook.HookBase) if name.startswith(("before_", "after_"))}
+    assert moments == set(re.findall(r"`((?:before|after)_\w+)`", whole))
 
 
 @pytest.mark.parametrize("file", READMES, ids=name_of)
@@ -143,8 +287,6 @@ def checkout(tmp_path, monkeypatch) -> Path:
 
 
 def train(file: Path, tiny: list[str], changes: list[str]):
-    from fastreid_uns.engine.default import DefaultTrainer
-
     trainer = DefaultTrainer(load_config(file, [*tiny, *changes]))
     trainer.train()
     assert trainer.epochs_done > 0
@@ -206,22 +348,22 @@ def test_the_data_set_of_the_guide_loads_and_trains(checkout, tiny, tiny_set, tm
 
 
 def test_every_registry_stands_in_the_guide():
-    kinds = {name for name, value in vars(registry).items() if isinstance(value, registry.Registry)}
-    assert kinds == set(re.findall(r"^\| `(\w+_REGISTRY)` \|", GUIDE.read_text(), re.MULTILINE))
+    assert registries() == set(re.findall(r"^\| `(\w+_REGISTRY)` \|", GUIDE.read_text(), re.MULTILINE))
 
 
 def test_orders_of_the_hooks_stand_in_the_guide():
-    from fastreid_uns.engine import hooks, recluster
+    from fastreid_uns.engine import agreement, hooks, profiling, recluster
 
+    kinds = [kind for module in (agreement, hooks, profiling, recluster) for kind in vars(module).values()]
     orders = {
-        (str(kind.order), name)
-        for name, kind in (vars(hooks) | vars(recluster)).items()
+        (str(kind.order), kind.__name__)
+        for kind in kinds
         if isinstance(kind, type) and issubclass(kind, hook.HookBase) and kind is not hook.HookBase
     }
     assert orders == set(re.findall(r"^\| (\d+) \| `(\w+)` \|", GUIDE.read_text(), re.MULTILINE))
 
 
-def test_the_offer_to_losses_stands_in_the_guide():
+def test_the_loss_inputs_stand_in_the_guide():
     from fastreid_uns.modeling.meta_arch import build_model
     from fastreid_uns.structures import Batch
 
@@ -230,10 +372,15 @@ def test_the_offer_to_losses_stands_in_the_guide():
     )
     model = build_model(cfg, 4)
     assert isinstance(model, META_ARCH_REGISTRY.get("Baseline"))
-    offered: dict = {}
-    model.losses.forward = lambda offer: offered.update(offer) or {}
+    inputs: dict = {}
+    model.losses.forward = lambda found: inputs.update(found) or {}
     model.memory.features = torch.zeros(2, model.encoder.dim)
     zeros = torch.zeros(2, dtype=torch.int64)
     model(Batch((torch.zeros(2, 3, 256, 128),), zeros, zeros, zeros, zeros))
     text = re.search(r"^\*\*Losses\.\*\*.*?\. A loss that", GUIDE.read_text(), re.MULTILINE | re.DOTALL)[0]
-    assert set(offered) == set(re.findall(r"`([a-z_]+)`", text))
+    assert set(inputs) == set(re.findall(r"`([a-z_]+)`", text))
+
+
+def test_the_readme_says_how_make_runs_the_tests():
+    command = re.search(r"^test:.*\n\t\$\(BIN\)/(.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert f"`{command}`" in (ROOT / "README.md").read_text()

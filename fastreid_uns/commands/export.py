@@ -1,22 +1,67 @@
-"""Write the encoder of a run as ONNX: pixels in 0..1 go in, features of unit length come out, for any batch size."""
+"""Write the encoder of a run as ONNX: RGB pixels go in, features of unit length come out, for any batch size."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from fastreid_uns.commands import finished
-from fastreid_uns.errors import InvalidState
+from fastreid_uns.errors import InvalidState, InvalidValue
 
 BATCHES = (1, 2, 5)  # sizes at which the exported file is compared with the encoder
+NORMALISATIONS = ("inside", "outside", "imagenet")
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Normalisation(NamedTuple):
+    """What becomes of pixels in 0..1 before the backbone sees them.
+
+    Attributes:
+        where: `inside` of the file, or `outside`: the program that uses the file subtracts `mean` and divides by `std`.
+        mean, std: of each channel, RGB.
+    """
+
+    where: str
+    mean: list[float]
+    std: list[float]
+
+    @classmethod
+    def of(cls, extractor, name: str) -> Normalisation:
+        """The one that `--normalisation` names; `imagenet` is outside, with the numbers that trackers have built in."""
+        if name == "imagenet":
+            return cls("outside", list(_IMAGENET_MEAN), list(_IMAGENET_STD))
+        encoder = extractor.encoder
+        mean, std = ([round(value, 6) for value in values.flatten().tolist()] for values in (encoder.mean, encoder.std))
+        return cls(name, mean, std)
+
+    def tensors(self):
+        """`mean` and `std` as (1,3,1,1)."""
+        import torch
+
+        return [torch.tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std)]
+
+    def apply(self, images):
+        """(B,3,H,W) in 0..1 → what the file takes."""
+        mean, std = self.tensors()
+        return images if self.where == "inside" else (images - mean) / std
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("weights", help="checkpoint, or OUTPUT_DIR of a run")
+    parser.add_argument("weights", help="checkpoint, OUTPUT_DIR of a run, or hub:user/name")
     parser.add_argument(
         "output", type=Path, nargs="?", help="file to write (default: encoder.onnx beside the checkpoint)"
+    )
+    parser.add_argument(
+        "--normalisation",
+        choices=NORMALISATIONS,
+        default="inside",
+        help="who subtracts the mean and divides by the standard deviation: inside = the file, it takes pixels in 0..1 "
+        "(default); outside = who uses it, with the numbers of the network; imagenet = who uses it, with those of "
+        "ImageNet, as trackers do, whatever the numbers of the network are",
     )
     parser.add_argument("--opset", type=int, default=18, help="version of the ONNX operators (default: %(default)s)")
     parser.add_argument(
@@ -68,8 +113,27 @@ def export(extractor, output: Path, opset: int) -> None:
     )
 
 
-def largest_difference(extractor, file: Path) -> float:
+def taking_normalised(extractor, normalisation: Normalisation):
+    """An extractor whose encoder takes images as the file does: normalised already, unless that happens inside.
+
+    Where the network wants other numbers than the images were normalised with, the rest stays in the encoder.
+    """
+    from fastreid_uns.predictor import FeatureExtractor
+
+    if normalisation.where == "inside":
+        return extractor
+    encoder = copy.deepcopy(extractor.encoder)
+    mean, std = normalisation.tensors()
+    encoder.mean.copy_((encoder.mean - mean) / std)
+    encoder.std.copy_(encoder.std / std)
+    return FeatureExtractor(encoder, extractor.size, device="cpu")
+
+
+def largest_difference(extractor, file: Path, normalisation: Normalisation | None = None) -> float:
     """Largest difference between a feature of the file and of the encoder, over random images.
+
+    Args:
+        normalisation: what the file was written with.
 
     Raises:
         RuntimeError: the network is exported for one batch size only.
@@ -87,17 +151,18 @@ def largest_difference(extractor, file: Path) -> float:
     largest = 0.0
     for count in BATCHES:
         images = torch.rand(count, 3, *extractor.size, generator=torch.Generator().manual_seed(count))
-        found = torch.from_numpy(session.run(["feats"], {"images": images.numpy()})[0])
+        given = images if normalisation is None else normalisation.apply(images)
+        found = torch.from_numpy(session.run(["feats"], {"images": given.numpy()})[0])
         largest = max(largest, (found - extractor(images)).abs().max().item())
     return largest
 
 
-def checked_difference(extractor, file: Path, tolerance: float) -> float:
+def checked_difference(extractor, file: Path, tolerance: float, normalisation: Normalisation) -> float:
     """
     Raises:
         RuntimeError: file and encoder disagree by more than the tolerance.
     """
-    difference = largest_difference(extractor, file)
+    difference = largest_difference(extractor, file, normalisation)
     if not difference <= tolerance:
         raise InvalidState(
             f"export: features of the ONNX file differ by {difference:.1e}; {tolerance:.1e} is accepted. Try another "
@@ -106,8 +171,12 @@ def checked_difference(extractor, file: Path, tolerance: float) -> float:
     return difference
 
 
-def description(extractor, difference: float) -> dict[str, object]:
-    """What a program that uses the file must know."""
+def description(extractor, difference: float, normalisation: Normalisation) -> dict[str, object]:
+    """What a program that uses the file must know.
+
+    `range` is that of the pixels before mean and standard deviation, which the file applies if `normalisation` is
+    `inside`; if it is `outside`, whoever uses the file does. `length` is that of each feature.
+    """
     import torch
     import yaml
 
@@ -118,10 +187,13 @@ def description(extractor, difference: float) -> dict[str, object]:
         "input": {
             "name": "images",
             "shape": ["batch", 3, *extractor.size],
+            "size": list(extractor.size),
             "type": "float32",
             "colours": "RGB",
             "range": [0.0, 1.0],
-            "normalisation": "inside",
+            "normalisation": normalisation.where,
+            "mean": normalisation.mean,
+            "std": normalisation.std,
             "resize": "bicubic",
         },
         "output": {"name": "feats", "shape": ["batch", extractor.dim], "type": "float32", "length": 1.0},
@@ -134,21 +206,29 @@ def description(extractor, difference: float) -> dict[str, object]:
 def run(arguments: argparse.Namespace) -> None:
     require_onnx()
     from fastreid_uns.predictor import FeatureExtractor, find_checkpoint
+    from fastreid_uns.published import HUB
 
+    if arguments.weights.startswith(HUB) and arguments.output is None:
+        raise InvalidValue(
+            f"export: no file to write is named, and {arguments.weights} has no folder here. Add one, for example "
+            f"encoder.onnx."
+        )
     weights = find_checkpoint(arguments.weights)
     output = arguments.output or Path(weights).with_name("encoder.onnx")
     extractor = FeatureExtractor.from_checkpoint(weights, plugins=arguments.plugins, device="cpu")
-    export(extractor, output, arguments.opset)
+    normalisation = Normalisation.of(extractor, arguments.normalisation)
+    export(taking_normalised(extractor, normalisation), output, arguments.opset)
     try:
-        difference = checked_difference(extractor, output, arguments.tolerance)
+        difference = checked_difference(extractor, output, arguments.tolerance, normalisation)
     except RuntimeError:
         output.unlink()  # nobody shall use it
         raise
     sidecar = output.with_suffix(".json")
-    sidecar.write_text(json.dumps(description(extractor, difference), indent=2) + "\n", encoding="utf-8")
+    sidecar.write_text(json.dumps(description(extractor, difference, normalisation), indent=2) + "\n", encoding="utf-8")
     height, width = extractor.size
+    pixels = "in 0..1" if normalisation.where == "inside" else f"less {normalisation.mean}, over {normalisation.std}"
     print(
-        f"{output}: {height}x{width} RGB in 0..1 -> {extractor.dim} features, batch free; largest difference "
+        f"{output}: {height}x{width} RGB {pixels} -> {extractor.dim} features, batch free; largest difference "
         f"to torch {difference:.1e}; {sidecar}"
     )
 

@@ -26,10 +26,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.registry import LOSS_REGISTRY
 from fastreid_uns.utils.comm import all_gather, all_gather_with_gradient
-from fastreid_uns.config.shipped import shipped_root
-from fastreid_uns.errors import InvalidState, InvalidValue
 
 
 @LOSS_REGISTRY.register()

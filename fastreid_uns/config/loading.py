@@ -245,8 +245,10 @@ def _section_to_fill(held: Any, value: Mapping, where: str, path: str) -> dict:
     """What a section merges into; a new component does not inherit the keys of the old one."""
     if not isinstance(held, dict):
         return {}
-    usual = USUAL.get(where, value.get("NAME"))
-    if "NAME" not in value or held.get("NAME", usual) == value["NAME"]:
+    name = value.get("NAME")
+    if isinstance(name, Typed):
+        name = cast(name, "", f"{path}.NAME")  # quoted or not
+    if name is None or held.get("NAME", USUAL.get(where, name)) == name:
         return held
     stays = COMPONENTS[path].reserved if path in COMPONENTS else ()
     return {k: v for k, v in held.items() if k in stays}

@@ -19,6 +19,7 @@ KEYS = {
 }
 VALUES = {
     "INPUT.CAMERA_STYLE.KIND": {"colours": "colors"},
+    "TEST.RERANK": {False: "none", True: "jaccard"},
     "MODEL.LOSSES.*.NAME": {"RawTripletLoss": "UnnormalizedTripletLoss"},
     "HOOKS.*.NAME": {"GuideHook": "PretrainedTeacherHook"},
 }
@@ -41,7 +42,7 @@ def new_key(path: str) -> str | None:
 
 def new_value(path: str, value: Any) -> str | None:
     """The present word for a value of before; None if it has none."""
-    return VALUES.get(_pattern(path), {}).get(value) if isinstance(value, str) else None
+    return VALUES.get(_pattern(path), {}).get(value) if isinstance(value, (str, bool)) else None
 
 
 def translate(tree: Mapping[str, Any], where: str = "") -> dict[str, Any]:

@@ -75,10 +75,10 @@ class Completion:
             return resolve(cast(value, {}, source), source)
         if isinstance(default, dict):
             return self.section(cast(value, {}, source), default, path)
-        value = cast(value, ["name"] if path == "PLUGINS" else default, source)
         new = renames.new_value(path, value)
         if new:
             raise InvalidValue(f"{source}: {value} was renamed to {new}. Write the new name.")
+        value = cast(value, ["name"] if path == "PLUGINS" else default, source)
         check_bound(path, value, source)
         return value
 

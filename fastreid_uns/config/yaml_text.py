@@ -32,7 +32,16 @@ def read_yaml(file: Path) -> Any:
     """The content of a YAML file.
 
     Raises:
-        ValueError: the file is too large, not in UTF-8, not readable, or no YAML as `parse_yaml` accepts it.
+        ValueError: as `read_text`, or it is no YAML as `parse_yaml` accepts it.
+    """
+    return parse_yaml(read_text(file), file.name)
+
+
+def read_text(file: Path) -> str:
+    """The text of a config.
+
+    Raises:
+        ValueError: the file is too large, not in UTF-8, or not readable.
     """
     try:
         with file.open("rb") as stream:
@@ -44,12 +53,11 @@ def read_yaml(file: Path) -> Any:
             f"{file}: the file has more than {LARGEST_FILE:,} bytes; a config is a short text. Check the path."
         )
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidValue(
             f"{file}: byte {error.start} is no UTF-8; a text in UTF-8 is accepted. Save the file in that encoding."
         ) from error
-    return parse_yaml(text, file.name)
 
 
 def parse_yaml(text: str, name: str, *, scalars_as_text: bool = False) -> Any:

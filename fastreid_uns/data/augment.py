@@ -55,6 +55,13 @@ class Augment:
     Source: random erasing as Zhong et al. 2020, algorithm 1, aspect drawn uniformly; differs: tries end at 100.
     Crop and rotation sample bilinearly in one step; differs: a corner that rotation uncovers shows what lies beside
     the crop, and black only outside of the image. The steps of jitter keep their order; differs: torchvision shuffles.
+
+    Example:
+        >>> augment = Augment(flip=1.0, pad=0, erase=0.0)
+        >>> images = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(1, 3, 1, 3)
+        >>> parameters = augment.sample_parameters(1, (1, 3), torch.Generator().manual_seed(0))
+        >>> augment(images, parameters)[0, 0]  # mirrored, in 0..1
+        tensor([[1.0000, 0.2000, 0.0000]])
     """
 
     def __init__(

@@ -29,6 +29,13 @@ class ImageSet:
         records, paths: of the images, in order.
         cameras: (N,) int64, -1 unknown.
         size: as given.
+
+    Example:
+        >>> from PIL import Image
+        >>> Image.new("RGB", (40, 80), "white").save("white.png")
+        >>> images = ImageSet([Record("white.png", identity=-1, camera=0)], size=(8, 4))
+        >>> images[0].shape, images[0].unique().tolist()
+        (torch.Size([3, 8, 4]), [255])
     """
 
     def __init__(self, records: Sequence[Record], size: tuple[int, int], *, workers: int = 0) -> None:

@@ -115,6 +115,13 @@ class ClusterSampler(Sampler):
 
     Source: Ge et al. 2020 (SpCL), official sampler; differs: K - 1 candidates suffice to draw without repeats (there
     K), and a cluster of one image gives K rows unless `short_groups`.
+
+    Example:
+        >>> pseudo = PseudoLabels(labels=torch.tensor([0, 0, 0, 1, 1, 1, -1]), centroids=torch.eye(2))
+        >>> sampler = ClusterSampler(3, seed=1, rank=0, world=1, batch_size=4, num_instances=2)
+        >>> sampler.set_epoch(0, pseudo, cameras=torch.full((7,), -1))
+        >>> [pseudo.labels[batch].bincount().tolist() for batch in sampler]  # three batches, two images of each cluster
+        [[2, 2], [2, 2], [2, 2]]
     """
 
     def __init__(
@@ -168,6 +175,13 @@ class RandomSampler(Sampler):
     Args:
         length, seed, rank, world: see `Sampler`.
         batch_size: images of one step over all processes.
+
+    Example:
+        >>> pseudo = PseudoLabels(labels=torch.tensor([0, 0, 1, 1, 1, 1, -1]), centroids=torch.eye(2))
+        >>> sampler = RandomSampler(3, seed=1, rank=0, world=1, batch_size=2)
+        >>> sampler.set_epoch(0, pseudo, cameras=torch.full((7,), -1))
+        >>> sorted(image for batch in sampler for image in batch)  # one pass, without the outlier
+        [0, 1, 2, 3, 4, 5]
     """
 
     def __init__(self, length: int, seed: int, rank: int, world: int, *, batch_size: int = 256) -> None:

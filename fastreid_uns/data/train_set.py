@@ -37,6 +37,17 @@ class TrainSet:
 
     Raises:
         ValueError: columns of different lengths, a source before an unlabelled image, or classes that do not fit.
+
+    Example:
+        >>> from fastreid_uns.data import ImageSet
+        >>> records = [Record("a.jpg", -1, 0), Record("b.jpg", -1, 1), Record("source/c.jpg", 5, 0)]
+        >>> domains, classes = torch.tensor([0, 0, 1]), torch.tensor([-1, -1, 0])
+        >>> train_set = TrainSet(ImageSet(records, size=(8, 4)), domains=domains, classes=classes)
+        >>> train_set.num_images, train_set.num_classes
+        (2, 1)
+        >>> train_set.pseudo = PseudoLabels(labels=torch.tensor([0, -1]), centroids=torch.ones(1, 2))
+        >>> train_set.batch_labels  # the source class is 0, so the cluster is 1
+        tensor([ 1, -1,  0])
     """
 
     def __init__(self, images: ImageSet, *, domains: Tensor | None = None, classes: Tensor | None = None) -> None:

@@ -11,7 +11,7 @@ from fastreid_uns.data.datasets.own_matches import warn_of_own_matches
 from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.evaluation.extract import extract_features, share
-from fastreid_uns.evaluation.rerank import rerank_blocks
+from fastreid_uns.evaluation.rerank import camera_rerank_blocks, rerank_blocks
 from fastreid_uns.evaluation.retrieval import QueryScores, Ranker, block_rows, distance_blocks
 from fastreid_uns.structures import ReIDData
 from fastreid_uns.utils.comm import all_gather, rank
@@ -26,7 +26,8 @@ class Evaluator:
     Args:
         data: query, gallery and protocol.
         images: the query images, then the gallery images.
-        rerank: score the ranking by k-reciprocal neighbours as well, as `mAP_rerank`, `rank1_rerank`, ...
+        rerank: score a second ranking as well, as `mAP_rerank`, `rank1_rerank`, ...: `jaccard`, by k-reciprocal
+            neighbours; `camera_jaccard`, by those of the own camera and of others apart; `none`.
         batch_size: images in one forward pass.
         amp: bfloat16 or float16 extracts under autocast, None in full precision.
 
@@ -39,7 +40,7 @@ class Evaluator:
         data: ReIDData,
         images: ImageSet,
         *,
-        rerank: bool = False,
+        rerank: str = "none",
         batch_size: int = 256,
         amp: torch.dtype | None = None,
     ) -> None:
@@ -53,6 +54,7 @@ class Evaluator:
             warn_of_own_matches(data)
         self.images = images
         self.rerank = rerank
+        self.cameras = torch.tensor([record.camera for record in [*data.query, *data.gallery]])
         self.batch_size = batch_size
         self.amp = amp
 
@@ -65,8 +67,10 @@ class Evaluator:
         outputs = extract_features(model, self.images, batch_size=self.batch_size, amp=self.amp, what="evaluate")
         query, gallery = outputs["feats"].split([self.ranker.query_size, self.ranker.gallery_size])
         metrics = self.score(query, gallery).summary()
-        if self.rerank:
-            again = self.ranker.score(rerank_blocks(query, gallery)).summary()
+        if self.rerank != "none":
+            aware = self.rerank == "camera_jaccard"
+            blocks = camera_rerank_blocks(query, gallery, self.cameras) if aware else rerank_blocks(query, gallery)
+            again = self.ranker.score(blocks).summary()
             del again["queries"]
             metrics.update({f"{name}_rerank": value for name, value in again.items()})
         return metrics

@@ -78,6 +78,15 @@ class Ranker:
     Raises:
         ValueError: unknown protocol, row counts that disagree, or several gallery images of an identity under
             `one_per_identity`.
+
+    Example:
+        >>> identities, cameras = torch.tensor([7, 8, 7]), torch.tensor([0, 1, 1])  # of the gallery
+        >>> ranker = Ranker(torch.tensor([7]), torch.tensor([0]), identities, cameras, "cross_camera")
+        >>> distance = torch.tensor([[0.1, 0.2, 0.3]])
+        >>> ranker.lists([distance], k=3)  # image 0 shows the same identity to the same camera, so it does not count
+        tensor([[ 1,  2, -1]])
+        >>> ranker.score([distance]).summary()
+        {'mAP': 50.0, 'mINP': 50.0, 'rank1': 0.0, 'rank5': 100.0, 'rank10': 100.0, 'queries': 1.0}
     """
 
     def __init__(

@@ -27,6 +27,15 @@ class Encoder(nn.Module):
 
     Raises:
         ValueError: `mean` and `std` are not three numbers each, or a deviation is not positive.
+
+    Example:
+        >>> from fastreid_uns.modeling.backbones.small_net import SmallNet
+        >>> from fastreid_uns.modeling.heads import EmbeddingHead
+        >>> backbone = SmallNet((64, 32), width=8)
+        >>> head = EmbeddingHead(backbone.out_channels, dim=16)
+        >>> encoder = Encoder(backbone, head, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)).eval()
+        >>> encoder(torch.zeros(2, 3, 64, 32, dtype=torch.uint8)).feats.shape
+        torch.Size([2, 16])
     """
 
     mean: Tensor

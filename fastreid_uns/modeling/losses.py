@@ -112,6 +112,11 @@ class LossSet(nn.Module):
 
     Args:
         losses: name in the log → (module, weight).
+
+    Example:
+        >>> losses = LossSet({"contrast": (CrossEntropyLoss(), 2.0)})
+        >>> losses({"logits": torch.zeros(1, 2), "labels": torch.tensor([0])})  # 2 log 2
+        {'loss_contrast': tensor(1.3863)}
     """
 
     def __init__(self, losses: Mapping[str, tuple[nn.Module, float]]) -> None:

@@ -126,6 +126,16 @@ class ClusterMemory(Memory):
             image in turn.
 
     Source: Dai et al. 2022 (Cluster Contrast), eq. 5 (plain) and the hard variant of its first version.
+
+    Example:
+        >>> feats = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> pseudo = PseudoLabels(labels=torch.tensor([0, 0, 1]), centroids=torch.eye(2))
+        >>> memory = ClusterMemory(2, momentum=0.5, temperature=0.5)
+        >>> memory.reset(pseudo, FeatureBank(feats, cameras=torch.tensor([0, 1, 0])))
+        >>> memory(torch.tensor([[0.6, 0.8]]), torch.tensor([0]))  # cosine to each centroid, divided by 0.5
+        tensor([[1.2000, 1.6000]])
+        >>> memory.features[0]  # has moved to the direction of 0.5 (1, 0) + 0.5 (0.6, 0.8)
+        tensor([0.8944, 0.4472])
     """
 
     def __init__(self, dim: int, *, momentum: float = 0.1, temperature: float = 0.05, hard: bool = False) -> None:
@@ -156,6 +166,16 @@ class InstanceMemory(Memory):
 
     `reset` sets the image rows to the bank's features. A method that clusters its memory gives those very rows as the
     bank, and so keeps them; source rows change only when the bank holds fresh source features.
+
+    Example:
+        >>> pseudo = PseudoLabels(labels=torch.tensor([0, 0]), centroids=torch.tensor([[0.6, 0.8]]))
+        >>> memory = InstanceMemory(2, momentum=0.5, temperature=0.5)
+        >>> memory.reset(pseudo, FeatureBank(torch.eye(2), cameras=torch.tensor([0, 1])))
+        >>> memory(torch.tensor([[0.6, 0.8]]), torch.tensor([1]))  # cosine to each image, divided by 0.5
+        tensor([[1.2000, 1.6000]])
+        >>> memory.features  # row 1 has moved to the direction of 0.5 (0, 1) + 0.5 (0.6, 0.8)
+        tensor([[1.0000, 0.0000],
+                [0.3162, 0.9487]])
     """
 
     num_source: Tensor

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 RIDGE = 0.03  # share of the mean variance between views that is added to each
-_BLOCK = 4096  # rows that are taken to double precision at a time
+_BLOCK = 4096  # rows whose products are summed up in float32; blocks are summed in float64
 
 
 class ViewWhitening(nn.Module):
@@ -76,8 +76,8 @@ def _covariance(rows: Tensor, mean: Tensor) -> Tensor:
     """(C, C) float64."""
     total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
     for part in rows.split(_BLOCK):
-        centred = part.double() - mean
-        total.addmm_(centred.T, centred)
+        centred = part.float() - mean.float()
+        total += centred.T @ centred
     return total / len(rows)
 
 

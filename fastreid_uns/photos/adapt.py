@@ -32,7 +32,7 @@ class Adaptation:
         temperature: similarities are divided by it.
     """
 
-    steps: int = 100
+    steps: int = 80
     batch: int = 64
     rate: float = 3e-4
     temperature: float = 0.2

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from fastreid_uns.data.augment import Augment
 from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.errors import InvalidState, InvalidValue
+from fastreid_uns.modeling.backbones.base import feature_map
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.heads import PooledHead
 from fastreid_uns.modeling.whitening import ViewWhitening
 
 BATCH = 32  # photos that are read at a time
+_PASS = 16  # images that go through the trunk at a time
 IN_MEMORY = 2**30  # bytes of activations above which they go to a file
 _ASPECT = 0.85  # smallest width / height of a crop, with that of the photo as 1
 
@@ -69,30 +71,35 @@ class Stages:
         trunk: normalised images → activations.
         top: activations → feature map.
         head: feature map → pooled features; its whitening is fitted to the photos.
+        amp: precision of the trunk, None for float32.
     """
 
     encoder: Encoder
     trunk: nn.Module
     top: nn.Module
     head: PooledHead
+    amp: torch.dtype | None = None
 
     @classmethod
-    def of(cls, encoder: Encoder, *, trained: bool) -> Stages:
+    def of(cls, encoder: Encoder, *, trained: bool, amp: torch.dtype | None = None) -> Stages:
         """The parts of an encoder with a `PooledHead`.
 
         Args:
             trained: the last two stages are to be trained; else all of the network is the trunk.
+            amp: bfloat16 computes the trunk under autocast; None in full precision.
 
         Raises:
             InvalidState: they cannot be told apart.
         """
         trunk, top = encoder.backbone.split() if trained else (encoder.backbone, nn.Identity())  # type: ignore[operator]
         encoder.eval().to(memory_format=torch.channels_last)  # half as long on the CPU
-        return cls(encoder, trunk, top, encoder.head)  # type: ignore[arg-type]
+        return cls(encoder, trunk, top, encoder.head, amp)  # type: ignore[arg-type]
 
     def activations(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in 0..1 → what the trunk gives."""
-        return self.trunk(_channels_last((images - self.encoder.mean) / self.encoder.std))
+        """(B, 3, H, W) in 0..1 → what the trunk gives; a few images at a time, whose maps fit into memory."""
+        parts = ((part - self.encoder.mean) / self.encoder.std for part in images.split(_PASS))
+        with torch.autocast("cpu", self.amp, enabled=self.amp is not None):
+            return torch.cat([feature_map(self.trunk(_channels_last(part))).float() for part in parts])
 
     def pooled(self, activations: Tensor) -> Tensor:
         """What the trunk gave → (B, 2C), without whitening."""

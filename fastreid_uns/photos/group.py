@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastreid_uns.data.image_set import ImageSet
+from fastreid_uns.engine.solver import precision
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.photos.adapt import Adaptation, adapt
 from fastreid_uns.photos.embed import (
@@ -50,6 +51,8 @@ class Settings:
         adaptation: the training; `steps` 0 trains nothing.
         threshold: average Jaccard distance up to which groups are merged.
         k1, k2: of the Jaccard distance, at most; sets of less than k1 * k1 photos take fewer.
+        amp: precision of the stages that are not trained: `auto` takes bfloat16 where the processor is faster in it,
+            so that groups may differ a little between processors; `none` float32.
         seed: of views and training.
     """
 
@@ -58,6 +61,7 @@ class Settings:
     threshold: float = 0.75
     k1: int = 25
     k2: int = 6
+    amp: str = "auto"
     seed: int = 0
 
 
@@ -115,7 +119,7 @@ def embed(
     """
     how, number, count = settings.adaptation, settings.views, len(images)
     training = how.steps > 0 and count > 1
-    stages = Stages.of(encoder, trained=training)
+    stages = Stages.of(encoder, trained=training, amp=precision(settings.amp, torch.device("cpu")))
     trained = 2 * how.steps * min(how.batch, count) * _TRAINED_VIEW if training else 0
     clock = Clock(count * number * (1 + (2 * _TOP_VIEW if training else 0)) + trained, told)
     clock.stage = "read photos"
@@ -224,5 +228,5 @@ def group(
 
 def features(images: ImageSet, encoder: Encoder, settings: Settings) -> Tensor:
     """(M, D) features of further photos, by an encoder that `group` has trained and whose whitening it has fitted."""
-    stages = Stages.of(encoder, trained=False)
+    stages = Stages.of(encoder, trained=False, amp=precision(settings.amp, torch.device("cpu")))
     return whitened(stages.head, direct_features(stages, images, settings.views, settings.seed))

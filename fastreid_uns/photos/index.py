@@ -7,7 +7,6 @@ goes on, a checkpoint that is deleted or a folder that moves changes nothing for
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile
 from fastreid_uns.photos.atomic import write_file
+from fastreid_uns.utils.fingerprint import weights_fingerprint
 
 FORMAT = 1
 UNIT_TOLERANCE = 1e-2
@@ -212,16 +212,6 @@ class Index:
             if path in seen:
                 raise InvalidValue(f"index: {path!r} is in it already. Remove it first, or leave it out.")
             seen.add(path)
-
-
-def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """sha256 over names, kinds, shapes and values of weights, whatever file they were in."""
-    whole = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return whole.hexdigest()
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

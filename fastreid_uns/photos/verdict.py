@@ -54,8 +54,8 @@ def judge(run: PhotoRun) -> PairPrecision:
     """What the answers so far say; it is noted in run.json for the report and for `identify`."""
     audit = run.about.get("audit", {})
     relations = Decisions(run.folder / "decisions.csv").relations()
-    found = [relations.relation(first, second) for first, second in audit.get("pairs", [])]
-    found = [one for one in found if one is not None][:QUESTIONS]
+    answers = (relations.relation(first, second) for first, second in audit.get("pairs", []))
+    found = [answer for answer in answers if answer is not None][:QUESTIONS]
     same = found.count("same")
     precision = pair_precision(audit.get("rough", 0.5), same, len(found) - same)
     bad = precision.verified and precision.estimate < GOOD

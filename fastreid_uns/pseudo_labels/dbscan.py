@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids, singletons
-from fastreid_uns.pseudo_labels.jaccard import encoding_distance, reciprocal_encoding
+from fastreid_uns.pseudo_labels.jaccard import camera_encoding, encoding_distance, reciprocal_encoding
 from fastreid_uns.pseudo_labels.search.approximate import APPROXIMATE, approximate_neighbours
 from fastreid_uns.pseudo_labels.search.exact import nearest_neighbours
 from fastreid_uns.registry import PSEUDO_LABEL_REGISTRY
@@ -76,6 +76,12 @@ class DBSCANLabels(PseudoLabelGenerator):
     Raises:
         ValueError: a parameter out of range.
         ImportError: `search` is approximate and faiss is not installed; raised by the first clustering.
+
+    Example:
+        >>> angles = torch.tensor([0.0, 0.1, 0.2, 3.0, 3.1, 3.2])
+        >>> bank = FeatureBank(torch.stack([angles.cos(), angles.sin()], dim=1), cameras=torch.full((6,), -1))
+        >>> DBSCANLabels(eps=0.9, min_samples=2, k1=3, k2=1)(bank, epoch=0).labels
+        tensor([0, 0, 0, 1, 1, 1])
     """
 
     def __init__(
@@ -116,13 +122,13 @@ class DBSCANLabels(PseudoLabelGenerator):
             return nearest_neighbours(feats, k)
         return approximate_neighbours(feats, k, search=self.search, effort=self.search_effort)
 
-    def encoding(self, feats: Tensor) -> csr_matrix:
+    def encoding(self, bank: FeatureBank, epoch: int) -> csr_matrix:
         """`reciprocal_encoding` of the features, with the neighbours that SEARCH finds."""
-        return reciprocal_encoding(feats, self.k1, self.k2, self.nearest)
+        return reciprocal_encoding(bank.feats, self.k1, self.k2, self.nearest)
 
     def __call__(self, bank: FeatureBank, epoch: int) -> PseudoLabels:
         with self.timed("neighbours"):
-            encoding = self.encoding(bank.feats)
+            encoding = self.encoding(bank, epoch)
             distance = encoding_distance(encoding, max_distance=self.eps)
         with self.timed("cluster"):
             labels = torch.from_numpy(dbscan(distance, self.eps, self.min_samples)).to(bank.feats.device)
@@ -144,3 +150,45 @@ class DBSCANLabels(PseudoLabelGenerator):
             f"PSEUDO_LABELS: every one of {n:,} images is an outlier at EPS {self.eps:.2f}; the {ordinal} nearest "
             f"distance, counting the image itself, has median {median:.2f}. Raise EPS or lower MIN_SAMPLES."
         )
+
+
+@PSEUDO_LABEL_REGISTRY.register()
+class CameraJaccardLabels(DBSCANLabels):
+    """DBSCAN over the camera-aware Jaccard distance; any method may use it instead of `DBSCANLabels`.
+
+    Args:
+        eps: radius, in (0, 1); sets are smaller and distances larger than those of `DBSCANLabels`.
+        min_samples, outliers: see `DBSCANLabels`.
+        k1_intra, k1_inter, k2_intra, k2_inter: see `jaccard.camera_jaccard_distance`.
+        k2_first: both k2 of the first epoch; 0 = those of the other epochs.
+
+    Raises:
+        ValueError: a parameter out of range; in a call, images of one camera only.
+
+    Source: Chen et al. 2024 (CA-Jaccard), official code.
+    """
+
+    def __init__(
+        self,
+        *,
+        eps: float = 0.6,
+        min_samples: int = 4,
+        k1_intra: int = 5,
+        k1_inter: int = 20,
+        k2_intra: int = 2,
+        k2_inter: int = 4,
+        k2_first: int = 3,
+        outliers: str = "drop",
+    ) -> None:
+        super().__init__(eps=eps, min_samples=min_samples, outliers=outliers)
+        least = {"K1_INTRA": 1, "K1_INTER": 1, "K2_INTRA": 1, "K2_INTER": 0, "K2_FIRST": 0}
+        for (key, low), value in zip(least.items(), (k1_intra, k1_inter, k2_intra, k2_inter, k2_first), strict=True):
+            if value < low:
+                raise InvalidValue(f"PSEUDO_LABELS: {key} is {value}; it must be at least {low}.")
+        self.k1_intra, self.k1_inter = k1_intra, k1_inter
+        self.k2_intra, self.k2_inter, self.k2_first = k2_intra, k2_inter, k2_first
+
+    def encoding(self, bank: FeatureBank, epoch: int) -> csr_matrix:
+        """`camera_encoding` of the features."""
+        k2 = (self.k2_first, self.k2_first) if epoch == 0 and self.k2_first else (self.k2_intra, self.k2_inter)
+        return camera_encoding(bank.feats, bank.cameras, self.k1_intra, self.k1_inter, *k2)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastreid_uns.errors import InvalidValue
-from fastreid_uns.pseudo_labels.search.exact import nearest_neighbours
+from fastreid_uns.pseudo_labels.search.exact import nearest_neighbours, nearest_of_others
 from fastreid_uns.pseudo_labels.search.gpu import pair_distances
 
 if TYPE_CHECKING:
@@ -59,6 +59,135 @@ def jaccard_distance(feats: Tensor, k1: int = 30, k2: int = 6, *, max_distance: 
     Memory: O(N * k1) beside the result. Time: one k-NN search plus O(N * k1^2).
     """
     return encoding_distance(reciprocal_encoding(feats, k1, k2), max_distance=max_distance)
+
+
+def camera_jaccard_distance(
+    feats: Tensor,
+    cameras: Tensor,
+    *,
+    k1_intra: int = 5,
+    k1_inter: int = 20,
+    k2_intra: int = 2,
+    k2_inter: int = 4,
+    max_distance: float = 1.0,
+) -> csr_matrix:
+    """Jaccard distance whose neighbours are searched in the own camera and in all other cameras apart.
+
+    Args:
+        feats: (N, D) float, unit length.
+        cameras: (N,) int; -1 is a camera of its own.
+        k1_intra, k1_inter: `k1_intra` + 1 images of the own camera vote, the image itself included, and `k1_inter` + 1
+            of the others.
+        k2_intra, k2_inter: neighbours of each list over which the encoding is averaged; the image itself is one of the
+            first.
+        max_distance: pairs farther apart are left out.
+
+    Returns:
+        (N, N) symmetric CSR float32 in [0, 1), as `jaccard_distance` gives it.
+
+    Raises:
+        ValueError: NaN or infinite rows, a number out of range, or one camera only.
+
+    Source: Chen et al. 2024 (CA-Jaccard), official code; differs: lists of a small camera are not filled with images of
+    the other kind, the averages then run over the rows that exist; distances are rounded to 2^-20.
+    Memory: O(N * (k1_intra + k1_inter)) beside the result. Time: one k-NN search.
+    """
+    encoding = camera_encoding(feats, cameras, k1_intra, k1_inter, k2_intra, k2_inter)
+    return encoding_distance(encoding, max_distance=max_distance)
+
+
+def camera_encoding(
+    feats: Tensor,
+    cameras: Tensor,
+    k1_intra: int,
+    k1_inter: int,
+    k2_intra: int,
+    k2_inter: int,
+    scale: np.ndarray | None = None,
+) -> csr_matrix:
+    """Neighbourhoods of `camera_jaccard_distance` as weights over images, in the form of `reciprocal_encoding`.
+
+    Args:
+        scale: (N,) squared distance by which those of an image are divided before they are squared again, as
+            re-ranking has it; None takes them as they are.
+    """
+    if min(k1_intra, k1_inter, k2_intra) < 1 or k2_inter < 0:
+        raise InvalidValue(
+            f"camera-aware distance: k1_intra {k1_intra}, k1_inter {k1_inter}, k2_intra {k2_intra} and k2_inter "
+            f"{k2_inter}; 1 or more are accepted, 0 for k2_inter. Raise them."
+        )
+    known = cameras.unique()
+    if len(known) < 2:
+        raise InvalidValue(
+            f"camera-aware distance: all {len(cameras):,} images are of camera {int(known[0]) if len(known) else -1}; "
+            f"two or more cameras are needed. Use jaccard_distance (DBSCANLabels), or a set with camera labels."
+        )
+    if bool((cameras < 0).any()):
+        count = int((cameras < 0).sum())
+        warnings.warn(f"{count:,} images of unknown cameras count as those of one camera.", stacklevel=3)
+    lists = [
+        _of_own_camera(feats, cameras, max(k1_intra + 1, k2_intra)),
+        nearest_of_others(feats, cameras, min(max(k1_inter + 1, k2_inter), len(feats))),
+    ]
+    sets, mean = None, None
+    for (sq, index), votes, rows in zip(lists, (k1_intra + 1, k1_inter + 1), (k2_intra, k2_inter), strict=True):
+        distances = sq[:, :votes].cpu().numpy()
+        distances = distances if scale is None else (distances / scale[:, None]) ** 2
+        mutual = _mutual(distances, index[:, :votes].cpu().numpy())
+        first = _listed(np.ones(index[:, :rows].shape), index[:, :rows].cpu().numpy())
+        sets, mean = (mutual, first) if sets is None else (sets + mutual, mean + first)
+    return _integers(_by_row(mean) @ _by_row(sets))
+
+
+def _of_own_camera(feats: Tensor, cameras: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(N, k) squared distances and images of the same camera, the image itself first; inf and -1 where it has fewer."""
+    sq = torch.full((len(feats), k), torch.inf)
+    index = torch.full((len(feats), k), -1)
+    for camera in cameras.unique():
+        own = (cameras == camera).nonzero().flatten().cpu()
+        count = min(k, len(own))
+        near_sq, near = nearest_neighbours(feats[own.to(feats.device)], count)
+        sq[own, :count], index[own, :count] = near_sq.cpu(), own[near.cpu()]
+    return sq, index
+
+
+def _listed(values: np.ndarray, index: np.ndarray) -> csr_matrix:
+    """(N, N) CSR float64 of the values of each image's list; entries of image -1 are left out."""
+    from scipy.sparse import csr_matrix
+
+    kept = index >= 0
+    starts = _starts(kept.sum(1))
+    return csr_matrix((values[kept].astype(np.float64), index[kept], starts), shape=(len(index), len(index)))
+
+
+def _mutual(sq: np.ndarray, index: np.ndarray) -> csr_matrix:
+    """exp(-d) of those pairs that are in each other's list."""
+    weights = _listed(np.exp(-sq), index)
+    held = weights.copy()
+    held.data[:] = 1
+    return weights.multiply(held.T).tocsr()
+
+
+def _by_row(matrix: csr_matrix) -> csr_matrix:
+    """Rows over their sums."""
+    from scipy.sparse import diags
+
+    return diags(1 / np.asarray(matrix.sum(1)).ravel()) @ matrix
+
+
+def _integers(rows: csr_matrix) -> csr_matrix:
+    """Weights as `encoding_distance` takes them: int32 in units of 2^-30, none zero, the largest of a row first."""
+    from scipy.sparse import csr_matrix
+
+    from fastreid_uns.pseudo_labels.jaccard_kernels import UNIT
+
+    rows = rows.tocsr()
+    weights = np.rint(rows.data * UNIT).astype(np.int32)
+    row = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
+    order = np.lexsort((rows.indices, -weights, row))
+    order = order[weights[order] > 0]
+    sizes = np.bincount(row[order], minlength=rows.shape[0])
+    return csr_matrix((weights[order], rows.indices[order].astype(np.int32), _starts(sizes)), shape=rows.shape)
 
 
 def reciprocal_encoding(

@@ -27,6 +27,13 @@ class KMeansLabels(PseudoLabelGenerator):
 
     Raises:
         ValueError: a parameter out of range.
+
+    Example:
+        >>> angles = torch.tensor([0.0, 0.1, 3.0, 3.1])
+        >>> bank = FeatureBank(torch.stack([angles.cos(), angles.sin()], dim=1), cameras=torch.full((4,), -1))
+        >>> labels = KMeansLabels(num_clusters=2)(bank, epoch=0).labels
+        >>> (labels[:, None] == labels).int().tolist()
+        [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
     """
 
     order_free = False

@@ -67,7 +67,7 @@ class SelfPacedLabels(DBSCANLabels):
 
     def __call__(self, bank: FeatureBank, epoch: int) -> PseudoLabels:
         with self.timed("neighbours"):
-            encoding = self.encoding(bank.feats)
+            encoding = self.encoding(bank, epoch)
             distance = encoding_distance(encoding, max_distance=self.eps + self.gap)
         with self.timed("cluster"):
             radii = (self.eps - self.gap, self.eps, self.eps + self.gap)

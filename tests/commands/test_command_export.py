@@ -49,6 +49,53 @@ def test_the_file_gives_the_features_of_the_encoder(checkpoint, tmp_path, capsys
     assert sidecar["config"]["MODEL"]["BACKBONE"]["NAME"] == "SmallNet"
 
 
+MEAN, STD = [0.3, 0.5, 0.7], [0.5, 0.25, 0.2]  # no numbers of anybody
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+@pytest.fixture(scope="module")
+def whitened(tmp_path_factory):
+    """A run as grouped photos leave it: fixed norm layers, a fitted whitening, and numbers not of ImageNet."""
+    folder = tmp_path_factory.mktemp("photos")
+    keys = ["INPUT.SIZE=[32, 16]", "MODEL.BACKBONE.NAME=SmallNet", "MODEL.BACKBONE.WIDTH=8", "MODEL.FREEZE_NORM=true"]
+    keys += ["MODEL.HEAD.NAME=PooledHead", "MODEL.HEAD.DIM=12", "MODEL.MEMORY.NAME=", "MODEL.LOSSES.contrast=null"]
+    cfg = load_config(None, [*keys, f"INPUT.MEAN={MEAN}", f"INPUT.STD={STD}"])
+    torch.manual_seed(3)
+    model = build_model(cfg, 5).eval()
+    with torch.no_grad():
+        pooled = model.encoder(torch.rand(40, 3, 32, 16)).pooled
+        model.encoder.head.whitening.fit(pooled.view(20, 2, -1))
+    content = {"model": model.state_dict(), "config": cfg.dump(), "num_images": 5}
+    torch.save(content, folder / "checkpoint_0001.pth")
+    (folder / "last").write_text("checkpoint_0001.pth\n")
+    return folder
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    ("name", "where", "mean", "std"),
+    [("inside", "inside", MEAN, STD), ("outside", "outside", MEAN, STD), ("imagenet", "outside", *IMAGENET)],
+)
+def test_the_sidecar_says_what_to_do_before_the_file(whitened, tmp_path, name, where, mean, std):
+    import onnxruntime
+
+    file = tmp_path / "photos.onnx"
+    assert export.main([str(whitened), str(file), "--normalisation", name]) == 0
+    told = json.loads(file.with_suffix(".json").read_text())["input"]
+    assert (told["normalisation"], told["size"], told["resize"]) == (where, [32, 16], "bicubic")
+    assert told["mean"] == pytest.approx(mean)
+    assert told["std"] == pytest.approx(std)
+    pixels = np.random.default_rng(2).integers(0, 256, (3, 3, 32, 16), dtype=np.uint8)
+    given = pixels.astype(np.float32) / 255
+    if where == "outside":
+        for channel in range(3):
+            given[:, channel] = (given[:, channel] - mean[channel]) / std[channel]
+    (feats,) = onnxruntime.InferenceSession(str(file)).run(None, {"images": given})
+    expected = FeatureExtractor.from_checkpoint(whitened, device="cpu")(torch.from_numpy(pixels))
+    np.testing.assert_allclose(feats, expected.numpy(), atol=1e-4)
+    assert feats.shape == (3, 12)
+
+
 def test_a_file_that_differs_is_not_left(checkpoint, tmp_path, capsys, monkeypatch):
     file = tmp_path / "small.onnx"
     monkeypatch.setattr(export, "require_onnx", lambda: None)
@@ -85,6 +132,12 @@ def test_the_file_lies_beside_the_checkpoint_unless_named(checkpoint, monkeypatc
     assert {file.name for file in checkpoint.parent.iterdir()} == {"checkpoint.pth", "encoder.onnx", "encoder.json"}
 
 
+def test_an_encoder_of_the_hub_needs_a_file_to_be_named(monkeypatch, capsys):
+    monkeypatch.setattr(export, "require_onnx", lambda: None)
+    assert export.main(["hub:me/animals"]) == 2
+    assert "no file to write is named, and hub:me/animals has no folder here" in capsys.readouterr().err
+
+
 def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else object())
     assert export.main([str(tmp_path), "x.onnx"]) == 2
@@ -95,6 +148,6 @@ def test_help_loads_nothing_heavy():
     done = subprocess.run(
         [sys.executable, "-m", "fastreid_uns.commands", "export", "--help"], capture_output=True, text=True
     )
-    assert "OUTPUT_DIR of a run" in done.stdout
+    assert "OUTPUT_DIR of a run" in " ".join(done.stdout.split())
     code = "import sys, fastreid_uns.commands.export; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

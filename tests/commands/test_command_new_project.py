@@ -27,6 +27,8 @@ def tool():
 def checkout(tool, tmp_path, monkeypatch) -> Path:
     """A checkout in which the tool may write into projects/."""
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    (tmp_path / "projects").mkdir()
+    (tmp_path / "projects/README.md").touch()  # what tells a checkout from an installed package
     monkeypatch.setattr(tool, "ROOT", tmp_path)
     monkeypatch.setattr(fastreid_uns.projects, "__path__", [str(tmp_path / "projects")])
     before = set(sys.modules)

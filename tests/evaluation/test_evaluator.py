@@ -49,7 +49,7 @@ def test_reranking_adds_its_numbers_and_changes_no_other():
     torch.manual_seed(0)
     model = Model()
     plain = Evaluator(data, images)(model)
-    both = Evaluator(data, images, rerank=True)(model)
+    both = Evaluator(data, images, rerank="jaccard")(model)
     assert {name: both[name] for name in plain} == plain
     assert set(both) - set(plain) == {f"{name}_rerank" for name in ("mAP", "mINP", "rank1", "rank5", "rank10")}
     feats = extract_features(model, images)["feats"]

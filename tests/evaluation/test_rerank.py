@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastreid_uns.evaluation.rerank import rerank, rerank_blocks
+from fastreid_uns.evaluation.rerank import camera_rerank, rerank, rerank_blocks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pseudo_labels"))
 import dense_oracle
@@ -85,3 +85,13 @@ def test_an_empty_side(sizes):
         ValueError, match=rf"{sizes[0]} query and {sizes[1]} gallery images; there must be some of both"
     ):
         rerank(*task(*sizes))
+
+
+@pytest.mark.parametrize("name", ["caj_rerank_01", "caj_rerank_02"])
+def test_camera_aware_distances_of_the_official_code(name):
+    case = np.load(GOLDEN / f"{name}.npz")
+    feats, cameras = torch.from_numpy(case["in_features"]).float(), torch.from_numpy(case["in_cameras"]).long()
+    queries = int(case["in_num_query"])
+    keys = {name: int(case[f"par_{name}"]) for name in ("k1_intra", "k1_inter", "k2_intra", "k2_inter")}
+    found = camera_rerank(feats[:queries], feats[queries:], cameras, weight=float(case["par_lambda"]), **keys)
+    np.testing.assert_allclose(found.numpy(), case["out_reranked"], atol=5e-6, rtol=0)

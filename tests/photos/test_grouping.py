@@ -180,3 +180,14 @@ def test_time_left():
     assert told[0][:2] == ("train", 0.25)
     assert told[0][2] == pytest.approx(30, abs=1)
     assert told[1][1:] == (1, 0)
+
+
+def test_a_transformer_gives_features_without_training(photos):
+    torch.manual_seed(0)
+    backbone = TimmBackbone((160, 160), model="test_vit")
+    vit = Encoder(backbone, PooledHead(backbone.out_channels, dim=8), mean=[0.5] * 3, std=[0.5] * 3)
+    images = ImageSet([Record(path, -1, -1) for path in photos[:6]], (160, 160))
+    found = group(images, vit, START)
+    torch.testing.assert_close(found.feats.norm(dim=1), torch.ones(6))
+    with pytest.raises(RuntimeError, match="cannot be trained apart"):
+        group(images, vit, FEW)

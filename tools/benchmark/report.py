@@ -14,7 +14,7 @@ import measuring
 from measuring import ROOT, Record
 
 sys.path.insert(0, str(ROOT / "tools"))
-import compare
+from fastreid_uns.commands import compare
 
 BEGIN = "<!-- written by tools/benchmark/report.py -->\n"
 FOLDER = Path(__file__).parent

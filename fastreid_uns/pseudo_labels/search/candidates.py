@@ -32,7 +32,13 @@ _FASTER = 1.5  # times as fast as float32 must products of 8 bits be
 
 
 def search_by_candidates(
-    feats: Tensor, k: int, block: int, *, int8: bool | None = None, farthest: bool = False
+    feats: Tensor,
+    k: int,
+    block: int,
+    *,
+    int8: bool | None = None,
+    farthest: bool = False,
+    groups: np.ndarray | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squared distances (N, k), images (N, k) and, if `farthest`, the largest squared distances (N,), else zeros.
 
@@ -41,6 +47,8 @@ def search_by_candidates(
         block: rows of a block at most.
         int8: precision of the products; None = 8 bits where that is faster.
         farthest: take float32, which alone gives the farthest.
+        groups: (N,) int; neighbours are then images of other groups only. Places that none fills have distance inf
+            and image N.
     """
     from fastreid_uns.pseudo_labels.search import kernels
     from fastreid_uns.utils.compiled import Workers
@@ -48,15 +56,21 @@ def search_by_candidates(
     n = len(feats)
     far = np.zeros(n if farthest else 0, np.float32)
     sq, index = np.full((n, k), np.inf, np.float32), np.full((n, k), n, np.int64)
-    sq[:, 0], index[:, 0] = 0, np.arange(n)
-    limits = np.full(n, np.inf if k > 1 else -np.inf, np.float32)  # above these, an estimate need not be measured
+    limits = np.full(n, np.inf, np.float32)  # above these, an estimate need not be measured
+    if groups is None:
+        sq[:, 0], index[:, 0] = 0, np.arange(n)
+        limits[:] = np.inf if k > 1 else -np.inf
+    parted = np.zeros(0, np.int64) if groups is None else groups.astype(np.int64)
     coarse = _chosen(feats, k) if int8 is None and not farthest else Int8Features(feats, int8=bool(int8))
-    known = (coarse.scales, coarse.norms, coarse.errors, feats.numpy(), limits, sq, index)
+    known = (coarse.scales, coarse.norms, coarse.errors, feats.numpy(), limits, sq, index, parted)
     memory: SimpleQueue[np.ndarray] = SimpleQueue()
 
     def compare(pair: tuple[int, int]) -> int:
         """How many pairs of images were measured between two blocks."""
         row0, col0 = side * pair[0], side * pair[1]
+        both = np.r_[parted[row0 : row0 + side], parted[col0 : col0 + side]]
+        if len(both) and (both == both[0]).all():
+            return 0  # one group, whose images do not meet
         rows, columns = (coarse.part(slice(start, start + side)) for start in (row0, col0))
         held = memory.get()
         try:

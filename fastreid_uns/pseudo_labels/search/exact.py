@@ -42,6 +42,57 @@ def neighbours_and_farthest(feats: Tensor, k: int, *, block: int = 2048) -> tupl
     return _search(feats, k, block, farthest=True)
 
 
+@torch.no_grad()
+def nearest_of_others(feats: Tensor, groups: Tensor, k: int, *, block: int = 2048) -> tuple[Tensor, Tensor]:
+    """The k nearest images of other groups for each image, exactly, with ties as in `nearest_neighbours`.
+
+    Args:
+        feats: (N, D) float, finite.
+        groups: (N,) int, such as the camera of each image.
+        k: neighbours of each image, 1..N.
+
+    Returns:
+        Squared distances (N, k) float32, ascending, and images (N, k) int64; where the other groups have fewer than k
+        images, inf and -1 at the end.
+
+    Raises:
+        ValueError: as `nearest_neighbours`, or another number of groups than of images.
+    """
+    feats = checked(feats, k)
+    if len(groups) != len(feats):
+        raise InvalidValue(
+            f"nearest_of_others: {len(groups):,} groups for {len(feats):,} images; each needs one. Pass them all."
+        )
+    with full_precision(feats.device):
+        if feats.device.type == "cpu":
+            sq, index, _ = search_by_candidates(feats, k, block, groups=groups.cpu().numpy())
+        else:
+            sq, index, _ = search_by_rows(feats, k, block, groups.to(feats.device))
+    return sq, torch.where(sq.isinf(), -1, index)
+
+
+@torch.no_grad()
+def nearest_among(queries: Tensor, candidates: Tensor, k: int, *, block: int = 2048) -> tuple[Tensor, Tensor]:
+    """The k nearest of other images for each query, exactly, with ties as in `nearest_neighbours`.
+
+    Args:
+        queries: (Q, D) float, finite.
+        candidates: (C, D) float, finite, on the same device.
+        k: 1..C.
+
+    Returns:
+        Squared distances (Q, k) float32, ascending, and places among the candidates (Q, k) int64.
+
+    Raises:
+        ValueError: NaN or infinite rows, no rows, or k out of range.
+    """
+    if not 1 <= k <= len(candidates):
+        raise InvalidValue(f"nearest_among: k is {k}; it must lie in 1..{len(candidates):,}, the candidates.")
+    groups = torch.arange(len(queries) + len(candidates)) >= len(queries)
+    sq, index = nearest_of_others(torch.cat([queries, candidates]), groups.long(), k, block=block)
+    return sq[: len(queries)], index[: len(queries)] - len(queries)
+
+
 def _search(feats: Tensor, k: int, block: int, *, farthest: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     feats = checked(feats, k)
     with full_precision(feats.device):

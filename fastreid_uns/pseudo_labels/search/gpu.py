@@ -8,7 +8,7 @@ from torch import Tensor
 SPARE = 8  # candidates beside the k nearest, where they are not told by a bound
 
 
-def search_by_rows(feats: Tensor, k: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+def search_by_rows(feats: Tensor, k: int, block: int, groups: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The search where no compiled loop reaches: more than k by float32 products, the k nearest of them measured.
 
     All blocks; a pair is ranked by one integer, bits of the distance above and index below, so there are no ties. Of
@@ -27,10 +27,12 @@ def search_by_rows(feats: Tensor, k: int, block: int) -> tuple[Tensor, Tensor, T
             beside, columns = centred[col0 : col0 + 8 * block], ids[col0 : col0 + 8 * block]
             sq = torch.addmm(norms[columns], above, beside.T, alpha=-2).add_(norms[rows, None]).clamp_(min=0)
             far = torch.maximum(far, sq.amax(1))
-            if col0 <= row0 < col0 + 8 * block:  # the image itself needs no search
+            if groups is not None:
+                sq.masked_fill_(groups[rows, None] == groups[columns], torch.inf)
+            elif col0 <= row0 < col0 + 8 * block:  # the image itself needs no search
                 sq[:, row0 - col0 : row0 - col0 + len(rows)].fill_diagonal_(torch.inf)
             best = smallest(torch.cat([best, _keys_of_nearest(sq, columns, k + SPARE)], 1), k + SPARE)
-        nearest.append(_measured(feats, rows, best & 0xFFFFFFFF, k))
+        nearest.append(_measured(feats, rows, best & 0xFFFFFFFF, k, groups))
         farthest.append(far)
     keys = torch.cat(nearest)
     return (keys >> 32).int().view(torch.float32), keys & 0xFFFFFFFF, torch.cat(farthest)
@@ -58,10 +60,14 @@ def _keys_of_nearest(sq: Tensor, columns: Tensor, k: int, group: int = 16) -> Te
     return torch.cat([keys_of(picked, columns[:width].unflatten(0, (-1, group))[chosen]).flatten(1), tail], 1)
 
 
-def _measured(feats: Tensor, rows: Tensor, index: Tensor, k: int) -> Tensor:
-    """Keys of the k nearest of some images, each itself first, out of their candidates (b, c), by true distances."""
+def _measured(feats: Tensor, rows: Tensor, index: Tensor, k: int, groups: Tensor | None) -> Tensor:
+    """Keys of the k nearest of some images out of their candidates (b, c), by true distances; without groups, each is
+    the first of its own."""
     first = rows[:, None].expand_as(index)
     sq = pair_distances(feats, first.flatten(), index.flatten()).view(index.shape)
+    if groups is not None:
+        sq = sq.masked_fill(groups[first] == groups[index], torch.inf)
+        return smallest(keys_of(sq, torch.where(sq.isinf(), len(feats), index)), k).sort(1).values
     keys = keys_of(sq.masked_fill(first == index, torch.inf), index)
     return torch.cat([rows[:, None], smallest(keys, k - 1).sort(1).values], 1)
 

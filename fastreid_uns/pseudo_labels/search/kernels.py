@@ -69,12 +69,12 @@ def round_rows(start, stop, feats, mean, rows, scales, lengths, kept, lost):
 
 
 @nnan_fastmath
-def _place(sq, index, i, distance, j):
-    """Put a neighbour where it belongs by distance and then by index; the first place is the image's own."""
+def _place(sq, index, i, distance, j, first):
+    """Put a neighbour where it belongs by distance and then by index; places before `first` are the image's own."""
     at = sq.shape[1] - 1
     if distance > sq[i, at] or (distance == sq[i, at] and j > index[i, at]):
         return
-    while at > 1 and (sq[i, at - 1] > distance or (sq[i, at - 1] == distance and index[i, at - 1] > j)):
+    while at > first and (sq[i, at - 1] > distance or (sq[i, at - 1] == distance and index[i, at - 1] > j)):
         sq[i, at] = sq[i, at - 1]
         index[i, at] = index[i, at - 1]
         at -= 1
@@ -88,12 +88,15 @@ def _may_enter(sq, index, i, j):
     return sq[i, sq.shape[1] - 1] > 0 or j < index[i, sq.shape[1] - 1]
 
 
-def offer_to_each_other(products, row0, col0, scales, norms, errors, feats, limits, sq, index):
+def offer_to_each_other(products, row0, col0, scales, norms, errors, feats, limits, sq, index, groups):
     """Offer the images of two blocks to each other, from `row0` and `col0` on; those within the limits are measured.
 
-    All but `products` is of all images. A block may be offered to itself; each of its pairs counts once then. Returns
-    how many pairs were measured.
+    All but `products` is of all images. A block may be offered to itself; each of its pairs counts once then. With
+    `groups`, images of one group are not offered to each other, and no place of a list is the image's own. Returns how
+    many pairs were measured.
     """
+    parted = len(groups) > 0
+    first = 0 if parted else 1
     height, width = products.shape
     last = sq.shape[1] - 1
     scale, norm = scales[col0 : col0 + width], norms[col0 : col0 + width]
@@ -120,13 +123,15 @@ def offer_to_each_other(products, row0, col0, scales, norms, errors, feats, limi
                     continue
                 if not (_may_enter(sq, index, i, j) or _may_enter(sq, index, j, i)):
                     continue
+                if parted and groups[i] == groups[j]:
+                    continue
                 measured += 1
                 distance = squared_distance(feats, i, j)
                 if distance <= sq[i, last]:
-                    _place(sq, index, i, distance, j)
+                    _place(sq, index, i, distance, j, first)
                     limit = limits[i] = sq[i, last] + errors[i]
                 if distance <= sq[j, last]:
-                    _place(sq, index, j, distance, i)
+                    _place(sq, index, j, distance, i, first)
                     limits[j] = sq[j, last] + errors[j]
                     spare[c] = norm[c] - limits[j]
     return measured
@@ -163,4 +168,4 @@ def measure_listed(start, stop, feats, images, counts, listed, sq, index):
         for c in range(feats.shape[0] if counts[r] < 0 else counts[r]):
             j = c if counts[r] < 0 else listed[r, c]
             if j != i:
-                _place(sq, index, r, squared_distance(feats, i, j), j)
+                _place(sq, index, r, squared_distance(feats, i, j), j, 1)

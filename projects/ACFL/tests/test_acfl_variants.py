@@ -187,7 +187,7 @@ def test_a_teacher_that_is_not_there(recipe, tmp_path):
 def test_a_teacher_that_nobody_named_is_told(recipe, caplog, monkeypatch):
     monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
     run(*recipe, "MODEL.NAME=ACFLStudent", "HOOKS.pretrained_teacher.NAME=PretrainedTeacherHook", "SOLVER.EPOCHS=1")
-    assert "HOOKS.pretrained_teacher.WEIGHTS is empty, so the teacher is not trained" in caplog.text
+    assert "HOOKS.pretrained_teacher.WEIGHTS is empty, so the pretrained teacher is no trained network" in caplog.text
 
 
 def test_a_teacher_of_another_head(recipe, tmp_path):

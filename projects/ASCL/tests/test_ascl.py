@@ -238,7 +238,7 @@ def test_the_method_is_pplr_with_the_sparse_loss_in_place_of_the_triplet():
 @pytest.mark.parametrize("name", ["omniglot", "grocery", "omniglot_baseline", "grocery_baseline"])
 def test_real_set_configs_build_at_the_size_of_the_comparison(name):
     cfg = load_config(CONFIGS / f"{name}.yaml", ["INPUT.SIZE=[48,48]", "MODEL.BACKBONE.WIDTH=16"])
-    assert ("sparse" in cfg.MODEL.LOSSES) != name.endswith("without")
+    assert ("sparse" in cfg.MODEL.LOSSES) != name.endswith("baseline")
     found = build_model(cfg, 8).eval().extract(torch.zeros(2, 3, 48, 48, dtype=torch.uint8))
     assert found["parts"].shape == (2, 3, 128)
 

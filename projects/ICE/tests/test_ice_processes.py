@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastreid_uns.modeling import losses
 from fastreid_uns.modeling.proxies import sum_over_cameras
 from fastreid_uns.projects.ICE.losses import HardInstanceLoss, SoftInstanceLoss
 from fastreid_uns.utils import comm
@@ -43,7 +44,8 @@ def test_mean_over_processes_is_the_loss_of_the_whole_batch(batch, loss, names, 
         return full
 
     monkeypatch.setattr(comm, "world", lambda: 2)
-    monkeypatch.setattr(comm, "all_gather", all_gather)
+    for module in (comm, losses):
+        monkeypatch.setattr(module, "all_gather", all_gather)
     found = []
     for half in halves:
         half[0].requires_grad_()

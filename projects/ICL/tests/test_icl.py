@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastreid_uns.modeling import losses
 from fastreid_uns.modeling.losses import CrossEntropyLoss
 from fastreid_uns.modeling.proxies import CentroidMemory
 from fastreid_uns.projects.ICE.losses import similarity
@@ -134,7 +135,8 @@ def test_mean_over_processes_is_the_loss_of_the_whole_batch(pairs, reduction, mo
     expected.backward()
     every = {keys.dtype: keys, labels.dtype: labels}
     monkeypatch.setattr(comm, "world", lambda: 2)
-    monkeypatch.setattr(comm, "all_gather", lambda value, equal: every[value.dtype])
+    for module in (comm, losses):
+        monkeypatch.setattr(module, "all_gather", lambda value, equal: every[value.dtype])
     slices = [feats[rows].clone().requires_grad_() for rows in (slice(3), slice(3, 6))]
     found = [loss(part, keys[rows], labels[rows]) for part, rows in zip(slices, (slice(3), slice(3, 6)), strict=True)]
     torch.testing.assert_close(torch.stack(found).mean(), expected)

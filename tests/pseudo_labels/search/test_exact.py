@@ -289,7 +289,8 @@ def test_memory_stays_far_below_all_pairs():
     pytest.importorskip("resource")
     program = """
         import resource, torch
-        from fastreid_uns.pseudo_labels import candidates, neighbours
+        from fastreid_uns.pseudo_labels.search import candidates
+        from fastreid_uns.pseudo_labels.search.gpu import search_by_rows
         def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         def run(n):
             feats = torch.nn.functional.normalize(torch.randn(n, 8, generator=torch.Generator().manual_seed(0)))
