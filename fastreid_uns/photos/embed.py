@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -127,6 +128,7 @@ class Activations:
             self.values: np.ndarray = np.empty(whole, np.float16)
         else:
             with tempfile.TemporaryFile(dir=folder) as file:  # the mapping keeps it
+                _reserve(file.fileno(), 2 * int(np.prod(whole, dtype=np.int64)), folder)
                 self.values = np.memmap(file, np.float16, "w+", shape=whole)
 
     def put(self, rows: slice, values: Tensor) -> None:
@@ -146,6 +148,23 @@ class Activations:
     def number(self) -> int:
         """V."""
         return self.values.shape[1]
+
+
+def _reserve(descriptor: int, size: int, folder: Path | None) -> None:
+    """Take the space of a file: a mapping would end the process where the disk is full.
+
+    Raises:
+        InvalidState: there is too little.
+    """
+    if not hasattr(os, "posix_fallocate"):  # no POSIX
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        raise InvalidState(
+            f"{folder or tempfile.gettempdir()}: {size / 1e9:.1f} GB are needed there while photos are grouped "
+            f"({error.strerror}). Free some space, choose another output folder, or group without training."
+        ) from error
 
 
 @torch.no_grad()

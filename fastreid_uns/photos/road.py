@@ -136,7 +136,6 @@ def finish(run: PhotoRun, seconds: dict[str, float] | None = None) -> None:
         run.update(seconds=seconds)
     features = Index.load(run.folder / "index.safetensors").features
     write_report(run, features.numpy())
-    run.clear_state()
     run.update(finished=True)
     if seconds is not None:
         run.update(seconds={**seconds, "report": round(time.monotonic() - begin, 1)})
@@ -244,11 +243,11 @@ def _features(
     constraints: Constraints,
     teller: Teller,
 ) -> Tensor:
-    """Features of the photos; the network is trained on the way, or takes the weights of an interrupted command."""
+    """Features of the photos; the network is trained on the way, or takes the weights of an earlier command."""
     mark = _mark(album, network, settings, constraints)
     kept = run.state("features", mark)
     if kept is not None:
-        teller.line("features and weights of the interrupted command are used")
+        teller.line("features and weights are those of an earlier command; nothing that they depend on has changed")
         found = {name: torch.from_numpy(value) for name, value in kept.items()}
         feats = found.pop("feats")
         network.encoder.load_state_dict(found)
@@ -273,7 +272,8 @@ def _mark(album: Album, network: Network, settings: Settings, constraints: Const
         found = os.stat(file)
         stamp = f"{file}\0{found.st_size}\0{found.st_mtime_ns}\n"
         whole.update(stamp.encode("utf-8", "surrogateescape"))
-    whole.update(constraints.unit.tobytes())
+    if settings.adaptation.steps:
+        whole.update(constraints.unit.tobytes())
     return whole.hexdigest()
 
 

@@ -4,7 +4,7 @@
     groups/0001/...           links to the photos (or copies), one folder a group
     history/groups-0001.csv   every earlier version of groups.csv
     run.json                  folders, settings, weights, audit, seconds: what the commands and the report tell
-    state/*.safetensors       what an interrupted command goes on from
+    state/                    what the next command goes on from; it can be deleted
     decisions.csv, index.safetensors, report.html, report/    see decisions.py, index.py, report.py
 
 Paths are relative to the folder of photos and use `/`. Photos of a folder that was added later have the name of that
@@ -294,7 +294,7 @@ class PhotoRun:
             os.close(descriptor)
 
     def save_state(self, name: str, fingerprint: str, arrays: Mapping[str, NDArray]) -> None:
-        """Keep arrays for the case that the command is interrupted.
+        """Keep arrays for the next command, or for the case that this one is interrupted.
 
         Args:
             fingerprint: of all that the arrays depend on; a state with another one is never read.
@@ -312,11 +312,6 @@ class PhotoRun:
                 return {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
         except (SafetensorError, OSError):
             return None
-
-    def clear_state(self) -> None:
-        """Forget all that was kept; the command has ended well."""
-        for file in self.folder.glob("state/*.safetensors"):
-            file.unlink()
 
     def _state_file(self, name: str) -> Path:
         return self.folder / "state" / f"{name}.safetensors"

@@ -89,6 +89,16 @@ def test_cached_activations_give_the_features_of_the_network(encoder, photos, mo
     assert not list(tmp_path.iterdir())  # the file has no name, so nothing is left behind
 
 
+def test_a_disk_without_space_for_activations_is_named(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(embed, "IN_MEMORY", 0)
+    monkeypatch.setattr(embed.os, "posix_fallocate", full)
+    with pytest.raises(RuntimeError, match=r"0\.0 GB are needed there .* \(No space left on device\)"):
+        Activations(2, 2, torch.Size([1, 1, 1]), tmp_path)
+
+
 def test_activations_are_taken_by_photo_and_view():
     kept = Activations(3, 2, torch.Size([1, 1, 1]))
     kept.put(slice(0, 3), torch.arange(6.0).view(3, 2, 1, 1, 1))
