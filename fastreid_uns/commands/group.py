@@ -69,6 +69,7 @@ def run(given: argparse.Namespace) -> None:
     from fastreid_uns.commands.asking import ask
     from fastreid_uns.commands.terminal import Terminal
     from fastreid_uns.photos.road import group_photos
+    from fastreid_uns.photos.teller import duration
 
     if given.size is not None and min(given.size) < 32:
         raise InvalidValue(f"--size {given.size}: height and width from 32 pixels are accepted. Raise them.")
@@ -86,12 +87,13 @@ def run(given: argparse.Namespace) -> None:
         seed=given.seed,
         copy=given.copy,
     )
-    print("\n".join(["", *summary(done)]))
+    took = duration(sum(done.about["seconds"].values()))
+    print("\n".join(["", f"took {took}", *summary(done)]))
 
 
 def summary(done: PhotoRun) -> list[str]:
     """The closing lines: what was found, how far it can be trusted, where it is, and what comes next."""
-    from fastreid_uns.photos.teller import duration, plural
+    from fastreid_uns.photos.teller import plural
 
     about, sizes = done.about, Counter(member.group for member in done.groups()).values()
     several = [size for size in sizes if size > 1]
@@ -104,8 +106,6 @@ def summary(done: PhotoRun) -> list[str]:
         f"{plural(len(sizes) - len(several), 'photo')} alone; {plural(sum(sizes), 'photo')} together"
     )
     lines.append(audit["statement"])
-    if about.get("seconds"):
-        lines.append(f"took {duration(sum(about['seconds'].values()))}")
     lines.append(f"look at:  {done.folder / 'report.html'}, {done.folder / 'groups'}, {done.groups_file}")
     verb = "answer on" if audit["verified"] else "say how good the groups are, and mend them, on"
     lines.append(f"next:     fastreid-uns review {out}   ({verb} a page in the browser)")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastreid_uns.errors import InvalidState
 from fastreid_uns.photos.album import Album, read_album
-from fastreid_uns.photos.group import Grouping, Settings, cluster, features
+from fastreid_uns.photos.group import Grouping, Settings, cluster, features, for_count
 from fastreid_uns.photos.known import Known
 from fastreid_uns.photos.outcome import members_of, present_groups, write_outcome
 from fastreid_uns.photos.road import finish
@@ -45,7 +45,7 @@ def add_photos(run: PhotoRun, folder: str | Path, teller: Teller | None = None) 
         teller.begin(run.folder)
         if not run.about.get("finished"):
             raise InvalidState(f"{run.folder}: the groups are not finished. Run `fastreid-uns group` to its end first.")
-        album, _ = read_album({"": folder}, teller.line)
+        album, _ = read_album({"": folder}, teller.line, sized=False)
         known = Known(run)
         _leave_out_known(run, album, known)
         images = album.images(known.network.size, run.folder / "state", teller.line)
@@ -54,11 +54,11 @@ def add_photos(run: PhotoRun, folder: str | Path, teller: Teller | None = None) 
         prefix = run.add_folder(folder)
         names = [*known.index.paths, *(prefix + name for name in album.names)]
         both = torch.cat([known.index.features, feats])
-        settings = known.with_threshold(float(run.about["settings"]["threshold"]))
+        settings = for_count(known.with_threshold(float(run.about["settings"]["threshold"])), len(names))
         grouping, constraints = _extended(both, [old.get(name, 0) for name in names], settings)
         members = members_of(run, names, grouping)
         scan = {key: run.about["scan"].get(key, 0) + count for key, count in album.facts.items()}
-        about = {"audit": draw(members, seed=run.version), "scan": scan}
+        about = {"audit": draw(members, known.settings.seed), "scan": scan}
         copy = bool(run.about.get("asked", {}).get("copy"))
         write_outcome(run, members, grouping, known.network, settings, constraints, copy=copy, about=about)
         finish(run)

@@ -96,8 +96,12 @@ class Album:
         return images
 
 
-def read_album(folders: Mapping[str, str | Path], say: Say) -> tuple[Album, Scan]:
-    """The photos of folders, by what their names begin with, and the scan of the first; `say` takes what was found.
+def read_album(folders: Mapping[str, str | Path], say: Say, *, sized: bool = True) -> tuple[Album, Scan]:
+    """The photos of folders, by what their names begin with, and the scan of the first.
+
+    Args:
+        say: takes what was found.
+        sized: the suggested size of the input will be taken, so it is said.
 
     Raises:
         MissingFile: no such folder, or no photo in any.
@@ -105,7 +109,7 @@ def read_album(folders: Mapping[str, str | Path], say: Say) -> tuple[Album, Scan
     album, first = Album(), None
     for prefix, folder in folders.items():
         found = scan(folder)
-        for line in found.summary():
+        for line in found.summary(sized):
             say(line)
         album.add(found, prefix)
         first = first or found

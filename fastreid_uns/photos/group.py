@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ class Settings:
         views: of each photo, itself included.
         adaptation: the training; `steps` 0 trains nothing.
         threshold: average Jaccard distance up to which groups are merged.
-        k1, k2: of the Jaccard distance, at most; sets of less than k1 * k1 photos take fewer.
+        k1, k2: of the Jaccard distance; see `for_count`.
         amp: precision of the stages that are not trained: `auto` takes bfloat16 where the processor is faster in it,
             so that groups may differ a little between processors; `none` float32.
         seed: of views and training.
@@ -63,6 +63,12 @@ class Settings:
     k2: int = 6
     amp: str = "auto"
     seed: int = 0
+
+
+def for_count(settings: Settings, count: int) -> Settings:
+    """Settings for so many photos: of few photos fewer neighbours vote, or all of them would be neighbours."""
+    k1 = min(settings.k1, max(round(count**0.5), 3))
+    return replace(settings, k1=k1, k2=min(settings.k2, max(k1 // 3, 1)))
 
 
 class Grouping(NamedTuple):
@@ -159,20 +165,14 @@ def cluster(feats: Tensor, settings: Settings, constraints: Constraints | None =
     from scipy.sparse import csr_matrix
 
     count = len(feats)
-    k1, k2 = _neighbours(count, settings)
-    distance = jaccard_distance(feats, k1, k2) if count > 1 else csr_matrix((1, 1), dtype=np.float32)
+    k1 = min(settings.k1, count)
+    distance = jaccard_distance(feats, k1, settings.k2) if count > 1 else csr_matrix((1, 1), dtype=np.float32)
     dendrogram = average_linkage(distance, constraints)
     labels = dendrogram.cut(settings.threshold)
     if constraints is not None:
         labels = constraints.apply(torch.from_numpy(labels), feats).numpy()
     nearest, similarity = _nearest_others(feats, labels)
     return Grouping(labels, _confidence(distance, labels), nearest, similarity, feats, dendrogram)
-
-
-def _neighbours(count: int, settings: Settings) -> tuple[int, int]:
-    """k1 and k2 for a set of photos: of few photos fewer neighbours vote, or all of them would be neighbours."""
-    k1 = min(settings.k1, max(round(count**0.5), 3), count)
-    return k1, min(settings.k2, max(k1 // 3, 1))
 
 
 def _nearest_others(feats: Tensor, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ from fastreid_uns.photos.adapt import Adaptation
 from fastreid_uns.photos.album import Album, read_album
 from fastreid_uns.photos.cost import estimate
 from fastreid_uns.photos.decisions import Decisions
-from fastreid_uns.photos.group import Settings, cluster, embed
+from fastreid_uns.photos.group import Settings, cluster, embed, for_count
 from fastreid_uns.photos.informative import meeting_heights, refitted_threshold
 from fastreid_uns.photos.network import Network, Origin, describe, start
 from fastreid_uns.photos.outcome import constraints_of, members_of, write_outcome
@@ -107,7 +107,7 @@ def group_photos(
     _refuse_same(place, output)
     with watch.step("look through the folder"):
         folders = {"": place, **{f"{name}/": path for name, path in _added(before).items()}}
-        album, found = read_album(folders, teller.line)
+        album, found = read_album(folders, teller.line, sized=wishes.get("size") is None)
     run = PhotoRun.create(output, place)
     with run.locked():
         teller.begin(output)
@@ -151,7 +151,7 @@ def _group(
     watch: _Watch,
     teller: Teller,
 ) -> None:
-    settings = _settings(network, asked, teller)
+    settings = _settings(network, asked, len(album), teller)
     teller.line(f"weights: {origin.name}")
     if len(album) >= MANY:
         teller.line(str(estimate(len(album), network, settings)))
@@ -169,7 +169,7 @@ def _group(
         "size": list(network.size),
         "settings": _told_settings(settings),
         "scan": album.facts,
-        "audit": draw(members, seed=run.version),
+        "audit": draw(members, asked.seed),
         "fastreid_uns": __version__,
         "commit": commit(Path(__file__).resolve().parents[2]),
     }
@@ -218,7 +218,7 @@ def _wishes(run: PhotoRun, resume: bool, given: dict[str, Any]) -> Wishes:
     return replace(asked, size=tuple(asked.size) if asked.size else None)  # type: ignore[arg-type]
 
 
-def _settings(network: Network, asked: Wishes, teller: Teller) -> Settings:
+def _settings(network: Network, asked: Wishes, count: int, teller: Teller) -> Settings:
     how = Adaptation() if asked.training else Adaptation(steps=0)
     try:
         network.encoder.backbone.split()  # type: ignore[operator]
@@ -226,7 +226,7 @@ def _settings(network: Network, asked: Wishes, teller: Teller) -> Settings:
         if how.steps:
             teller.line(f"grouping without training: {error}")
         how = Adaptation(steps=0)
-    return Settings(adaptation=how, seed=asked.seed)
+    return for_count(Settings(adaptation=how, seed=asked.seed), count)
 
 
 def _told_settings(settings: Settings) -> dict[str, Any]:

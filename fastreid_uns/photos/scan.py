@@ -44,10 +44,14 @@ class Scan:
     size: tuple[int, int] = (224, 224)  # suggested height and width of the input
     total_bytes: int = 0  # of the photos
 
-    def summary(self) -> list[str]:
-        """A few lines for a person to read."""
+    def summary(self, sized: bool = True) -> list[str]:
+        """A few lines for a person to read.
+
+        Args:
+            sized: name the suggested size, because it will be taken.
+        """
         lines = [f"{plural(len(self.photos), 'photo')} in {printable(self.folder)} ({_bytes(self.total_bytes)})"]
-        if self.photos:
+        if self.photos and sized:
             height, width = self.size
             lines.append(f"median width / height {self.aspect:.2f}: input size {height} x {width} (height x width)")
         if self.duplicates:

@@ -17,7 +17,7 @@ from fastreid_uns.modeling.heads import PooledHead
 from fastreid_uns.photos import embed
 from fastreid_uns.photos.adapt import Adaptation, adapt
 from fastreid_uns.photos.embed import Activations, Stages, cache_activations, direct_features, pooled_features, views
-from fastreid_uns.photos.group import Clock, Settings, cluster, group
+from fastreid_uns.photos.group import Clock, Settings, cluster, for_count, group
 from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
 from fastreid_uns.structures import Record
 
@@ -170,6 +170,12 @@ def test_groups_keep_to_answers(encoder, photos):
     labels = cluster(feats, START, Constraints(20, answers)).labels
     assert labels[0] != labels[4]
     assert len(set(labels[5:15])) == 1
+
+
+def test_of_few_photos_few_neighbours_vote():
+    usual = Settings()
+    assert [for_count(usual, count).k1 for count in (1, 20, 100, 625, 10_000)] == [3, 4, 10, 25, 25]
+    assert [for_count(usual, count).k2 for count in (1, 20, 100, 625)] == [1, 1, 3, 6]
 
 
 def test_confidence_by_hand():
