@@ -83,7 +83,7 @@ class Network:
     def preprocessing(self) -> Preprocessing:
         """How an image becomes an input."""
         mean, std = (tuple(getattr(self.encoder, name).flatten().tolist()) for name in ("mean", "std"))
-        return Preprocessing(self.size, mean, std)  # type: ignore[arg-type]
+        return Preprocessing(self.size, mean, std)
 
     @classmethod
     def of_run(cls, path: str | Path, plugins: Sequence[str] = ()) -> Network:

@@ -106,7 +106,7 @@ def group_photos(
     place = Path(os.path.realpath(before.photos if before and photos is None else _given(photos)))
     _refuse_same(place, output)
     with watch.step("look through the folder"):
-        folders = {"": place, **{f"{name}/": path for name, path in _added(before).items()}}
+        folders: dict[str, str | Path] = {"": place, **{f"{name}/": path for name, path in _added(before).items()}}
         album, found = read_album(folders, teller.line, sized=wishes.get("size") is None)
     run = PhotoRun.create(output, place)
     with run.locked():

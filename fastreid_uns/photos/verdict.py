@@ -72,11 +72,13 @@ def judge(run: PhotoRun) -> PairPrecision:
 
 
 def calibrate(run: PhotoRun, precision: PairPrecision) -> None:
-    """Make the confidence of all photos agree with the answers; the groups stay."""
-    members = run.groups()
+    """Make the confidence of all photos agree with the answers; the groups stay, and what is asked about them."""
+    members, asked = run.groups(), run.questions()
     labels = np.array([member.group for member in members])
     now = calibrated(np.array([member.confidence for member in members]), labels, precision.estimate)
     run.write_groups([one._replace(confidence=float(value)) for one, value in zip(members, now, strict=True)])
+    if asked is not None:
+        run.save_questions(asked)
 
 
 def questions(run: PhotoRun, others: Sequence[Question]) -> list[Question]:

@@ -355,6 +355,15 @@ def test_groups_that_fail_the_audit_come_with_advice(made, tmp_path):
     assert "Do not rely on these groups" in (folder / "report.html").read_text()
 
 
+def test_what_is_asked_outlives_the_calibration(run):
+    asked = run.questions()
+    Decisions(run.folder / "decisions.csv").pair(*open_pairs(run)[0], "same")
+    version = run.version
+    road.finish(run)
+    assert run.version == version + 1
+    assert run.questions() == asked
+
+
 def test_the_page_asks_the_audit_first(run):
     from fastreid_uns.photos.questions import doubtful_pairs
     from fastreid_uns.photos.review import Review
