@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,19 +50,28 @@ def view_augment(size: tuple[int, int]) -> Augment:
 
 
 def views(images: ImageSet, number: int, seed: int) -> Iterator[tuple[slice, Tensor]]:
-    """Each photo as it is and `number` - 1 views of it; equal for equal images, number and seed.
+    """Each photo as it is and `number` - 1 views of it.
+
+    The views of a photo follow from its pixels and the seed, so they are the same whatever other photos there are.
 
     Yields:
         Rows of the set, and their views (B, V, 3, H, W) float32 in 0..1, on the CPU.
     """
-    augment, generator = view_augment(images.size), torch.Generator().manual_seed(seed)
+    augment = view_augment(images.size)
     starts = range(0, len(images), BATCH)
     batches = [range(start, min(start + BATCH, len(images))) for start in starts]
     for start, pixels in zip(starts, images.stream(batches, "cpu"), strict=True):
-        made = [pixels.float() / 255]
-        for _ in range(number - 1):
-            made.append(augment(pixels, augment.sample_parameters(len(pixels), images.size, generator)))
-        yield slice(start, start + len(pixels)), torch.stack(made, dim=1)
+        made = pixels[:, None].float() / 255
+        if number > 1:
+            drawn = [augment.sample_parameters(number - 1, images.size, _generator(photo, seed)) for photo in pixels]
+            parameters = {name: torch.cat([one[name] for one in drawn]) for name in drawn[0]}
+            others = augment(pixels.repeat_interleave(number - 1, dim=0), parameters)
+            made = torch.cat([made, others.unflatten(0, (len(pixels), number - 1))], dim=1)
+        yield slice(start, start + len(pixels)), made
+
+
+def _generator(photo: Tensor, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed << 32) + zlib.crc32(photo.numpy().tobytes()))
 
 
 @dataclass(frozen=True)

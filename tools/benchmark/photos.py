@@ -21,6 +21,8 @@ set (person, vehicle). A seed changes names, views, training and questions. Rows
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -59,21 +61,21 @@ def main() -> None:
 
 
 def run_all(given: argparse.Namespace) -> None:
-    """Each case that has no line yet, in a process of its own."""
+    """Each set and seed that has no lines yet, in a process of its own."""
     for seed in given.seeds:
         for name in given.sets:
-            for row in given.rows:
-                case = {"name": name, "row": row, "seed": seed, "identities": given.identities}
-                if any(line["case"] == case for line in read_lines(given.output)):
-                    continue
-                command = [sys.executable, __file__, "--data", str(given.data), "--one", json.dumps(case)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-                if done.returncode:
-                    raise SystemExit(f"photos: {case} ended with {done.returncode}; its message is above.")
-                line = {"case": case, "result": json.loads(done.stdout.splitlines()[-1]), "environment": about()}
+            case = {"name": name, "seed": seed, "identities": given.identities}
+            if any(case.items() <= line["case"].items() for line in read_lines(given.output)):
+                continue
+            command = [sys.executable, __file__, "--data", str(given.data), "--one", json.dumps(case)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise SystemExit(f"photos: {case} ended with {done.returncode}; its message is above.")
+            for row, result in json.loads(done.stdout.splitlines()[-1]).items():
+                line = {"case": {**case, "row": row}, "result": result, "environment": about()}
                 with given.output.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                print(json.dumps({**case, **line["result"]}), flush=True)
+                print(json.dumps({**line["case"], **result}), flush=True)
 
 
 def about() -> dict[str, str]:
@@ -88,8 +90,8 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def measure(data: Path, name: str, row: str, seed: int, identities: int) -> dict[str, Any]:
-    """The numbers of one row."""
+def measure(data: Path, name: str, seed: int, identities: int) -> dict[str, dict[str, Any]]:
+    """The numbers of each row; what rows share is computed once, and counted in the seconds of each of them."""
     import numpy as np
 
     from fastreid_uns.photos.scan import scan
@@ -99,10 +101,65 @@ def measure(data: Path, name: str, row: str, seed: int, identities: int) -> dict
         hidden = scramble(sources, Path(folder), seed)
         found = scan(folder)
         labels = np.array([truth[hidden[Path(photo).resolve()]] for photo in found.photos])
-        result: dict[str, Any] = {"photos": len(labels), "individuals": len(set(labels.tolist())), "size": found.size}
-        with measuring.measured(result):
-            result |= ROW[row](found, labels, seed)
-    return result
+        shared: dict[str, Any] = {"photos": len(labels), "individuals": len(set(labels.tolist())), "size": found.size}
+        with measuring.measured(shared):
+            photos = Photos(found, seed)
+        results: dict[str, dict[str, Any]] = {}
+        for row in ROWS:
+            own: dict[str, Any] = {}
+            with measuring.measured(own):
+                numbers = ROW[row](photos, labels)
+            base = results["trained"] if row.startswith("answers") else shared
+            seconds = own["seconds"] + base["seconds"]
+            results[row] = {**shared, **own, **numbers, "seconds": seconds}
+    return results
+
+
+class Photos:
+    """Photos of a scan, with the activations of their views and the network that makes features of these."""
+
+    def __init__(self, found: Any, seed: int) -> None:
+        from fastreid_uns.data.image_set import ImageSet
+        from fastreid_uns.photos.embed import Stages, cache_activations
+        from fastreid_uns.photos.encoder import pretrained_encoder
+        from fastreid_uns.photos.group import Settings
+        from fastreid_uns.structures import Record
+
+        self.seed, self.settings = seed, Settings(seed=seed)
+        self.encoder = pretrained_encoder(found.size)
+        self.published = copy.deepcopy(self.encoder.state_dict())
+        self.stages = Stages.of(self.encoder, trained=True)
+        images = ImageSet([Record(photo, -1, -1) for photo in found.photos], found.size)
+        self.kept = cache_activations(self.stages, images, self.settings.views, seed)
+        self.groups: Any = None
+
+    def features(self, rows: Any = None, *, steps: int | None = None, constraints: Any = None) -> Any:
+        """Features of some photos by a network that was trained on them, from the published weights."""
+        from fastreid_uns.photos.adapt import adapt
+        from fastreid_uns.photos.embed import pooled_features, whitened, whitening_of
+
+        self.encoder.load_state_dict(self.published, strict=False)
+        kept = self.kept if rows is None else self.part(rows)
+        how = self.settings.adaptation
+        how = how if steps is None else dataclasses.replace(how, steps=steps)
+        whitening_of(self.stages.head).fit(pooled_features(self.stages, kept))
+        if how.steps:
+            adapt(self.stages, kept, whitening_of(self.stages.head), how, seed=self.seed, constraints=constraints)
+        pooled = pooled_features(self.stages, kept)
+        whitening_of(self.stages.head).fit(pooled)
+        return whitened(self.stages.head, pooled)
+
+    def more_features(self, rows: Any) -> Any:
+        """Features of other photos by the network as it is now."""
+        from fastreid_uns.photos.embed import pooled_features, whitened
+
+        return whitened(self.stages.head, pooled_features(self.stages, self.part(rows)))
+
+    def part(self, rows: Any) -> Any:
+        """The activations of some photos."""
+        part = copy.copy(self.kept)
+        part.values = self.kept.values[rows]
+        return part
 
 
 def photos_of(data: Path, name: str, every: int) -> tuple[list[Path], list[int]]:
@@ -136,44 +193,14 @@ def scramble(sources: list[Path], folder: Path, seed: int) -> dict[Path, int]:
     return hidden
 
 
-def image_set(photos: list[str], size: tuple[int, int]):
-    from fastreid_uns.data.image_set import ImageSet
-    from fastreid_uns.structures import Record
-
-    return ImageSet([Record(photo, -1, -1) for photo in photos], size)
-
-
-def settings_of(seed: int, **other: Any):
-    from fastreid_uns.photos.group import Settings
-
-    return Settings(seed=seed, **other)
-
-
-def untrained(seed: int):
-    from fastreid_uns.photos.adapt import Adaptation
-
-    return settings_of(seed, adaptation=Adaptation(steps=0))
-
-
-def grouped(found, seed: int, settings, constraints=None):
-    """Features and groups by the tool."""
-    from fastreid_uns.photos.encoder import pretrained_encoder
-    from fastreid_uns.photos.group import group
-
-    encoder = pretrained_encoder(found.size)
-    return group(image_set(found.photos, found.size), encoder, settings, constraints=constraints), encoder
-
-
-def today(found, truth, seed: int) -> dict[str, Any]:
+def today(photos: Photos, truth) -> dict[str, Any]:
     import torch
 
-    from fastreid_uns.photos.embed import Stages, direct_features
-    from fastreid_uns.photos.encoder import pretrained_encoder
+    from fastreid_uns.photos.embed import pooled_features
     from fastreid_uns.pseudo_labels.dbscan import DBSCANLabels
     from fastreid_uns.structures import FeatureBank, NoClusters
 
-    stages = Stages.of(pretrained_encoder(found.size), trained=False)
-    pooled = direct_features(stages, image_set(found.photos, found.size), 1, seed)[:, 0]
+    pooled = pooled_features(photos.stages, photos.kept)[:, 0]
     feats = torch.nn.functional.normalize(pooled[:, : pooled.shape[1] // 2])
     try:
         labels = DBSCANLabels(outliers="singletons")(FeatureBank(feats, torch.zeros(len(feats))), 0).labels.numpy()
@@ -182,45 +209,41 @@ def today(found, truth, seed: int) -> dict[str, Any]:
     return scores(labels, truth)
 
 
-def start(found, truth, seed: int) -> dict[str, Any]:
-    groups, _ = grouped(found, seed, untrained(seed))
-    return {**scores(groups.labels, truth), **audit(groups, truth, seed)}
+def start(photos: Photos, truth) -> dict[str, Any]:
+    from fastreid_uns.photos.group import cluster
+
+    groups = cluster(photos.features(steps=0), photos.settings)
+    return {**scores(groups.labels, truth), **audit(groups, truth, photos.seed)}
 
 
-def trained(found, truth, seed: int) -> dict[str, Any]:
-    groups, _ = grouped(found, seed, settings_of(seed))
-    return {**scores(groups.labels, truth), **audit(groups, truth, seed)}
+def trained(photos: Photos, truth) -> dict[str, Any]:
+    from fastreid_uns.photos.group import cluster
+
+    photos.groups = cluster(photos.features(), photos.settings)
+    return {**scores(photos.groups.labels, truth), **audit(photos.groups, truth, photos.seed)}
 
 
-def supervised(found, truth, seed: int) -> dict[str, Any]:
+def supervised(photos: Photos, truth) -> dict[str, Any]:
+    from fastreid_uns.photos.group import cluster
     from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
 
     first: dict[int, int] = {}
     answers = [Answer(first.setdefault(who, photo), photo, True) for photo, who in enumerate(truth.tolist())]
-    settings = settings_of(seed)
-    known = Constraints(len(truth), answers)
-    from fastreid_uns.photos.encoder import pretrained_encoder
-    from fastreid_uns.photos.group import cluster, embed
-
-    images = image_set(found.photos, found.size)
-    feats = embed(images, pretrained_encoder(found.size), settings, constraints=known)
-    return scores(cluster(feats, settings).labels, truth)
+    feats = photos.features(constraints=Constraints(len(truth), answers))
+    return scores(cluster(feats, photos.settings).labels, truth)
 
 
 def answered(count: int):
-    """The row after `count` answers, asked in rounds."""
+    """The row after `count` answers, asked in rounds about the groups of `trained`."""
 
-    def measure(found, truth, seed: int) -> dict[str, Any]:
-        import dataclasses
-
+    def measure(photos: Photos, truth) -> dict[str, Any]:
         import numpy as np
 
         from fastreid_uns.photos.group import cluster
         from fastreid_uns.photos.informative import informative_pairs, meeting_heights, refitted_threshold
         from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
 
-        settings = settings_of(seed)
-        groups, _ = grouped(found, seed, settings)
+        settings, groups = photos.settings, photos.groups
         free, answers = groups.dendrogram, []
         while len(answers) < count:
             constraints = Constraints(len(truth), answers)
@@ -230,7 +253,7 @@ def answered(count: int):
                 break
             answers += [Answer(p.first, p.second, bool(truth[p.first] == truth[p.second])) for p in pairs]
             heights = meeting_heights(free, np.array([answer[:2] for answer in answers]))
-            threshold = refitted_threshold(settings_of(seed).threshold, heights, np.array([a.same for a in answers]))
+            threshold = refitted_threshold(photos.settings.threshold, heights, np.array([a.same for a in answers]))
             settings = dataclasses.replace(settings, threshold=threshold)
             groups = cluster(groups.feats, settings, Constraints(len(truth), answers))
         return {**scores(groups.labels, truth), "threshold": settings.threshold, "answers": len(answers)}
@@ -249,28 +272,23 @@ def audit(groups, truth, seed: int) -> dict[str, Any]:
     return {"rough": rough, "stated": stated.estimate, "stated_low": stated.low, "stated_high": stated.high}
 
 
-def identified(found, truth, seed: int) -> dict[str, Any]:
+def identified(photos: Photos, truth) -> dict[str, Any]:
     """Half of the individuals are known by four fifths of their photos; the rest is asked about."""
-    import dataclasses
-
     import numpy as np
     import torch
 
-    from fastreid_uns.photos.group import cluster, features
+    from fastreid_uns.photos.group import cluster
     from fastreid_uns.photos.identify import STRICT, fit_thresholds, identify
 
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(photos.seed)
     individuals = draw.permutation(np.unique(truth))
     known = np.isin(truth, individuals[: len(individuals) // 2])
     inside = known & (draw.random(len(truth)) < 0.8)
-    part = dataclasses.replace(found, photos=[found.photos[i] for i in np.flatnonzero(inside)])
-    settings = settings_of(seed)
-    groups, encoder = grouped(part, seed, settings)
-    strict = cluster(groups.feats, dataclasses.replace(settings, threshold=STRICT)).labels
-    thresholds = fit_thresholds(groups.feats, torch.from_numpy(strict))
+    feats = photos.features(np.flatnonzero(inside))
+    strict = cluster(feats, dataclasses.replace(photos.settings, threshold=STRICT)).labels
+    thresholds = fit_thresholds(feats, torch.from_numpy(strict))
     rest = np.flatnonzero(~inside)
-    queries = features(image_set([found.photos[i] for i in rest], found.size), encoder, settings)
-    said = identify(queries, groups.feats, torch.from_numpy(strict), thresholds, precision=1.0)
+    said = identify(photos.more_features(rest), feats, torch.from_numpy(strict), thresholds, precision=1.0)
     own = truth[inside]
     who = {g: int(np.bincount(own[strict == g]).argmax()) for g in range(strict.max() + 1)}
     called = np.array([one.kind == "known" for one in said])
