@@ -37,7 +37,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("configs", nargs="*", help="YAML files, relative to the checkout")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, help="all for configs of the core, unsupervised for a project's"
+        "--kinds", nargs="+", choices=KINDS, help="default: all for the core, unsupervised for a project"
     )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys changed in every run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out among them")
