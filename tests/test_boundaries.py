@@ -24,7 +24,7 @@ LAYERS = (
     {"evaluation", "projects", "config"},
     {"published"},  # an encoder with its config
     {"engine", "predictor"},  # the predictor reads a config and extracts features
-    {"photos", "hub"},
+    {"photos", "hub", "experiments"},
     {"builtin"},
     {"commands"},
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fastreid_uns import experiments
 from fastreid_uns.commands import compare
 
 ROOT = compare.ROOT
@@ -27,7 +28,7 @@ def test_every_real_set_of_every_project_is_compared():
 
 
 def test_seeds_are_run_one_after_the_other_and_only_the_core_with_true_labels():
-    plan = list(compare.planned(["configs/a.yaml", "projects/P/configs/a.yaml"], [1, 2], None))
+    plan = list(experiments.planned(["configs/a.yaml", "projects/P/configs/a.yaml"], [1, 2], None))
     assert [(config, kind) for config, kind, seed in plan if seed == 1] == [
         ("configs/a.yaml", "untrained"),
         ("configs/a.yaml", "unsupervised"),
@@ -42,7 +43,7 @@ def test_validation_identities_leave_training_and_the_test_part_is_not_read(tmp_
     rows = [(f"{i}_{n}.png", i, n, "train") for i in range(10) for n in range(5)] + [("t.png", 99, 0, "gallery")]
     with manifest.open("w", newline="") as file:
         csv.writer(file).writerows([("path", "identity", "camera", "split"), *rows])
-    with compare.validation_manifest(manifest, 0.2, tmp_path / "validation.csv").open(newline="") as file:
+    with experiments.validation_manifest(manifest, 0.2, tmp_path / "validation.csv").open(newline="") as file:
         new = list(csv.DictReader(file))
     assert Counter(row["split"] for row in new) == {"train": 40, "query": 4, "gallery": 6}
     trained = {row["identity"] for row in new if row["split"] == "train"}
@@ -59,7 +60,7 @@ def test_table_shows_mean_and_spread_between_the_untrained_and_the_true_labels()
         record("configs/zoo.yaml", "unsupervised", 2, 23.0),
         record("configs/zoo.yaml", "untrained", 1, 5.0),
     ]
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in compare.table(records).splitlines()]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in experiments.table(records).splitlines()]
     assert lines[0][0] == "config, tested on zoo"
     assert lines[2:] == [
         ["configs/zoo.yaml", "untrained", "1", "5.00", "10.00", "10"],
@@ -86,7 +87,7 @@ def test_a_project_is_shown_beside_the_core_on_its_own_sets():
         record("projects/P/configs/zoo.yaml", "unsupervised", 1, 30.0),
         record("projects/Pike/configs/zoo.yaml", "unsupervised", 1, 40.0),
     ]
-    assert compare.of_one_project(records, "P") == [records[0], records[2]]
+    assert experiments.of_one_project(records, "P") == [records[0], records[2]]
 
 
 def test_provenance_names_seeds_keys_hardware_and_commits():
@@ -95,17 +96,17 @@ def test_provenance_names_seeds_keys_hardware_and_commits():
         {**record("a", "unsupervised", seed, 1.0), "environment": place, "overrides": ["A=1"]} for seed in (2, 1, 2)
     ]
     runs[2]["environment"] = {**place, "commit": "def"}
-    assert compare.provenance(runs) == "Seeds 1, 2; Abacus, torch 2.0; commit abc, def; `A=1`."
+    assert experiments.provenance(runs) == "Seeds 1, 2; Abacus, torch 2.0; commit abc, def; `A=1`."
 
 
 def test_the_guide_and_each_project_show_the_committed_results():
     records = [json.loads(line) for line in (ROOT / "projects/results.jsonl").read_text().splitlines()]
     expected = {ROOT / "projects/README.md": records}
     for path in ROOT.glob("projects/*/configs/omniglot.yaml"):
-        expected[path.parents[1] / "README.md"] = compare.of_one_project(records, path.parents[1].name)
+        expected[path.parents[1] / "README.md"] = experiments.of_one_project(records, path.parents[1].name)
     for file, part in expected.items():
         shown = file.read_text().partition(compare.BEGIN)[2].partition(compare.END)[0]
-        assert shown.strip() == compare.report(part), file
+        assert shown.strip() == experiments.report(part), file
 
 
 def test_runs_once_and_outlives_a_run_that_fails(tiny, tmp_path):
