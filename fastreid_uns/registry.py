@@ -17,7 +17,7 @@ class Registry(_Registry):
     """Names of one kind of component, their classes (or functions), and the keys that each accepts.
 
     Args:
-        name: what is collected, as it stands in messages.
+        name: what is collected, as messages call it.
         reserved: keys of a config section that belong to the framework, not to the component's signature.
 
     Example:
@@ -70,7 +70,7 @@ class Registry(_Registry):
             return self._obj_map[name]
         raise UnknownName(
             f"{self._name} registry: {name!r} is unknown{did_you_mean(name, self._obj_map)} "
-            f"Known: {', '.join(sorted(self._obj_map)) or 'none'}. A project that defines it must stand in PLUGINS."
+            f"Known: {', '.join(sorted(self._obj_map)) or 'none'}. Name the project that defines it in PLUGINS."
         )
 
     def schema(self, name: str) -> dict[str, Any]:

@@ -187,7 +187,10 @@ def registries() -> set[str]:
 
 def test_the_changelog_names_what_was_renamed():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    renamed = [*renames.KEYS.items(), *(pair for names in renames.VALUES.values() for pair in names.items() if isinstance(pair[0], str))]
+    renamed = [
+        *renames.KEYS.items(),
+        *(pair for names in renames.VALUES.values() for pair in names.items() if isinstance(pair[0], str)),
+    ]
     missing = [
         old for old, new in renamed if not re.search(rf"^\|.*`{re.escape(old)}`.*\|.*{new.split('.')[-1]}`", text, re.M)
     ]

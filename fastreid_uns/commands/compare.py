@@ -1,6 +1,6 @@
 """Train configs over seeds and print the table: methods, their ablations, the untrained network and true labels.
 
-One JSON line is appended for each finished run; runs that stand in the file already are not done again. Without names
+One JSON line is appended for each finished run; runs that are in the file are not done again. Without names
 of configs: the two real sets, with the method of the core and with every project and its ablation. `--into` also puts
 the rows of a project, next to those of the core, into the README of the project.
 """
@@ -36,7 +36,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("configs", nargs="*", help="YAML files, relative to the checkout")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="all for the core's configs, pseudo for a project's")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, help="default: all for the core, unsupervised for a project"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys changed in every run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out among them")
     parser.add_argument("--hold-out", type=float, default=0.0, help="fraction of the training identities to score on")
@@ -48,7 +50,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def default_configs() -> list[str]:
-    """The real sets: with the core's method, then with each project and without its idea."""
+    """The real sets: with the core's method, then with each project, and its baseline."""
     files = [ROOT / f"configs/{name}.yaml" for name in SETS]
     for project in sorted(path.parent for path in ROOT.glob("projects/*/configs")):
         files += [project / f"configs/{name}{ending}.yaml" for name in SETS for ending in ("", "_baseline")]

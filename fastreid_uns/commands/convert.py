@@ -13,7 +13,7 @@ from fastreid_uns.errors import InvalidValue
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example: convert_weights.py lup_moco_r50.pth r50.safetensors MODEL.BACKBONE.MODEL resnet50",
+        epilog="example: fastreid-uns convert lup_moco_r50.pth r50.safetensors MODEL.BACKBONE.MODEL resnet50",
     )
     parser.add_argument("source", help="file, URL, hub:user/name, or imagenet")
     parser.add_argument("output", type=Path, help="file to write: .safetensors or .pth")

@@ -127,7 +127,7 @@ README = """\
 **Source**: authors, *title*, venue and year. State here what of it is reproduced.
 
 ```bash
-python tools/train_net.py --config-file @FOLDER@/configs/synthetic.yaml
+fastreid-uns train --config-file @FOLDER@/configs/synthetic.yaml
 python -m pytest @FOLDER@
 ```
 

@@ -17,7 +17,7 @@ KEYS = {
     "MODEL.NORM_GROUP": "MODEL.GHOST_BATCH",
     "MODEL.RAW_QUERIES": "MODEL.UNNORMALIZED_QUERIES",
 }
-VALUES = {
+VALUES: dict[str, dict[Any, str]] = {
     "INPUT.CAMERA_STYLE.KIND": {"colours": "colors"},
     "TEST.RERANK": {False: "none", True: "jaccard"},
     "MODEL.LOSSES.*.NAME": {"RawTripletLoss": "UnnormalizedTripletLoss"},

@@ -62,7 +62,7 @@ def readable(records: Sequence[Record], errors: Mapping[int, UserError], *, on_b
     found = f"{what}: {len(errors):,} of {len(records):,} images cannot be read, the first: {first}."
     if on_bad == "stop":
         raise InvalidValue(
-            f"{found} All must be readable. tools/prepare_data.py lists them; replace them, or leave them out with "
+            f"{found} All must be readable. `fastreid-uns check` lists them; replace them, or leave them out with "
             f"INPUT.ON_BAD_IMAGE: skip."
         )
     if rank() == 0:

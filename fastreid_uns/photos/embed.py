@@ -148,7 +148,9 @@ class Activations:
     def take(self, photos: slice | Tensor, chosen: Tensor | None = None) -> Tensor:
         """float32 activations of some photos: (B, V, C, h, w), or (B, n, C, h, w) of the (B, n) chosen views."""
         rows = photos if isinstance(photos, slice) else photos.numpy()
-        found = self.values[rows] if chosen is None else self.values[photos[:, None].numpy(), chosen.numpy()]
+        found = self.values[rows]
+        if chosen is not None:
+            found = found[np.arange(len(found))[:, None], chosen.numpy()]
         return torch.from_numpy(found.astype(np.float32))
 
     def __len__(self) -> int:

@@ -124,7 +124,7 @@ def load_checkpoint(file: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
         raise InvalidValue(
             f"checkpoint: {file} is not a checkpoint of this framework (it lacks 'model' or 'config'). To start from "
-            f"foreign weights set MODEL.WEIGHTS; tools/convert_weights.py converts them."
+            f"foreign weights set MODEL.WEIGHTS; `fastreid-uns convert` converts them."
         )
     return content
 

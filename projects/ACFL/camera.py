@@ -1,4 +1,4 @@
-"""ACFL-C: the contrast with camera proxies on top; a plugin of its own, because it needs the project ICE."""
+"""ACFL-C: the contrast with camera proxies on top; a plugin of its own, named by the configs that use it."""
 
 from __future__ import annotations
 
