@@ -71,7 +71,7 @@ def views(images: ImageSet, number: int, seed: int) -> Iterator[tuple[slice, Ten
 
 
 def _generator(photo: Tensor, seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed << 32) + zlib.crc32(photo.numpy().tobytes()))
+    return torch.Generator().manual_seed(zlib.crc32(photo.numpy().tobytes(), seed))  # it takes 32 bits
 
 
 @dataclass(frozen=True)

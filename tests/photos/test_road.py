@@ -186,19 +186,23 @@ def test_answers_change_groups_and_numbers_stay(run):
     decisions = Decisions(run.folder / "decisions.csv")
     merged = [[path for path, group in before.items() if group == number] for number in (one, other)]
     decisions.merge(*merged)
-    last = max(number for number in before.values() if list(before.values()).count(number) > 1)
-    leaver = next(path for path, group in before.items() if group == last)
-    stay = next(path for path, group in before.items() if group == last and path != leaver)
-    decisions.pair(leaver, stay, "different")
     after = parts(group_photos(None, run.folder, resume=True))
     assert {after[path] for path in (*merged[0], *merged[1])} == {one}
-    assert after[leaver] != after[stay]
-    for path, group in before.items():
-        if group not in (one, other, last):
-            assert after[path] == group
+    assert {path: after[path] for path in before if before[path] not in (one, other)} == {
+        path: group for path, group in before.items() if group not in (one, other)
+    }
     assert run.groups(1) != run.groups()
     assert {member.path: member.group for member in run.groups(1)} == before
     assert run.about["asked"]["size"] == list(SIZE)
+
+
+def test_photos_that_are_different_come_apart(run):
+    before = parts(run)
+    largest = max(set(before.values()), key=list(before.values()).count)
+    leaver, stayer = [path for path, group in before.items() if group == largest][:2]
+    Decisions(run.folder / "decisions.csv").pair(leaver, stayer, "different")
+    after = parts(group_photos(None, run.folder, resume=True))
+    assert after[leaver] != after[stayer]
 
 
 def test_answers_that_contradict_each_other_are_named(run):
