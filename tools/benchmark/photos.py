@@ -46,7 +46,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "datasets", help="folder of the real sets")
     parser.add_argument("--sets", nargs="+", default=SETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
     parser.add_argument("--identities", type=int, default=0, help="take every n-th identity only; 0 = all photos")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--table", action="store_true", help="print the results, measure nothing")
@@ -122,10 +121,10 @@ class Photos:
         from fastreid_uns.data.image_set import ImageSet
         from fastreid_uns.photos.embed import Stages, cache_activations
         from fastreid_uns.photos.encoder import pretrained_encoder
-        from fastreid_uns.photos.group import Settings
+        from fastreid_uns.photos.group import Settings, for_count
         from fastreid_uns.structures import Record
 
-        self.seed, self.settings = seed, Settings(seed=seed)
+        self.seed, self.settings = seed, for_count(Settings(seed=seed), len(found.photos))
         self.encoder = pretrained_encoder(found.size)
         self.published = copy.deepcopy(self.encoder.state_dict())
         self.stages = Stages.of(self.encoder, trained=True)
@@ -277,7 +276,7 @@ def identified(photos: Photos, truth) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from fastreid_uns.photos.group import cluster
+    from fastreid_uns.photos.group import cluster, for_count
     from fastreid_uns.photos.identify import STRICT, fit_thresholds, identify
 
     draw = np.random.default_rng(photos.seed)
@@ -285,7 +284,8 @@ def identified(photos: Photos, truth) -> dict[str, Any]:
     known = np.isin(truth, individuals[: len(individuals) // 2])
     inside = known & (draw.random(len(truth)) < 0.8)
     feats = photos.features(np.flatnonzero(inside))
-    strict = cluster(feats, dataclasses.replace(photos.settings, threshold=STRICT)).labels
+    settings = for_count(photos.settings, int(inside.sum()))
+    strict = cluster(feats, dataclasses.replace(settings, threshold=STRICT)).labels
     thresholds = fit_thresholds(feats, torch.from_numpy(strict))
     rest = np.flatnonzero(~inside)
     said = identify(photos.more_features(rest), feats, torch.from_numpy(strict), thresholds, precision=1.0)
