@@ -161,7 +161,9 @@ class Index:
         """
         file = Path(file)
         if file.exists() and not overwrite:
-            raise InvalidState(f"{file}: exists already and is not overwritten. Choose another name, or say --overwrite.")
+            raise InvalidState(
+                f"{file}: exists already and is not overwritten. Choose another name, or say --overwrite."
+            )
         tensors = {"features": self.features, "groups": self.groups}
         for kind in ("weights", "whitening"):
             tensors |= {f"{kind}.{name}": tensor for name, tensor in getattr(self, kind).items()}

@@ -13,8 +13,8 @@ import pytest
 
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.photos.report import PHOTOS_A_PAGE, project, write_report
-from fastreid_uns.photos.teller import duration
 from fastreid_uns.photos.store import Member, PhotoRun
+from fastreid_uns.photos.teller import duration
 from fastreid_uns.utils.paths import printable
 
 FEATURES = np.random.default_rng(0).normal(size=(10, 6))
