@@ -133,7 +133,7 @@ def test_commands_parse(file, monkeypatch):
 
 
 def test_a_wrong_command_line_is_noticed(monkeypatch):
-    assert parse_line(["fastreid-uns", "search", "query", "i", "a.jpg"], monkeypatch).image == Path("a.jpg")
+    assert parse_line(["fastreid-uns", "search", "query", "i", "a.jpg"], monkeypatch).images == [Path("a.jpg")]
     assert parse_line(["python", "-m", "pytest"], monkeypatch) is None
     for words in (["fastreid-uns", "trian"], ["fastreid-uns", "train", "--config", "a", "--gpus", "2"]):
         with pytest.raises(SystemExit):
@@ -187,9 +187,11 @@ def registries() -> set[str]:
 
 def test_the_changelog_names_what_was_renamed():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    renamed = [*renames.KEYS.items(), *(pair for names in renames.VALUES.values() for pair in names.items())]
+    values = [(str(old), new) for names in renames.VALUES.values() for old, new in names.items()]
     missing = [
-        old for old, new in renamed if not re.search(rf"^\|.*`{re.escape(old)}`.*\|.*{new.split('.')[-1]}`", text, re.M)
+        old
+        for old, new in [*renames.KEYS.items(), *values]
+        if not re.search(rf"^\|.*`{re.escape(old)}`.*\|.*{new.split('.')[-1]}`", text, re.M | re.I)  # true is True
     ]
     assert not missing
     assert set(renames.GONE) <= set(re.findall(r"`([A-Z.]+)`", text))
