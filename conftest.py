@@ -144,7 +144,6 @@ from fastreid_uns.engine.default import DefaultTrainer
 from fastreid_uns.engine.recluster import ReclusterHook
 from fastreid_uns.utils import comm
 
-logger = logging.getLogger("fastreid_uns")
 torch.set_num_threads(1)
 trainer = DefaultTrainer(load_config(sys.argv[2], sys.argv[3:]))
 trainer.train()

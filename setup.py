@@ -55,6 +55,7 @@ setup(
             "httpx",
             "mypy",
             "pytest",
+            "pytest-cov",
             "pytest-xdist",
             "ruff",
             "selenium",

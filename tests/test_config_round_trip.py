@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 import yaml
 
-from fastreid_uns.commands import export, report, search
 from fastreid_uns.config import CfgNode, load_config, parse_config, refuse_other_config
 from fastreid_uns.engine.default import DefaultTrainer
 from fastreid_uns.predictor import FeatureExtractor, load_run
@@ -56,27 +54,6 @@ def test_the_order_of_a_map_is_the_one_that_was_written(tmp_path):
     (tmp_path / "a.yaml").write_text("DATASETS: {TESTS: {z: {NAME: synthetic}, a: {NAME: synthetic}}}")
     cfg = load_config(tmp_path / "a.yaml")
     assert list(parse_config(cfg.dump()).DATASETS.TESTS) == ["z", "a"]
-
-
-def test_a_run_that_emptied_its_losses_is_of_use_afterwards(tiny, tmp_path):
-    changes = ["SOLVER.EPOCHS=1", "MODEL.BACKBONE.WIDTH=4", "MODEL.IMAGE_STEPS=1"]
-    cfg = load_config("projects/ACFL/configs/synthetic.yaml", [*tiny, *changes])
-    trainer = DefaultTrainer(cfg)
-    trainer.train()
-    trainer.model.eval()
-    with torch.no_grad():
-        expected = trainer.model.extract(images())["feats"]
-    torch.testing.assert_close(FeatureExtractor.from_checkpoint(cfg.OUTPUT_DIR, device="cpu")(images()), expected)
-
-    photos = cfg.DATASETS.TRAIN.ROOT
-    index = str(tmp_path / "photos.safetensors")
-    assert search.main(["build", photos, index, "--weights", cfg.OUTPUT_DIR, "--workers", "0"]) == 0
-    page = report.make_report(cfg.OUTPUT_DIR, options=report.Options(parts=("ranks", "clusters")))
-    assert "Clusters" in page.read_text()
-    onnx = tmp_path / "encoder.onnx"
-    if all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
-        assert export.main([cfg.OUTPUT_DIR, str(onnx)]) == 0
-        assert onnx.is_file()
 
 
 def images() -> torch.Tensor:

@@ -57,24 +57,12 @@ def assert_equal_states(one: dict, two: dict) -> None:
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
-def test_training_raises_map_over_the_untrained_network(tiny, tiny_set):
-    larger = {
-        **tiny_set,
-        "TRAIN_IDENTITIES": 24,
-        "TRAIN_IMAGES": 288,
-        "TEST_IDENTITIES": 16,
-        "QUERY_IMAGES": 32,
-        "GALLERY_IMAGES": 160,
-        "DISTRACTORS": 20,
-        "DIFFICULTY": 0.4,
-        "CAMERA_BIAS": 0.3,
-        "SIZE": [48, 24],
-    }
+def test_training_raises_map_over_the_untrained_network(tiny, learning_set):
     recipe = [
         *tiny,
         *RECIPE,
-        f"DATASETS.TRAIN={json.dumps(larger)}",
-        f"DATASETS.TESTS.synthetic={json.dumps(larger)}",
+        f"DATASETS.TRAIN={json.dumps(learning_set)}",
+        f"DATASETS.TESTS.synthetic={json.dumps(learning_set)}",
         "INPUT.SIZE=[48, 24]",
         "INPUT.AUGMENTS.train={FLIP: 0.5, PAD: 2, ERASE: 0.0, JITTER: 0.8, BRIGHTNESS: 0.3, CONTRAST: 0.3}",
         "MODEL.BACKBONE.WIDTH=16",
@@ -217,7 +205,8 @@ def test_a_labelled_source_beside_the_unlabelled_target(tiny, tiny_set):
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
 def test_mixed_precision_compile_free_run(tiny, amp):
-    trainer = run([*tiny, *RECIPE, f"SOLVER.AMP={amp}", "SOLVER.CLIP_NORM=1.0", "SOLVER.ACCUMULATE=2"])
+    wider = "MODEL.BACKBONE.LAST_STRIDE=1"  # than the maps at which bfloat16 convolutions of torch are wrong on AMX
+    trainer = run([*tiny, *RECIPE, wider, f"SOLVER.AMP={amp}", "SOLVER.CLIP_NORM=1.0", "SOLVER.ACCUMULATE=2"])
     assert 0 < trainer.results["synthetic"]["mAP"] <= 100
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastreid_uns.errors import InvalidValue
-from fastreid_uns.pseudo_labels.search.exact import nearest_neighbours, nearest_of_others
+from fastreid_uns.pseudo_labels.search.exact import check_finite, nearest_neighbours, nearest_of_others
 from fastreid_uns.pseudo_labels.search.gpu import pair_distances
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def camera_encoding(
             f"camera-aware distance: k1_intra {k1_intra}, k1_inter {k1_inter}, k2_intra {k2_intra} and k2_inter "
             f"{k2_inter}; 1 or more are accepted, 0 for k2_inter. Raise them."
         )
+    check_finite(feats)
     known = cameras.unique()
     if len(known) < 2:
         raise InvalidValue(

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fastreid_uns.commands import train
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -79,13 +81,15 @@ def test_errors_are_one_line_and_the_traceback_is_in_the_log(config):
     assert "Traceback" in (config.parent / "run/log.txt").read_text()
 
 
-def test_a_wrong_key_is_answered_before_anything_starts(config):
-    done = command("--config-file", str(config), "SOLVER.EPOCH", "3")
-    assert done.returncode == 2
-    assert "error: command line: unknown key SOLVER.EPOCH; did you mean EPOCHS?" in done.stderr
-
-
-def test_weights_that_are_missing(config):
-    done = command("--config-file", str(config), "--eval-only", "MODEL.WEIGHTS", "gone.pth")
-    assert done.returncode == 2
-    assert "gone.pth" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["SOLVER.EPOCH", "3"], "error: command line: unknown key SOLVER.EPOCH; did you mean EPOCHS?"),
+        (["--eval-only", "MODEL.WEIGHTS", "gone.pth"], "gone.pth"),
+    ],
+)
+def test_errors_before_anything_starts(config, arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--config-file", str(config), *arguments])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

@@ -5,7 +5,6 @@ The summary goes into the README of the checkout, all cases into the one of this
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import measuring
 from measuring import ROOT, Record
 
-sys.path.insert(0, str(ROOT / "tools"))
 from fastreid_uns.commands import compare
 
 BEGIN = "<!-- written by tools/benchmark/report.py -->\n"

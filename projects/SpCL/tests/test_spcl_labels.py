@@ -272,6 +272,8 @@ def test_neighbours_are_those_that_the_search_finds(monkeypatch):
     feats, keys = features(60)
     generator, asked = SelfPacedLabels(**keys), []
     encoding = generator.encoding
-    monkeypatch.setattr(generator, "encoding", lambda feats: asked.append(len(feats)) or encoding(feats))
+    monkeypatch.setattr(
+        generator, "encoding", lambda bank, epoch: asked.append(len(bank.feats)) or encoding(bank, epoch)
+    )
     generator(bank_of(feats), 0)
     assert asked == [60]  # once for all three radii
