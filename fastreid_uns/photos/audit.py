@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 PRIOR = 3.0  # answers that the rough estimate counts for
-QUESTIONS = 15  # after which the stated precision is within 0.15 of the truth nine times out of ten
+QUESTIONS = 15  # that the commands ask
 GOOD = 0.8  # pair precision from which groups can be relied on
 _INTERVAL = 0.9
 _DRAWN = 4000  # pairs of which those to ask about are chosen
