@@ -28,7 +28,7 @@ def test_finds_cut_wrong_and_missing_files(mixed):
 def test_bad_images_stop_or_are_left_out(mixed, caplog):
     with pytest.raises(
         ValueError,
-        match=r"(?s)market: 3 of 6 images.*0\.jpg \(.*cut off.*prepare_data\.py.*INPUT\.ON_BAD_IMAGE: skip",
+        match=r"(?s)market: 3 of 6 images.*0\.jpg \(.*cut off.*fastreid-uns check.*INPUT\.ON_BAD_IMAGE: skip",
     ):
         check_images(mixed, on_bad="stop", what="market")
     assert check_images(mixed, on_bad="skip", what="market") == [mixed[1], mixed[3], mixed[5]]
