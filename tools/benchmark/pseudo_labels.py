@@ -130,7 +130,7 @@ def measure(images: int, dim: int, form: str, device: str, gib: float = 0) -> di
     import numpy as np
     import torch
 
-    from fastreid_uns.pseudo_labels import candidates
+    from fastreid_uns.pseudo_labels.search import candidates
 
     run: Callable = dense_labels if form == "dense" else partial(sparse_labels, search=search_of(form))
     if form != "dense":
