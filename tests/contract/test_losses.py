@@ -34,6 +34,8 @@ def loss_inputs(dtype: torch.dtype = torch.float32, clusters: int = 3) -> dict[s
         "weak_feats": unit(12, 8),
         "logits": real(12, clusters),
         "teacher_logits": real(12, clusters),
+        "supports": unit(12, 8),
+        "support_logits": real(12, clusters),
         "pooled": real(12, 16),
         "unnormalized": real(12, 8),
         "parts": unit(12, 3, 8),
