@@ -37,6 +37,7 @@ def loss_inputs(dtype: torch.dtype = torch.float32, clusters: int = 3) -> dict[s
         "supports": unit(12, 8),
         "support_logits": real(12, clusters),
         "pooled": real(12, 16),
+        "teacher_pooled": real(12, 16),
         "unnormalized": real(12, 8),
         "parts": unit(12, 3, 8),
         "unnormalized_parts": real(12, 3, 8),
