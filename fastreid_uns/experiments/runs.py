@@ -83,12 +83,6 @@ def of_project(config: str) -> bool:
     return config.startswith("projects")
 
 
-def job_of(record: dict[str, Any]) -> Job:
-    """The run that a record is of."""
-    names = record.get("study", ""), record.get("row", "")
-    return Job(record["config"], record["kind"], record["seed"], tuple(record["overrides"]), record["hold_out"], *names)
-
-
 def validation_manifest(manifest: Path, fraction: float, output: Path) -> Path:
     """A manifest of the training images alone, with every n-th identity as query and gallery instead.
 

@@ -62,8 +62,11 @@ def tables(records: Sequence[Record], project: str = "") -> list[Table]:
 
 
 def study_table(records: Sequence[Record], project: str = "") -> Table:
-    """Scores of the rows of a study: mean and standard deviation over seeds, and the settings that were chosen."""
-    rows = by_row(records)
+    """Scores of the rows of a study: mean and standard deviation over seeds, and the settings that were chosen.
+
+    Beside them is what the paper of a method reports on Market-1501, which is another set with another budget.
+    """
+    rows, published = by_row(records), published_figures()
     shared = set.intersection(*(set(record["overrides"]) for record in records))
     cells = []
     for name in sorted(rows, key=_place_in_study):
@@ -73,8 +76,10 @@ def study_table(records: Sequence[Record], project: str = "") -> Table:
         chosen = [override for override in group[0]["overrides"] if override not in shared]
         settings = ", ".join(_short(override) for override in chosen) or "own"
         seconds = statistics.mean(record["seconds"] for record in group)
-        cells.append([name, str(len(group)), *_scores(group), f"{seconds:.0f}", settings])
-    return Table([records[0]["study"], "seeds", "mAP", "rank-1", "seconds", "chosen settings"], cells)
+        paper = published.get((_market_config(name), "market1501"))
+        cells.append([name, str(len(group)), *_scores(group), f"{seconds:.0f}", settings, paper.mAP if paper else ""])
+    headers = [records[0]["study"], "seeds", "mAP", "rank-1", "seconds", "chosen settings", "paper, Market-1501"]
+    return Table(headers, cells)
 
 
 def effect_tables(records: Sequence[Record], project: str = "") -> list[Table]:
@@ -187,6 +192,10 @@ def of_one_project(records: Sequence[Record], project: str) -> list[Record]:
     return [
         r for r in records if r["config"].startswith(folder) or (not of_project(r["config"]) and sets & {*r["results"]})
     ]
+
+
+def _market_config(name: str) -> str:
+    return "configs/base.yaml" if name == CORE else f"projects/{name}/configs/market.yaml"
 
 
 def _place_in_study(name: str) -> tuple[int, str]:
