@@ -30,7 +30,7 @@ MAPS: dict[str, Registry] = {
     "HOOKS": registry.HOOK_REGISTRY,
     "INPUT.AUGMENTS": registry.AUGMENT_REGISTRY,
 }
-FREE = ("SOLVER.OPTIMIZER_ARGS", "PAPER")  # sections whose keys are not ours to check
+FREE = ("SOLVER.OPTIMIZER_ARGS", "TEST.DOMAINS", "PAPER")  # sections whose keys are not ours to check
 OPTIONAL = ("MODEL.MEMORY", "DATASETS.TRAIN")  # components that `null` switches off
 USUAL = {"INPUT.AUGMENTS": "Augment"}  # maps whose entries need no NAME, and what it is then
 _SHARED: dict[str, Any] = {"WEIGHT": 1.0, "DECISIONS": []}  # keys of all components of a kind that reserves them

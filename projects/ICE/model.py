@@ -24,7 +24,7 @@ class ICEModel(Baseline):
     """Queries of the online encoder against centroids, against keys of the momentum encoder and against camera proxies.
 
     The views of a batch are the query, the key (where there is no second view: the first again) and the weak view. The
-    momentum encoder clusters, is evaluated and deployed, and gathers norm statistics of its own from every view, in their
+    momentum encoder clusters, is evaluated and deployed, and gathers norm statistics of its own from every view in
     order; of the query it needs nothing else.
 
     Losses are offered what `Baseline` offers but `teacher_logits`, and: `teacher_feats` (B,D) of the key; `weak_feats`
