@@ -121,6 +121,24 @@ def build_test_loader(cfg: Any, name: str, device: torch.device) -> tuple[ReIDDa
     return data, build_images(cfg, [*data.query, *data.gallery], device, what)
 
 
+def domains_of_tests(cfg: Any) -> dict[str, int]:
+    """The domain of each of `DATASETS.TESTS`: 0 = the unlabelled target, 1.. = the labelled sources in their order.
+
+    Raises:
+        ValueError: `TEST.DOMAINS` names no test set or no source, or the model has no norm layers for each domain.
+    """
+    sources = list(cfg.DATASETS.SOURCES)
+    for name, source in cfg.TEST.DOMAINS.items():
+        if not cfg.MODEL.DOMAIN_BN or name not in cfg.DATASETS.TESTS or source not in sources:
+            raise InvalidValue(
+                f"TEST.DOMAINS: {name}: {source}; one of DATASETS.TESTS ({', '.join(cfg.DATASETS.TESTS)}) and one of "
+                f"DATASETS.SOURCES ({', '.join(sources) or 'none'}) are accepted, with MODEL.DOMAIN_BN true (it is "
+                f"{str(cfg.MODEL.DOMAIN_BN).lower()}). Correct it, or drop the entry."
+            )
+    named = {name: 1 + sources.index(source) for name, source in cfg.TEST.DOMAINS.items()}
+    return {name: named.get(name, 0) for name in cfg.DATASETS.TESTS}
+
+
 def build_images(cfg: Any, records: list[Record], device: torch.device, what: str) -> ImageSet:
     """An image set that decodes in each pass (`DATALOADER.CACHE none`) or that holds its pixels.
 

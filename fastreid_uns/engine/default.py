@@ -155,13 +155,19 @@ class DefaultTrainer(Trainer):
 
     @classmethod
     def build_evaluators(cls, cfg: Any, device: torch.device) -> dict[str, Evaluator]:
-        """An evaluator for each of `DATASETS.TESTS`, by name."""
+        """An evaluator for each of `DATASETS.TESTS`, by name.
+
+        Raises:
+            ValueError: `TEST.DOMAINS` names what is not there; see also `build_test_loader`.
+        """
+        domains = data.domains_of_tests(cfg)
         return {
             name: Evaluator(
                 *cls.build_test_loader(cfg, name, device),
                 rerank=cfg.TEST.RERANK,
                 batch_size=cfg.TEST.BATCH_SIZE,
                 amp=precision(cfg.SOLVER.AMP, device),
+                domain=domains[name],
             )
             for name in cfg.DATASETS.TESTS
         }

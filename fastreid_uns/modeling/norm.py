@@ -218,16 +218,23 @@ def freeze_norm_statistics(model: nn.Module) -> nn.Module:
 
 
 class _Rows:
-    """Which rows of the present batch belong to which domain: runs of (domain, images), None = all to domain 0."""
+    """Which domain the rows of the present batch belong to.
+
+    Attributes:
+        runs: in training, runs of (domain, images); None = all to domain 0.
+        evaluated: in evaluation, the domain of all rows.
+    """
 
     def __init__(self) -> None:
         self.runs: list[tuple[int, int]] | None = None
+        self.evaluated = 0
 
 
 class DomainBatchNorm(nn.Module):
-    """One batch norm for each domain; in evaluation, and for rows of unknown domain, that of the target.
+    """One batch norm for each domain; for rows of unknown domain, that of the target.
 
-    Made by `domain_batch_norm`; `rows_of_domains` says which rows are whose.
+    Made by `domain_batch_norm`; in training `rows_of_domains` says which rows are whose, in evaluation
+    `evaluated_domain`.
     """
 
     def __init__(self, norm: GhostBatchNorm, num_domains: int, rows: _Rows) -> None:
@@ -238,8 +245,10 @@ class DomainBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,C,...) → the same shape."""
+        if not self.training:
+            return self.domains[self.rows.evaluated](x)
         runs = self.rows.runs
-        if not self.training or runs is None:
+        if runs is None:
             return self.domains[0](x)
         if len(runs) == 1:
             return self.domains[runs[0][0]](x)
@@ -257,7 +266,7 @@ def domain_batch_norm(model: nn.Module, num_domains: int) -> nn.Module:
 
     Args:
         model: changed in place.
-        num_domains: 1 + the labelled source sets; domain 0 is the unlabelled target, which evaluation uses.
+        num_domains: 1 + the labelled source sets; domain 0 is the unlabelled target.
 
     Returns:
         The model; another module only if the model itself is a batch norm.
@@ -319,6 +328,24 @@ def rows_of_domains(model: nn.Module, domains: Tensor | None) -> Iterator[None]:
         yield
     finally:
         layer.rows.runs = before
+
+
+@contextlib.contextmanager
+def evaluated_domain(model: nn.Module, domain: int) -> Iterator[None]:
+    """While it lasts, the norm layers of `domain_batch_norm` evaluate all images as those of one domain.
+
+    Args:
+        model: in evaluation mode; without such layers nothing happens.
+        domain: 0 = target, 1.. = sources.
+    """
+    rows = {module.rows for module in model.modules() if isinstance(module, DomainBatchNorm)}
+    for each in rows:
+        each.evaluated = domain
+    try:
+        yield
+    finally:
+        for each in rows:
+            each.evaluated = 0
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from fastreid_uns.modeling.norm import (
     DomainBatchNorm,
     GhostBatchNorm,
     domain_batch_norm,
+    evaluated_domain,
     frozen_statistics,
     ghost_batch_norm,
     rows_of_domains,
@@ -189,6 +190,19 @@ def test_each_domain_starts_from_the_given_layer_and_keeps_its_flags() -> None:
             torch.testing.assert_close(norm.state_dict(), plain[i].state_dict())
             assert norm.bias.requires_grad == (i == 1)
     assert model[1].domains[0].weight is not model[1].domains[1].weight
+
+
+def test_another_domain_can_be_evaluated() -> None:
+    model = domain_batch_norm(nn.Sequential(a_norm()), 3).eval()
+    for number, norm in enumerate(model[0].domains):
+        nn.init.constant_(norm.running_mean, number)
+        nn.init.constant_(norm.running_var, 4.0)
+        nn.init.constant_(norm.weight, 2.0 + number)
+        nn.init.zeros_(norm.bias)
+    x = torch.full((2, 5, 1, 1), 7.0, dtype=torch.float64)
+    with evaluated_domain(model, 2):
+        torch.testing.assert_close(model(x), torch.full_like(x, (7 - 2) / 2 * 4), rtol=1e-4, atol=0)
+    torch.testing.assert_close(model(x), torch.full_like(x, 7 / 2 * 2), rtol=1e-4, atol=0)
 
 
 def test_evaluation_and_unnamed_rows_use_the_target() -> None:
