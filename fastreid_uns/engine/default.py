@@ -33,7 +33,7 @@ from fastreid_uns.engine.trainer import Trainer
 from fastreid_uns.errors import UserError
 from fastreid_uns.evaluation.evaluator import Evaluator
 from fastreid_uns.hook import HookBase
-from fastreid_uns.modeling.encoder import Encoder
+from fastreid_uns.modeling.encoder import compile_encoders
 from fastreid_uns.modeling.meta_arch import MetaArch, build_model, check_domains
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator
 from fastreid_uns.pseudo_labels.constraints import ConstrainedLabels, Constraints, read_answers
@@ -75,9 +75,7 @@ class DefaultTrainer(Trainer):
         if cfg.SOLVER.CHANNELS_LAST:
             model = model.to(memory_format=torch.channels_last)
         if cfg.SOLVER.COMPILE:
-            for module in model.modules():
-                if isinstance(module, Encoder):
-                    module.compile()
+            compile_encoders(model)
         super().__init__(
             model,
             self.build_train_loader(cfg, self.train_set, device),
