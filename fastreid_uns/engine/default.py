@@ -310,7 +310,10 @@ class DefaultTrainer(Trainer):
         Returns:
             name of the test set → mAP, mINP, rank1, rank5, rank10 in percent.
         """
-        evaluators = cls.build_evaluators(cfg, next(model.parameters()).device)
+        once = cfg.clone()
+        once.defrost()
+        once.TEST.PERIOD = 0
+        evaluators = cls.build_evaluators(once, next(model.parameters()).device)
         results = {name: evaluate(model) for name, evaluate in evaluators.items()}
         log_results(results)
         return results

@@ -94,6 +94,14 @@ def test_the_compiled_form_computes_half_precision_in_float32() -> None:
     torch.testing.assert_close(got.double(), wanted, rtol=0.01, atol=0.01)
 
 
+def test_the_compiled_form_keeps_channels_last() -> None:
+    x = torch.randn(6, 4, 5, 3).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    out = torch.compile(GhostBatchNorm(nn.BatchNorm2d(4), 2), backend="aot_eager", fullgraph=True)(x)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, GhostBatchNorm(nn.BatchNorm2d(4), 2)(x), rtol=0.02, atol=0.02)
+
+
 def test_the_compiled_form_of_a_layer_without_parameters_or_statistics() -> None:
     norm = nn.BatchNorm2d(3, affine=False, track_running_stats=False)
     x = torch.randn(6, 3, 4, 4)

@@ -133,9 +133,9 @@ class Session:
 
     def measure(self, name: str, case: measuring.Case, limit: float, **environment: str) -> bool:
         """Measure one case of a benchmark; whether it came to an end."""
-        done = self.run(
-            f"{name} {json.dumps(case)}", measuring.command(BENCHMARK / f"{name}.py", case), limit, **environment
-        )
+        command = measuring.command(BENCHMARK / f"{name}.py", case)
+        environment |= SINGLE if self.device == "cpu" else {}
+        done = self.run(f"{name} {json.dumps(case)}", command, limit, **environment)
         if done.code == 0:
             self.record(name, case, json.loads([line for line in done.text.splitlines() if line.startswith("{")][-1]))
         elif done.code is not None:

@@ -102,7 +102,7 @@ def measure(
         "CHECKPOINT.PERIOD": 0,
         "OUTPUT_DIR": str(output),
         **KEYS[set],
-        **(SMALLER if device == "cpu" else {}),
+        **(SMALLER if device == "cpu" else {"DATALOADER.WORKERS": os.cpu_count()}),
         **({"INPUT.CAMERA_STYLE.KIND": "colors"} if run == "TMP" else {}),
     }
     __import__("fastreid_uns.builtin")
