@@ -72,3 +72,25 @@ def test_the_key_compiles_the_encoders(tiny):
     encoders = [module for module in trainer.model.modules() if isinstance(module, Encoder)]
     assert len(encoders) == 2
     assert all(encoder._compiled_call_impl is not None for encoder in encoders)
+
+
+@pytest.mark.gpu
+def test_a_compiled_run_on_a_gpu_has_the_losses_of_a_plain_one_and_never_waits(tiny):
+    keys = ["MODEL.DEVICE=cuda", "MODEL.GHOST_BATCH=8", "SOLVER.EPOCHS=1", "DATALOADER.CACHE=device"]
+    keys += ["PSEUDO_LABELS.MIN_SAMPLES=2", "PSEUDO_LABELS.K1=8", "LOG.PERIOD_STEPS=0"]
+    losses = []
+    for compiled in ("false", "true"):
+        trainer = DefaultTrainer(load_config(None, [*tiny, *keys, f"SOLVER.COMPILE={compiled}"]))
+        trainer._call("before_train")
+        trainer._call("before_epoch")
+        trainer.model.train()
+        first, second = trainer.train_loader.epoch(0)
+        trainer.step(first)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            trainer.step(second)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        losses.append(trainer.last["loss"].item())
+        trainer.run.release()
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)

@@ -38,7 +38,7 @@ ROUND = 10  # steps of a GPU between two looks at the clock: it is given its wor
 def cases(size: str) -> list[measuring.Case]:
     if size == "small":
         small = {"device": "cpu", "backbone": "resnet18", "batch": 8, "size": [64, 32], "steps": 1}
-        return [{"form": form, **small} for form in ("plain", "ours", "deterministic", "extract", "ACFL")]
+        return [{"form": form, **small} for form in ("plain", "ours", "deterministic", "extract")]
     cpu = {"device": "cpu", "batch": 32, "size": [256, 128], "steps": 5}
     forms = [("resnet50", form) for form in ("plain", "ours", "float32", "deterministic", "compile", "extract", "ACFL")]
     forms += [("resnet18", form) for form in ("plain", "ours")]
