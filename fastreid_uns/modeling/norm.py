@@ -78,7 +78,10 @@ class GhostBatchNorm(_BatchNorm):
         return x
 
     def _together(self, x: Tensor, group: int) -> Tensor:
-        """All groups in a few operations on one view: a compiler makes two passes of them, whatever their number."""
+        """All groups in a few operations on one view: a compiler makes two passes of them, whatever their number.
+
+        The bias is spread over the groups first, so that all sums of the backward pass run over the same values.
+        """
         wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(0, (-1, group))
         positions = [1, *range(3, wide.dim())]
         var, mean = torch.var_mean(wide, positions, correction=0, keepdim=True)
@@ -86,8 +89,10 @@ class GhostBatchNorm(_BatchNorm):
         scale, shape = (var + self.eps).rsqrt(), (-1, *[1] * (x.dim() - 2))
         if self.weight is not None:
             scale = scale * self.weight.view(shape)
-        unit = (wide - mean) * scale
-        return (unit if self.bias is None else unit + self.bias.view(shape)).flatten(0, 1).to(x.dtype)
+        out = (wide - mean) * scale
+        if self.bias is not None:
+            out = out + self.bias.view(shape).expand_as(scale)
+        return out.flatten(0, 1).to(x.dtype)
 
     @torch.compiler.disable
     def _shared(self, x: Tensor, ranks: int) -> Tensor:

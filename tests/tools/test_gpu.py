@@ -30,6 +30,7 @@ def test_the_largest_batch_is_found(limit):
 
 def test_a_command_ends_with_its_limit_and_with_it_all_that_it_started(session, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "LEAST", 0.0)
+    session.device = "cuda"
     child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(tmp_path / 'alive')!r}).touch()"
     code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); print('on', flush=True)"
     begin = time.monotonic()

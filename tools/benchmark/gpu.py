@@ -38,6 +38,7 @@ from measuring import ROOT
 BENCHMARK = Path(__file__).parent
 PROJECTS = sorted(path.parents[1].name for path in ROOT.glob("projects/*/configs/synthetic.yaml"))
 LEAST = 5.0  # seconds that must be left for a part to begin
+PATIENCE = 4  # times as long as a GPU may a CPU take
 SINGLE = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}  # of parts that run side by side
 STEP_WAVES = (  # forms that are prepared beside each other; what they hold at a time has to fit the card
     ("ours", "extract", "plain", "deterministic"),
@@ -89,7 +90,7 @@ class Session:
 
     def run(self, name: str, command: list[str], limit: float, **environment: str) -> Done:
         """Run a command of this checkout; it ends with its limit, and all that it started."""
-        limit = min(limit, self.left)
+        limit = min(limit if self.device == "cuda" else PATIENCE * limit, self.left)
         if limit < LEAST:
             self.say(name, "left out, no time")
             return Done(None, "")
