@@ -42,9 +42,13 @@ PATIENCE = 4  # times as long as a GPU may a CPU take
 SINGLE = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}  # of parts that run side by side
 STEP_WAVES = (  # forms that are prepared beside each other; what they hold at a time has to fit the card
     ("ours", "extract", "plain", "deterministic"),
-    ("compile", "compile:blocks", "compile:tuned", "extract:compile", "ACFL:compile"),
-    ("ACFL", "float32", "compile:graphs", "compile:max"),
+    ("compile", "compile:blocks", "compile:tuned", "extract:compile"),
+    ("ACFL", "ACFL:compile", "compile:graphs"),
+    ("float32", "compile:max"),
 )
+# seconds of a form; as long as one compiles, those of its wave that are ready wait, so the slow ones get less
+STEP_LIMITS = {"compile:tuned": 75, "compile": 110, "ACFL:compile": 110, "compile:max": 90}
+STEP_LIMIT = 140
 
 
 class Done(NamedTuple):
@@ -256,7 +260,10 @@ def step(session: Session) -> None:
     threads = {"TORCHINDUCTOR_COMPILE_THREADS": "6"}
     for wave in waves:
         forms = [form for form in chosen(session, wave) if form in found]
-        side_by_side(lambda form: session.measure("training_step", found[form], 150, **threads), forms)
+        side_by_side(
+            lambda form: session.measure("training_step", found[form], STEP_LIMITS.get(form, STEP_LIMIT), **threads),
+            forms,
+        )
 
 
 def labels(session: Session) -> None:
