@@ -108,6 +108,8 @@ def build_camera_style(cfg: Any, train_set: TrainSet, device: torch.device) -> C
 def build_test_loader(cfg: Any, name: str, device: torch.device) -> tuple[ReIDData, ImageSet]:
     """A set to evaluate on, one of `DATASETS.TESTS`, and its images: query, then gallery.
 
+    A run that evaluates once takes no memory for the images: to fill a cache costs more than it saves.
+
     Raises:
         ValueError: it has no query or no gallery images.
     """
@@ -118,7 +120,8 @@ def build_test_loader(cfg: Any, name: str, device: torch.device) -> tuple[ReIDDa
             f"{what}: {section.NAME} has {len(data.query)} query and {len(data.gallery)} gallery images; evaluation "
             f"needs both. Drop it with `{what} null`, or add a split."
         )
-    return data, build_images(cfg, [*data.query, *data.gallery], device, what)
+    once = not 0 < cfg.TEST.PERIOD < cfg.SOLVER.EPOCHS
+    return data, build_images(cfg, [*data.query, *data.gallery], device, what, once=once)
 
 
 def domains_of_tests(cfg: Any) -> dict[str, int]:
@@ -139,7 +142,7 @@ def domains_of_tests(cfg: Any) -> dict[str, int]:
     return {name: named.get(name, 0) for name in cfg.DATASETS.TESTS}
 
 
-def build_images(cfg: Any, records: list[Record], device: torch.device, what: str) -> ImageSet:
+def build_images(cfg: Any, records: list[Record], device: torch.device, what: str, *, once: bool = False) -> ImageSet:
     """An image set that decodes in each pass (`DATALOADER.CACHE none`) or that holds its pixels.
 
     Args:
@@ -147,12 +150,13 @@ def build_images(cfg: Any, records: list[Record], device: torch.device, what: st
         records: one for each image.
         device: of `DATALOADER.CACHE device`.
         what: the images are to the run, such as `DATASETS.TRAIN`.
+        once: they are needed once in this run, so that only a file, which later runs use again, is worth filling.
 
     Raises:
         ValueError: unknown `DATALOADER.CACHE`.
     """
     images = ImageSet(records, tuple(cfg.INPUT.SIZE), workers=cfg.DATALOADER.WORKERS)
-    if cfg.DATALOADER.CACHE == "none":
+    if cfg.DATALOADER.CACHE == "none" or (once and cfg.DATALOADER.CACHE != "disk"):
         return images
     folder = cfg.DATALOADER.CACHE_DIR or Path(cfg.OUTPUT_DIR) / "cache"
     return CachedImageSet(images, where=cfg.DATALOADER.CACHE, device=device, folder=folder, what=what)

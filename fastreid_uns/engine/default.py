@@ -34,7 +34,7 @@ from fastreid_uns.engine.trainer import Trainer
 from fastreid_uns.errors import UserError
 from fastreid_uns.evaluation.evaluator import Evaluator
 from fastreid_uns.hook import HookBase
-from fastreid_uns.modeling.encoder import Encoder
+from fastreid_uns.modeling.encoder import compile_encoders
 from fastreid_uns.modeling.meta_arch import MetaArch, build_model, check_domains
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator
 from fastreid_uns.pseudo_labels.constraints import ConstrainedLabels, Constraints, read_answers
@@ -77,9 +77,7 @@ class DefaultTrainer(Trainer):
         if cfg.SOLVER.CHANNELS_LAST:
             model = model.to(memory_format=torch.channels_last)
         if cfg.SOLVER.COMPILE:
-            for module in model.modules():
-                if isinstance(module, Encoder):
-                    module.compile()
+            compile_encoders(model)
         super().__init__(
             model,
             self.build_train_loader(cfg, self.train_set, device),
@@ -322,7 +320,10 @@ class DefaultTrainer(Trainer):
         Returns:
             name of the test set → mAP, mINP, rank1, rank5, rank10 in percent.
         """
-        evaluators = cls.build_evaluators(cfg, next(model.parameters()).device)
+        once = cfg.clone()
+        once.defrost()
+        once.TEST.PERIOD = 0
+        evaluators = cls.build_evaluators(once, next(model.parameters()).device)
         results = {name: evaluate(model) for name, evaluate in evaluators.items()}
         log_results(results)
         return results

@@ -55,6 +55,8 @@ class GhostBatchNorm(_BatchNorm):
         """Normalised groups, in order; their rows together are those of `x`."""
         batch, group = len(x), self.group or len(x)
         if batch % group == 0:
+            if torch.compiler.is_compiling() and batch > group:
+                return [self._together(x, group)]
             first, *rest = x.split(group)
             return [
                 super().forward(first),
@@ -75,15 +77,39 @@ class GhostBatchNorm(_BatchNorm):
             x = child(x)
         return x
 
+    def _together(self, x: Tensor, group: int) -> Tensor:
+        """All groups in a few operations on one view: a compiler makes two passes of them, whatever their number.
+
+        The bias is spread over the groups first, so that all sums of the backward pass run over the same values.
+        """
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(0, (-1, group))
+        positions = [1, *range(3, wide.dim())]
+        var, mean = torch.var_mean(wide, positions, correction=0, keepdim=True)
+        self._track(mean[0].flatten(), var[0].flatten(), wide[0].numel() // wide.shape[2])
+        scale, shape = (var + self.eps).rsqrt(), (-1, *[1] * (x.dim() - 2))
+        if self.weight is not None:
+            scale = scale * self.weight.view(shape)
+        out = (wide - mean) * scale
+        if self.bias is not None:
+            out = out + self.bias.view(shape).expand_as(scale)
+        return out.flatten(0, 1).to(x.dtype)
+
+    @torch.compiler.disable
     def _shared(self, x: Tensor, ranks: int) -> Tensor:
         output, mean, var = _SharedBatchNorm.apply(x, self.weight, self.bias, self.eps, ranks)
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum  # type: ignore[arg-type]
-            count = x.numel() // x.shape[1] * ranks
-            self.running_mean.lerp_(mean.to(self.running_mean), momentum)
-            self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var), momentum)
+        self._track(mean, var, x.numel() // x.shape[1] * ranks)
         return output
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Move the running statistics towards mean and biased variance (C,) of `count` values for each channel."""
+        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
+            return
+        tracked: Tensor = self.num_batches_tracked  # type: ignore[assignment]
+        tracked.add_(1)
+        momentum: Any = 1.0 / tracked.to(self.running_mean) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+        self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var), momentum)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any (B,C,...) will do."""

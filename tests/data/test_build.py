@@ -14,6 +14,7 @@ from PIL import Image
 from fastreid_uns.config import load_config
 from fastreid_uns.data import image_check, image_set
 from fastreid_uns.data.build import build_test_loader, build_train_set
+from fastreid_uns.data.pixel_cache import CachedImageSet
 from fastreid_uns.engine.default import DefaultTrainer
 
 CPU = torch.device("cpu")
@@ -96,6 +97,15 @@ def test_without_a_cache_every_evaluation_decodes(tiny, photos, decoded):
     for _ in range(2):
         list(images.stream([range(6)], CPU))
     assert decoded == {name: 2 for name in TEST}
+
+
+@pytest.mark.parametrize(("period", "again"), [(0, False), (1, True), (2, False), (9, False)])
+@pytest.mark.parametrize("cache", ["device", "host", "disk"])
+def test_images_of_a_single_evaluation_fill_no_memory(tiny, photos, cache, period, again):
+    """Of two epochs. A file is for later runs as well."""
+    cfg = config(tiny, photos, cache, **{"TEST.PERIOD": period})
+    _, images = build_test_loader(cfg, "mine", CPU)
+    assert isinstance(images, CachedImageSet) == (again or cache == "disk")
 
 
 @CACHES
