@@ -61,7 +61,7 @@ def search_by_candidates(
         sq[:, 0], index[:, 0] = 0, np.arange(n)
         limits[:] = np.inf if k > 1 else -np.inf
     parted = np.zeros(0, np.int64) if groups is None else groups.astype(np.int64)
-    coarse = _chosen(feats, k) if int8 is None and not farthest else Int8Features(feats, int8=bool(int8))
+    coarse = _chosen(feats, k) if int8 is None and not farthest else CoarseFeatures(feats, int8=bool(int8))
     known = (coarse.scales, coarse.norms, coarse.errors, feats.numpy(), limits, sq, index, parted)
     memory: SimpleQueue[np.ndarray] = SimpleQueue()
 
@@ -86,6 +86,12 @@ def search_by_candidates(
         for _ in range(workers.count):
             memory.put(coarse.memory(min(side, n) ** 2))
         measured = sum(sum(workers.pool.map(compare, pairs)) for pairs in _rounds(math.ceil(n / side)))
+    warn_of_clumps(measured, n)
+    return torch.from_numpy(sq), torch.from_numpy(index), torch.from_numpy(far)
+
+
+def warn_of_clumps(measured: int, n: int) -> None:
+    """Tell of a search of n images in which many pairs had to be measured."""
     if measured > _MANY * n:
         logger.warning(
             "neighbours: %s images are so near each other that %d of them were measured for each, one by one; that "
@@ -93,7 +99,6 @@ def search_by_candidates(
             f"{n:,}",
             measured // n,
         )
-    return torch.from_numpy(sq), torch.from_numpy(index), torch.from_numpy(far)
 
 
 def nearest_of_listed(
@@ -115,13 +120,13 @@ def nearest_of_listed(
     return torch.from_numpy(sq), torch.from_numpy(index)
 
 
-def _chosen(feats: Tensor, k: int) -> Int8Features:
+def _chosen(feats: Tensor, k: int) -> CoarseFeatures:
     """The form of the products: 8 bits where they are faster and do not leave too many pairs to be measured."""
     if len(feats) >= _SMALL and int8_pays(feats.shape[1], torch.get_num_threads()):
-        coarse = Int8Features(feats, int8=True)
+        coarse = CoarseFeatures(feats, int8=True)
         if coarse.share_to_measure(k) <= _MEASURED:
             return coarse
-    return Int8Features(feats, int8=False)
+    return CoarseFeatures(feats, int8=False)
 
 
 def _rounds(blocks: int) -> Iterator[list[tuple[int, int]]]:
@@ -141,7 +146,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class Int8Features:
+class CoarseFeatures:
     """Rows less their mean, in float32 or rounded to 8 bits with one scale for each row.
 
     With x the centred row, a = scale * row what is kept of it and r = x - a, the product of two rows is off by
