@@ -13,11 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import count
 from queue import SimpleQueue
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastreid_uns.pseudo_labels.search.keys import distance_of, index_of, keys_of, smallest
+from fastreid_uns.utils import sharing
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +66,9 @@ def search_by_candidates(
         limits[:] = np.inf if k > 1 else -np.inf
     parted = np.zeros(0, np.int64) if groups is None else groups.astype(np.int64)
     coarse = _chosen(feats, k) if int8 is None and not farthest else CoarseFeatures(feats, int8=bool(int8))
+    agreed = all(sharing.from_all(coarse.int8))
+    if coarse.int8 and not agreed:  # else one process would keep the others waiting
+        coarse = CoarseFeatures(feats, int8=False)
     known = (coarse.scales, coarse.norms, coarse.errors, feats.numpy(), limits, sq, index, parted)
     memory: SimpleQueue[np.ndarray] = SimpleQueue()
 
@@ -82,12 +89,24 @@ def search_by_candidates(
             memory.put(held)
 
     with Workers() as workers, _one_thread():
-        side = min(block, _SIDE, max(256, 64 * math.ceil(n / (256 * workers.count))))
+        threads = sum(sharing.from_all(workers.count))
+        side = min(block, _SIDE, max(256, 64 * math.ceil(n / (256 * threads))))
         for _ in range(workers.count):
             memory.put(coarse.memory(min(side, n) ** 2))
-        measured = sum(sum(workers.pool.map(compare, pairs)) for pairs in _rounds(math.ceil(n / side)))
-    warn_of_clumps(measured, n)
+        measured = sum(sum(workers.pool.map(compare, pairs)) for pairs in _own_rounds(math.ceil(n / side)))
+    warn_of_clumps(sum(sharing.from_all(measured)), n)
+    if sharing.ranks() > 1:
+        far = np.maximum.reduce(sharing.from_all(far))
+        return *_joined(torch.from_numpy(sq), torch.from_numpy(index), int(groups is None)), torch.from_numpy(far)
     return torch.from_numpy(sq), torch.from_numpy(index), torch.from_numpy(far)
+
+
+def _joined(sq: Tensor, index: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Of lists (N, k) that each process has from its pairs, the nearest of all; `first` places are the image's own."""
+    lists = sharing.parts_of_own_rows(keys_of(sq, index))
+    others = smallest(torch.cat([part[:, first:] for part in lists], 1), sq.shape[1] - first)
+    keys = torch.cat(sharing.from_all(torch.cat([lists[0][:, :first], others], 1)))
+    return distance_of(keys), index_of(keys)
 
 
 def warn_of_clumps(measured: int, n: int) -> None:
@@ -133,6 +152,14 @@ def _rounds(blocks: int) -> Iterator[list[tuple[int, int]]]:
     """All pairs of blocks, also of one with itself; none is twice in a round, whose pairs so can run side by side."""
     for turn in range(blocks):
         yield [(a, (turn - a) % blocks) for a in range(blocks) if a <= (turn - a) % blocks]
+
+
+def _own_rounds(blocks: int) -> Iterator[list[tuple[int, int]]]:
+    """Of the pairs of `_rounds`, those of this process."""
+    own = set(sharing.dealt(range(blocks * (blocks + 1) // 2)))
+    place = count()
+    for pairs in _rounds(blocks):
+        yield [pair for pair in pairs if next(place) in own]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.pseudo_labels.search.candidates import search_by_candidates
 from fastreid_uns.pseudo_labels.search.gpu import farthest_by_rows, search_by_rows
+from fastreid_uns.utils import sharing
 from fastreid_uns.utils.precision import full_precision
 
 
@@ -64,7 +65,7 @@ def nearest_of_others(feats: Tensor, groups: Tensor, k: int, *, block: int = 204
         if feats.device.type == "cpu":
             sq, index, _ = search_by_candidates(feats, k, block, groups=groups.cpu().numpy())
         else:
-            sq, index = search_by_rows(feats, k, block, groups.to(feats.device))
+            sq, index = _by_rows(feats, k, block, groups.to(feats.device))
     return sq, torch.where(sq.isinf(), -1, index)
 
 
@@ -96,7 +97,15 @@ def _search(feats: Tensor, k: int, block: int, *, farthest: bool = False) -> tup
         if feats.device.type == "cpu":
             return search_by_candidates(feats, k, block, farthest=farthest)
         far = farthest_by_rows(feats, block) if farthest else feats.new_zeros(0)
-        return *search_by_rows(feats, k, block), far
+        return *_by_rows(feats, k, block), far
+
+
+def _by_rows(feats: Tensor, k: int, block: int, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`search_by_rows` of all images, each process those of its own."""
+    sq, index = search_by_rows(feats, k, block, groups, rows=sharing.own_rows(len(feats)))
+    if sharing.ranks() > 1:
+        sq, index = (torch.cat(sharing.from_all(part.cpu())).to(feats.device) for part in (sq, index))
+    return sq, index
 
 
 def checked(feats: Tensor, k: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastreid_uns.pseudo_labels.search.candidates import warn_of_clumps
+from fastreid_uns.pseudo_labels.search.keys import distance_of, index_of, keys_of, smallest
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def search_by_rows(
     if len(doubtful):
         logger.debug("neighbours: %d of %d images are searched again in float64", len(doubtful), len(keys))
         keys[doubtful] = search_again(feats, doubtful + rows.start, keys[doubtful], groups)
-    return distance_of(keys), keys & 0xFFFFFFFF
+    return distance_of(keys), index_of(keys)
 
 
 class RoundedFeatures:
@@ -139,7 +140,7 @@ def _from_candidates(
     row, column = ((estimates <= limits[:, None]) & estimates.isfinite()).nonzero(as_tuple=True)
     sq = torch.full_like(estimates, torch.inf)
     sq[row, column] = pair_distances(feats, images[row], index[row, column])
-    keys = smallest(keys_of(sq, index.where(sq.isfinite(), len(feats))), wanted).sort(1).values
+    keys = smallest(keys_of(sq, index.where(sq.isfinite(), len(feats))), wanted)
     if groups is None:
         keys = torch.cat([images[:, None], keys], 1)
     last = distance_of(keys[:, -1]).double() * coarse.unit * (1 + 2.0**-22)
@@ -223,7 +224,7 @@ def search_again(feats: Tensor, images: Tensor, keys: Tensor, groups: Tensor | N
             apart &= best[:, -1:] >= n  # not yet full of doubles of lower index
             row, column = ((sq <= limits[:, None]) & apart).nonzero(as_tuple=True)
             true = keys_of(pair_distances(feats, own[row], columns[column]), columns[column])
-            best = smallest(torch.cat([best, _in_rows(true, row, len(own))], 1), best.shape[1]).sort(1).values
+            best = smallest(torch.cat([best, _in_rows(true, row, len(own))], 1), best.shape[1])
             measured += len(row)
         result.append(torch.cat([known[:, :first], best], 1))
     warn_of_clumps(measured, n)
@@ -271,21 +272,6 @@ def _sums_in_float32() -> Iterator[None]:
 def mean_of(feats: Tensor) -> Tensor:
     """(D,) float64."""
     return feats.sum(0, dtype=torch.float64) / len(feats)
-
-
-def keys_of(sq: Tensor, index: Tensor) -> Tensor:
-    """Integers in the order of distance, float32 and not negative, and then of index."""
-    return (sq.view(torch.int32).long() << 32) | index
-
-
-def distance_of(keys: Tensor) -> Tensor:
-    """float32 distances of keys."""
-    return (keys >> 32).int().view(torch.float32)
-
-
-def smallest(keys: Tensor, k: int) -> Tensor:
-    """The k smallest of each row, or all, in no order."""
-    return keys.topk(min(k, keys.shape[1]), dim=1, largest=False, sorted=False).values
 
 
 def _multiple(size: int, of: int) -> int:
