@@ -67,6 +67,11 @@ def dealt(items: Sequence[T]) -> Sequence[T]:
     return items[comm.rank() :: comm.world()] if _shared else items
 
 
+def is_own(at: int) -> bool:
+    """Whether the item of this number is `dealt` to this process."""
+    return not _shared or at % comm.world() == comm.rank()
+
+
 def own_rows(count: int) -> range:
     """The rows of this process, which are neighbours; parts differ by one row at most."""
     cuts = _cuts(count)

@@ -142,7 +142,7 @@ def test_a_collapse_to_few_points_is_told(caplog, monkeypatch):
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 8, 13])
 def test_each_pair_of_blocks_meets_once_and_no_block_is_in_two_places(blocks):
-    rounds = list(candidates._rounds(blocks))
+    rounds = list(candidates._rounds(blocks, blocks))
     met = [frozenset(pair) for pairs in rounds for pair in pairs]
     assert len(met) == len(set(met)) == blocks * (blocks + 1) // 2
     for pairs in rounds:
