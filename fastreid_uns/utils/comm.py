@@ -146,6 +146,15 @@ def gather_objects(value: T) -> list[T]:
     return box
 
 
+def gather_on(target: int, value: T) -> list[T] | None:
+    """The values of all ranks on one of them, None on the others."""
+    if world() == 1:
+        return [value]
+    box: list[Any] | None = [None] * world() if rank() == target else None
+    dist.gather_object(value, box, dst=target, group=_objects)
+    return box
+
+
 def all_gather(value: Tensor, equal: bool = False) -> Tensor:
     """Rows of all ranks, in order of rank, without gradient.
 
