@@ -15,6 +15,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fastreid-uns identify", description=__doc__)
     parser.add_argument("output", type=Path, metavar="OUT", help="folder that `group` wrote")
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO", help="photos, or folders of them")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each photo")
     return parser.parse_args(arguments)
 
@@ -23,7 +24,7 @@ def run(given: argparse.Namespace) -> int:
     from fastreid_uns.photos.known import Known, unreadable
     from fastreid_uns.photos.store import PhotoRun
 
-    known = Known(PhotoRun(given.output))
+    known = Known(PhotoRun(given.output), given.device)
     files = list(_files(given.photos))
     errors = {file: error for file in files if (error := unreadable(file))}
     sound = [file for file in files if file not in errors]

@@ -22,6 +22,7 @@ from fastreid_uns.photos.network import Network
 from fastreid_uns.photos.outcome import present_groups
 from fastreid_uns.photos.store import PhotoRun
 from fastreid_uns.structures import Record
+from fastreid_uns.utils.comm import choose_device
 
 
 class Known:
@@ -29,15 +30,18 @@ class Known:
 
     Args:
         run: with an index.
+        device: that makes the features of further photos: `auto` (CUDA where there is one), `cpu` or `cuda`.
 
     Raises:
         MissingFile, InvalidValue: the index is missing or damaged.
+        InvalidState: there is no such device.
     """
 
-    def __init__(self, run: PhotoRun) -> None:
+    def __init__(self, run: PhotoRun, device: str = "auto") -> None:
         self.run = run
         self.index = Index.load(run.folder / "index.safetensors")
         self.network = Network.of_index(self.index)
+        self.network.model.to(choose_device(device))
         self.settings = Settings(
             views=int(self.index.about["views"]), seed=int(self.index.about["seed"]), adaptation=Adaptation(steps=0)
         )
