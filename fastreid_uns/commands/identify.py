@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,11 @@ def run(given: argparse.Namespace) -> int:
     errors = {file: error for file in files if (error := unreadable(file))}
     sound = [file for file in files if file not in errors]
     found = dict(zip(sound, known.identify(sound), strict=True)) if sound else {}
+    caveat = known.caveat()
     for file in files:
-        print(_line(file, found.get(file), errors.get(file), given.json))
+        print(_line(file, found.get(file), errors.get(file), caveat if given.json else None))
+    if caveat and not given.json and any(one.kind == "unsure" for one in found.values()):
+        print(caveat, file=sys.stderr)
     return 2 if errors else 0
 
 
@@ -41,12 +45,13 @@ def _files(photos: Sequence[Path]) -> Iterator[str]:
         yield from list_images(photo) if photo.is_dir() else [str(photo)]
 
 
-def _line(file: str, found: Any, error: str | None, as_json: bool) -> str:
+def _line(file: str, found: Any, error: str | None, caveat: str | None) -> str:
+    """What is said about a photo; JSON if there is a caveat for it, which may be empty."""
     from fastreid_uns.photos.known import said
     from fastreid_uns.utils.paths import printable
 
-    answer = {"answer": "unreadable", "error": error} if found is None else said(found)
-    if as_json:
+    answer = {"answer": "unreadable", "error": error} if found is None else said(found, caveat or "")
+    if caveat is not None:
         return json.dumps({"photo": file, **answer})
     if found is None:
         return f"unreadable  {error}"
