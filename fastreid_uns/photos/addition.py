@@ -16,9 +16,10 @@ from fastreid_uns.errors import InvalidState
 from fastreid_uns.photos.album import Album, read_album
 from fastreid_uns.photos.group import Grouping, Settings, cluster, features, for_count
 from fastreid_uns.photos.known import Known
+from fastreid_uns.photos.members import Member
 from fastreid_uns.photos.outcome import members_of, present_groups, write_outcome
 from fastreid_uns.photos.road import finish
-from fastreid_uns.photos.store import Member, PhotoRun
+from fastreid_uns.photos.store import PhotoRun
 from fastreid_uns.photos.teller import Teller
 from fastreid_uns.photos.verdict import draw
 from fastreid_uns.pseudo_labels.constraints import Answer, Constraints

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastreid_uns.errors import InvalidState
+from fastreid_uns.photos.files import own_folder
 from fastreid_uns.utils.transfer import to_device
 
 _HEAD = 4096  # bytes of a file before its rows: how many are there, then JSON
@@ -113,7 +114,7 @@ class ViewStore:
         said = json.dumps({"mark": self.mark, "shape": list(shape), "dtype": name}).encode()
         size = _HEAD + math.prod(shape) * dtype.itemsize
         try:
-            file.parent.mkdir(exist_ok=True)
+            own_folder(file.parent)
             file.unlink(missing_ok=True)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
             with os.fdopen(descriptor, "r+b") as stream:
