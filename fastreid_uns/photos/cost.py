@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from fastreid_uns.photos.view_store import on_device
 _TRIED = 16  # views whose time is taken on a CPU; on a GPU as many as one pass has
 _REST = 1.5  # work of everything, with that of the views through the network as 1: reading, changing, training
 _BASE = 0.7e9  # bytes of Python, torch and the network
-_READ = 0.02  # seconds to read a photo
+_READ = 0.04  # seconds of one core to read a photo
 
 
 class Cost(NamedTuple):
@@ -52,7 +53,7 @@ def estimate(count: int, network: Network, settings: Settings) -> Cost:
     pixels = 3.0 * count * np.prod(network.size)
     trained = 2 * settings.adaptation.steps * min(settings.adaptation.batch, count) * each
     return Cost(
-        _READ * count + _REST * number * each + trained,
+        _READ * count / (os.cpu_count() or 1) + _REST * number * each + trained,
         _BASE + 2 * features,
         pixels + (0.0 if on_device(int(stored), device) else stored),
     )

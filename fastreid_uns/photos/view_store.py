@@ -71,7 +71,7 @@ class ViewStore:
 
     def put(self, rows: slice, found: Tensor) -> None:
         """Keep the next rows."""
-        self.values[rows] = found.to(self.values.dtype)
+        self.values[rows] = found.to(self.values.device, self.values.dtype)
         self.done = rows.stop
         if self._mapped is not None and self._count is not None:
             self._mapped.flush()  # rows first: after a power cut none is missing that the file says is there

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.heads import PooledHead
 from fastreid_uns.photos import view_store
 from fastreid_uns.photos.adapt import Adaptation, adapt
+from fastreid_uns.photos.cost import estimate
 from fastreid_uns.photos.embed import (
     Stages,
     cache_activations,
@@ -193,6 +195,19 @@ def test_confidence_by_hand():
     found = cluster(feats, Settings(k1=2, k2=1))
     assert found.labels.tolist()[:4] == [0, 0, 1, 1]
     assert found.confidence[:4].tolist() == [1] * 4
+
+
+def test_what_grouping_takes(encoder):
+    network = SimpleNamespace(encoder=copy.deepcopy(encoder), size=SIZE)
+    trained, start = (estimate(1000, network, settings) for settings in (FEW, START))
+    pixels = 1000 * 3 * 32 * 32
+    assert trained.disk == pixels + 2 * 3000 * 112 * 2 * 2  # the stage before the last two: 112 channels, stride 16
+    assert start.disk == pixels + 4 * 3000 * 2560  # average and GeM pooling of 1280 channels
+    assert trained.memory == start.memory > 2 * 4 * 3000 * 2560
+    assert trained.seconds > 0
+    assert str(start._replace(seconds=90, memory=1.24e9)) == (
+        "this will take about 1 min 30 s, 1.2 GB of memory and 0.0 GB of disk"
+    )
 
 
 def test_time_left():
