@@ -57,13 +57,16 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--identities", type=int, default=0, help="take every n-th identity only; 0 = all photos")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--weights", default="imagenet", help="of the network, or a file of them (default: %(default)s)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time, which share the cores")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--table", action="store_true", help="print the results, measure nothing")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        print(json.dumps(measure(given.data, given.device, **json.loads(given.one))))
+        print(json.dumps(measure(given.data, given.device, given.weights, **json.loads(given.one))))
     elif given.table:
         print(table(read_lines(given.output)))
     else:
@@ -104,7 +107,8 @@ def run_one(given: argparse.Namespace, case: dict[str, Any]) -> dict[str, Any] |
     """What `measure` gives in a process that has its share of the cores; None if it failed."""
     share = str(max((os.cpu_count() or 1) // given.jobs, 1))
     variables = {name: os.environ.get(name, share) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
-    command = [sys.executable, __file__, "--data", str(given.data), "--device", given.device, "--one", json.dumps(case)]
+    command = [sys.executable, __file__, "--data", str(given.data), "--device", given.device]
+    command += ["--weights", given.weights, "--one", json.dumps(case)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **variables})
     return None if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
@@ -113,7 +117,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def measure(data: Path, device: str, name: str, seed: int, identities: int) -> dict[str, Any]:
+def measure(data: Path, device: str, weights: str, name: str, seed: int, identities: int) -> dict[str, Any]:
     """The numbers of each row, and what they were measured on.
 
     What rows share is computed once, and counted in the seconds of each of them.
@@ -134,7 +138,7 @@ def measure(data: Path, device: str, name: str, seed: int, identities: int) -> d
         labels = np.array([truth[hidden[Path(photo).resolve()]] for photo in found.photos])
         shared: dict[str, Any] = {"photos": len(labels), "individuals": len(set(labels.tolist())), "size": found.size}
         with measuring.measured(shared):
-            photos = Photos(found, seed, place)
+            photos = Photos(found, seed, place, weights)
         once = dict(photos.seconds)
         results: dict[str, dict[str, Any]] = {}
         for row in ROWS:
@@ -155,7 +159,7 @@ class Photos:
     `seconds` adds up the time of each stage.
     """
 
-    def __init__(self, found: Any, seed: int, device: Any) -> None:
+    def __init__(self, found: Any, seed: int, device: Any, weights: str) -> None:
         import torch
 
         from fastreid_uns.data.image_set import ImageSet
@@ -167,7 +171,7 @@ class Photos:
 
         self.seed, self.settings = seed, for_count(Settings(seed=seed), len(found.photos))
         self.device, self.seconds = device, defaultdict(float)
-        self.encoder = pretrained_encoder(found.size).to(device)
+        self.encoder = pretrained_encoder(found.size, weights=weights).to(device)
         self.published = copy.deepcopy(self.encoder.state_dict())
         self.stages = Stages.of(self.encoder, trained=True, amp=precision(self.settings.amp, device))
         workers = torch.get_num_threads() if torch.get_num_threads() > 1 else 0
@@ -353,12 +357,13 @@ def identified(photos: Photos, truth) -> dict[str, Any]:
     inside = known & (draw.random(len(truth)) < 0.8)
     feats = photos.features(np.flatnonzero(inside))
     settings = for_count(photos.settings, int(inside.sum()))
-    strict = photos.cluster(feats, threshold=STRICT, k1=settings.k1, k2=settings.k2).labels
+    grouping = photos.cluster(feats, k1=settings.k1, k2=settings.k2)
+    groups, strict = grouping.labels, grouping.dendrogram.cut(STRICT)
     thresholds = fit_thresholds(feats, torch.from_numpy(strict))
     rest = np.flatnonzero(~inside)
-    said = identify(photos.more_features(rest), feats, torch.from_numpy(strict), thresholds, precision=1.0)
+    said = identify(photos.more_features(rest), feats, torch.from_numpy(groups), thresholds, precision=1.0)
     own = truth[inside]
-    who = {g: int(np.bincount(own[strict == g]).argmax()) for g in range(strict.max() + 1)}
+    who = {g: int(np.bincount(own[groups == g]).argmax()) for g in range(groups.max() + 1)}
     called = np.array([one.kind == "known" for one in said])
     right = np.array([who.get(one.group, -1) == truth[i] for one, i in zip(said, rest, strict=True)])
     old = known[rest]
