@@ -13,6 +13,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fastreid-uns add", description=__doc__)
     parser.add_argument("output", type=Path, metavar="OUT", help="folder that `group` wrote")
     parser.add_argument("photos", type=Path, metavar="MORE_PHOTOS", help="folder of further photos")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     return parser.parse_args(arguments)
 
 
@@ -24,7 +25,7 @@ def run(given: argparse.Namespace) -> None:
     from fastreid_uns.photos.teller import plural
 
     folder = PhotoRun(given.output)
-    done = add_photos(folder, given.photos, Terminal())
+    done = add_photos(folder, given.photos, Terminal(), device=given.device)
     print(
         f"\n{plural(done.photos, 'photo')} added: {done.joined:,} to {plural(done.groups, 'known group')}, "
         f"{done.photos - done.joined:,} to {plural(done.founded, 'new group')}"

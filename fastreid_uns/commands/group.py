@@ -45,6 +45,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="imagenet (default), a network of timm, hf-hub:user/name, or a file",
     )
     parser.add_argument("--config-file", metavar="YAML", help="what network it is, for those who know")
+    parser.add_argument("--device", help="auto, cpu or cuda (default: auto, unless the YAML says otherwise)")
     parser.add_argument("--seed", type=int, help="of everything that is drawn (default: 0)")
     return _folders(parser.parse_args(arguments))
 
@@ -78,6 +79,7 @@ def run(given: argparse.Namespace) -> None:
         given.photos,
         given.output,
         resume=given.resume,
+        device=given.device,
         ask=ask if questions else None,
         teller=Terminal(),
         weights=given.weights,

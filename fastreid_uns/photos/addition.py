@@ -16,9 +16,10 @@ from fastreid_uns.errors import InvalidState
 from fastreid_uns.photos.album import Album, read_album
 from fastreid_uns.photos.group import Grouping, Settings, cluster, features, for_count
 from fastreid_uns.photos.known import Known
+from fastreid_uns.photos.members import Member
 from fastreid_uns.photos.outcome import members_of, present_groups, write_outcome
 from fastreid_uns.photos.road import finish
-from fastreid_uns.photos.store import Member, PhotoRun
+from fastreid_uns.photos.store import PhotoRun
 from fastreid_uns.photos.teller import Teller
 from fastreid_uns.photos.verdict import draw
 from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
@@ -33,8 +34,11 @@ class Addition(NamedTuple):
     founded: int  # new groups
 
 
-def add_photos(run: PhotoRun, folder: str | Path, teller: Teller | None = None) -> Addition:
+def add_photos(run: PhotoRun, folder: str | Path, teller: Teller | None = None, *, device: str = "auto") -> Addition:
     """Assign the photos of another folder; groups that are known keep their numbers and their photos.
+
+    Args:
+        device: see `Known`.
 
     Raises:
         MissingFile: no such folder, or no photo in it.
@@ -46,10 +50,11 @@ def add_photos(run: PhotoRun, folder: str | Path, teller: Teller | None = None) 
         if not run.about.get("finished"):
             raise InvalidState(f"{run.folder}: the groups are not finished. Run `fastreid-uns group` to its end first.")
         album, _ = read_album({"": folder}, teller.line, sized=False)
-        known = Known(run)
+        known = Known(run, device)
         _leave_out_known(run, album, known)
         images = album.images(known.network.size, run.folder / "state", teller.line)
         feats = features(images, known.network.encoder, known.settings)
+        known.network.model.cpu()
         old = present_groups(run)
         prefix = run.add_folder(folder)
         names = [*known.index.paths, *(prefix + name for name in album.names)]

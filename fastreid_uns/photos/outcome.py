@@ -15,9 +15,10 @@ from fastreid_uns.photos.group import Grouping, Settings
 from fastreid_uns.photos.identify import STRICT, fit_thresholds
 from fastreid_uns.photos.index import Index, weights_fingerprint
 from fastreid_uns.photos.informative import informative_pairs
+from fastreid_uns.photos.members import Member
 from fastreid_uns.photos.network import Network
 from fastreid_uns.photos.numbers import ABSENT, stable_numbers
-from fastreid_uns.photos.store import Member, PhotoRun
+from fastreid_uns.photos.store import PhotoRun
 from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
 
 QUESTIONS = 200  # that are kept for the review page

@@ -28,9 +28,11 @@ from fastreid_uns.photos.network import Network, Origin, describe, start
 from fastreid_uns.photos.outcome import constraints_of, members_of, write_outcome
 from fastreid_uns.photos.report import write_report
 from fastreid_uns.photos.store import PhotoRun
-from fastreid_uns.photos.teller import Teller
+from fastreid_uns.photos.teller import Teller, plural
 from fastreid_uns.photos.verdict import calibrate, draw, judge
+from fastreid_uns.photos.view_store import ViewStore
 from fastreid_uns.pseudo_labels.constraints import Constraints
+from fastreid_uns.utils.comm import choose_device
 from fastreid_uns.utils.environment import commit
 
 MANY = 500  # photos from which on time and memory are stated before the work begins
@@ -77,6 +79,7 @@ def group_photos(
     output: str | Path,
     *,
     resume: bool = False,
+    device: str | None = None,
     ask: Ask | None = None,
     teller: Teller | None = None,
     **wishes: Any,
@@ -89,6 +92,8 @@ def group_photos(
         photos: the folder, read at any depth; None with `resume` takes that of the run.
         output: folder of the results, see `store`; it may be inside of `photos`.
         resume: group a finished run again under the decisions that were made since; individuals keep their numbers.
+        device: `auto` (CUDA where there is one), `cpu` or `cuda`; None takes `MODEL.DEVICE`, which is `auto` unless
+            the YAML of the network says otherwise.
         ask: is called when the groups are written, so that someone can answer `verdict.open_pairs`.
         teller: gets what there is to say; by default the log.
         wishes: fields of `Wishes`.
@@ -98,10 +103,12 @@ def group_photos(
 
     Raises:
         MissingFile: no such folder, or no photo in it.
-        InvalidState: the output folder is finished, is of other photos, is in use, or cannot be written.
+        InvalidState: the output folder is finished, is of other photos, is in use, or cannot be written; or there is
+            no such device.
         InvalidValue: a wish or a size that the network does not accept, or decisions that contradict each other.
     """
     teller, watch, output = teller or Teller(), _Watch(), Path(output)
+    choose_device(device or "auto")  # before anything is written
     before = PhotoRun(output) if resume else None
     place = Path(os.path.realpath(before.photos if before and photos is None else _given(photos)))
     _refuse_same(place, output)
@@ -114,6 +121,7 @@ def group_photos(
         asked = _wishes(run, resume, wishes)
         cfg = describe(place, output, asked.size or found.size, asked.weights, asked.config_file)
         network, origin = start(cfg, len(album))
+        network.model.to(choose_device(device or cfg.MODEL.DEVICE))
         run.update(finished=False, asked=asdict(asked))
         with watch.step("read the photos"):
             images = album.images(network.size, output / "state", teller.line)
@@ -159,6 +167,7 @@ def _group(
     constraints = constraints_of(album.names, album.equal, decisions)
     with watch.step("features and training"):
         feats = _features(run, album, images, network, settings, constraints, teller)
+        network.model.cpu()
     with watch.step("group"):
         settings = _refitted(feats, settings, album.names, decisions)
         grouping = cluster(feats, settings, constraints)
@@ -245,23 +254,20 @@ def _features(
 ) -> Tensor:
     """Features of the photos; the network is trained on the way, or takes the weights of an earlier command."""
     mark = _mark(album, network, settings, constraints)
-    kept = run.state("features", mark)
-    if kept is not None:
+    earlier = run.state("features", mark)
+    if earlier is not None:
         teller.line("features and weights are those of an earlier command; nothing that they depend on has changed")
-        found = {name: torch.from_numpy(value) for name, value in kept.items()}
+        found = {name: torch.from_numpy(value) for name, value in earlier.items()}
         feats = found.pop("feats")
         network.encoder.load_state_dict(found)
         return feats
-    feats = embed(
-        images,
-        network.encoder,
-        settings,
-        constraints=constraints,
-        folder=run.folder / "state",
-        told=teller.share,
-    )
-    state = {name: value.numpy() for name, value in network.encoder.state_dict().items()}
+    kept = ViewStore(run.folder / "state" / "unfinished.bin", mark)
+    if kept.done:
+        teller.line(f"{kept.done:,} of {plural(len(album), 'photo')} were done by an earlier command")
+    feats = embed(images, network.encoder, settings, constraints=constraints, kept=kept, told=teller.share)
+    state = {name: value.cpu().numpy() for name, value in network.encoder.state_dict().items()}
     run.save_state("features", mark, {"feats": feats.numpy(), **state})
+    kept.remove()
     return feats
 
 
