@@ -162,7 +162,7 @@ class Session:
 SHOWN = {
     *("images_per_second", "device_peak_gib", "seconds", "seconds_before", "epoch_seconds", "evaluations", "stages"),
     *("batch", "peak_gib", "neighbours_seconds", "after_seconds", "mAP", "seconds_to_first", "last"),
-    *("passed", "loss_apart", "two_runs_differ", "resumed_differs"),
+    *("passed", "loss_apart", "two_runs_differ", "resumed_differs", "equal_labels", "wrong_of_sample"),
 }
 
 
@@ -298,7 +298,7 @@ def whole_runs(session: Session) -> None:
         found = [runs.case("core", "small", session.device, epochs=2, period=1)]
     else:
         found = [runs.case("core", "market1501", session.device, epochs=4, compile=True, period=2)]
-        found += [runs.case(project, "market1501", session.device, epochs=1, compile=True) for project in PROJECTS]
+        found += [runs.case(project, "market1501", session.device, epochs=2, compile=True) for project in PROJECTS]
     for case in found:
         if not session.only or case["run"] in session.only:
             session.measure("runs", case, 200)
