@@ -92,7 +92,8 @@ def write_outcome(
         members: rows of the photos, see `members_of`.
         copy: of the photos in groups/, not links.
         about: entries of run.json.
-        least: threshold of `identify` below which no photo is called known, whatever the features say.
+        least: what the threshold `known` is raised to, such as that before training: training pushes apart the photos
+            that it sees, so that they are less like other groups than photos of new individuals are.
     """
     decided = len(Decisions(run.folder / "decisions.csv").rows())
     run.write_groups(members, decisions=decided, **about)
