@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
@@ -65,7 +66,9 @@ def add_photos(run: PhotoRun, folder: str | Path, teller: Teller | None = None, 
         scan = {key: run.about["scan"].get(key, 0) + count for key, count in album.facts.items()}
         about = {"audit": draw(members, known.settings.seed), "scan": scan}
         copy = bool(run.about.get("asked", {}).get("copy"))
-        write_outcome(run, members, grouping, known.network, settings, constraints, copy=copy, about=about)
+        least = known.index.thresholds["known"]
+        least = least if math.isfinite(least) else -math.inf  # there were too few photos to say
+        write_outcome(run, members, grouping, known.network, settings, constraints, copy=copy, about=about, least=least)
         finish(run)
         return _counted(members[len(known.index) :], set(old.values()))
 

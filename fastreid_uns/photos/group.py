@@ -72,6 +72,13 @@ def for_count(settings: Settings, count: int) -> Settings:
     return replace(settings, k1=k1, k2=min(settings.k2, max(k1 // 3, 1)))
 
 
+class Features(NamedTuple):
+    """Features of N photos: (N, D) float32, unit length, on the CPU."""
+
+    feats: Tensor
+    before: Tensor  # the same photos before training; `feats` without any
+
+
 class Grouping(NamedTuple):
     """Groups of N photos, and how sure each place in them is."""
 
@@ -111,7 +118,7 @@ def embed(
     constraints: Constraints | None = None,
     kept: ViewStore | None = None,
     told: Told = _silent,
-) -> Tensor:
+) -> Features:
     """Features of photos; the encoder is trained and its whitening fitted on the way, in place.
 
     Args:
@@ -120,9 +127,6 @@ def embed(
         constraints: used in training.
         kept: what the network gives for the views goes there; what is there already is not computed again.
         told: see `Clock`.
-
-    Returns:
-        (N, D) float32, unit length, on the CPU.
     """
     with full_precision(encoder.mean.device):
         return _embed(images, encoder, settings, constraints, ViewStore() if kept is None else kept, told)
@@ -135,7 +139,7 @@ def _embed(
     constraints: Constraints | None,
     kept: ViewStore,
     told: Told,
-) -> Tensor:
+) -> Features:
     how, number, count = settings.adaptation, settings.views, len(images)
     training = how.steps > 0 and count > 1
     stages = Stages.of(encoder, trained=training, amp=precision(settings.amp, encoder.mean.device))
@@ -144,9 +148,10 @@ def _embed(
     clock = Clock(left * number + (2 * count * number * _TOP_VIEW if training else 0) + trained, told)
     clock.stage = "read photos"
     if not training:
-        return _fitted(stages, direct_features(stages, images, number, settings.seed, kept, clock.add))
+        feats = _fitted(stages, direct_features(stages, images, number, settings.seed, kept, clock.add))
+        return Features(feats, feats)
     kept = cache_activations(stages, images, number, settings.seed, kept, clock.add)
-    _fitted(stages, pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW)))
+    before = _fitted(stages, pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW)))
     clock.stage = "train"
     losses = adapt(
         stages,
@@ -159,7 +164,8 @@ def _embed(
     )
     logger.info("trained %d steps: loss %.2f to %.2f", len(losses), losses[0], losses[-1])
     clock.stage = "features"
-    return _fitted(stages, pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW)))
+    feats = _fitted(stages, pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW)))
+    return Features(feats, before)
 
 
 def _fitted(stages: Stages, pooled: Tensor) -> Tensor:
@@ -235,7 +241,7 @@ def group(
     told: Told = _silent,
 ) -> Grouping:
     """`embed` and `cluster`: from any number of photos, at least one, to groups."""
-    feats = embed(images, encoder, settings, constraints=constraints, told=told)
+    feats = embed(images, encoder, settings, constraints=constraints, told=told).feats
     return cluster(feats, settings, constraints)
 
 

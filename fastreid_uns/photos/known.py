@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fastreid_uns.data.decode import UnreadableImage
-from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.photos.adapt import Adaptation
+from fastreid_uns.photos.album import images_of
 from fastreid_uns.photos.audit import GOOD, QUESTIONS
 from fastreid_uns.photos.group import Settings, features
 from fastreid_uns.photos.identify import Identity, Thresholds, identify
@@ -25,7 +25,6 @@ from fastreid_uns.photos.network import Network
 from fastreid_uns.photos.outcome import present_groups
 from fastreid_uns.photos.store import PhotoRun
 from fastreid_uns.photos.teller import plural
-from fastreid_uns.structures import Record
 from fastreid_uns.utils.comm import choose_device
 
 
@@ -56,8 +55,7 @@ class Known:
         Raises:
             UnreadableImage, MissingFile: one cannot be read.
         """
-        images = ImageSet([Record(file, -1, -1) for file in files], self.network.size)
-        return features(images, self.network.encoder, self.settings)
+        return features(images_of(files, self.network.size), self.network.encoder, self.settings)
 
     def identify(self, files: Sequence[str]) -> list[Identity]:
         """Who is on each of the photos; raises as `features`."""

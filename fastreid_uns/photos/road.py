@@ -22,10 +22,11 @@ from fastreid_uns.photos.adapt import Adaptation
 from fastreid_uns.photos.album import Album, read_album
 from fastreid_uns.photos.cost import estimate
 from fastreid_uns.photos.decisions import Decisions
-from fastreid_uns.photos.group import Settings, cluster, embed, for_count
+from fastreid_uns.photos.group import Features, Settings, cluster, embed, for_count
+from fastreid_uns.photos.identify import fit_thresholds
 from fastreid_uns.photos.informative import meeting_heights, refitted_threshold
 from fastreid_uns.photos.network import Network, Origin, describe, start
-from fastreid_uns.photos.outcome import constraints_of, members_of, write_outcome
+from fastreid_uns.photos.outcome import constraints_of, members_of, strict_groups, write_outcome
 from fastreid_uns.photos.report import write_report
 from fastreid_uns.photos.store import PhotoRun
 from fastreid_uns.photos.teller import Teller, plural
@@ -166,7 +167,7 @@ def _group(
     decisions = Decisions(run.folder / "decisions.csv")
     constraints = constraints_of(album.names, album.equal, decisions)
     with watch.step("features and training"):
-        feats = _features(run, album, images, network, settings, constraints, teller)
+        feats, before = _features(run, album, images, network, settings, constraints, teller)
         network.model.cpu()
     with watch.step("group"):
         settings = _refitted(feats, settings, album.names, decisions)
@@ -183,7 +184,9 @@ def _group(
         "commit": commit(Path(__file__).resolve().parents[2]),
     }
     with watch.step("write the groups"):
-        write_outcome(run, members, grouping, network, settings, constraints, copy=asked.copy, about=about)
+        strict = strict_groups(grouping, constraints)
+        least = fit_thresholds(before, strict).known
+        write_outcome(run, members, grouping, network, settings, constraints, copy=asked.copy, about=about, least=least)
 
 
 def _given(photos: str | Path | None) -> str | Path:
@@ -251,29 +254,29 @@ def _features(
     settings: Settings,
     constraints: Constraints,
     teller: Teller,
-) -> Tensor:
+) -> Features:
     """Features of the photos; the network is trained on the way, or takes the weights of an earlier command."""
     mark = _mark(album, network, settings, constraints)
     earlier = run.state("features", mark)
     if earlier is not None:
         teller.line("features and weights are those of an earlier command; nothing that they depend on has changed")
         found = {name: torch.from_numpy(value) for name, value in earlier.items()}
-        feats = found.pop("feats")
+        features = Features(found.pop("feats"), found.pop("before"))
         network.encoder.load_state_dict(found)
-        return feats
+        return features
     kept = ViewStore(run.folder / "state" / "unfinished.bin", mark)
     if kept.done:
         teller.line(f"{kept.done:,} of {plural(len(album), 'photo')} were done by an earlier command")
-    feats = embed(images, network.encoder, settings, constraints=constraints, kept=kept, told=teller.share)
+    features = embed(images, network.encoder, settings, constraints=constraints, kept=kept, told=teller.share)
     state = {name: value.cpu().numpy() for name, value in network.encoder.state_dict().items()}
-    run.save_state("features", mark, {"feats": feats.numpy(), **state})
+    run.save_state("features", mark, {**{name: value.numpy() for name, value in features._asdict().items()}, **state})
     kept.remove()
-    return feats
+    return features
 
 
 def _mark(album: Album, network: Network, settings: Settings, constraints: Constraints) -> str:
     """Fingerprint of all that features depend on."""
-    whole = hashlib.sha256(repr((__version__, network.config, settings)).encode())
+    whole = hashlib.sha256(repr((__version__, Features._fields, network.config, settings)).encode())
     for file in album.files:
         found = os.stat(file)
         stamp = f"{file}\0{found.st_size}\0{found.st_mtime_ns}\n"

@@ -113,7 +113,7 @@ def test_features_are_those_of_a_loop_over_single_views(encoder, photos):
         pooled.append(torch.cat([own.head(own.backbone((one - own.mean) / own.std)).pooled for one in made]))
     own.head.whitening.fit(torch.stack(pooled))
     expected = whitened(own.head, torch.stack(pooled))
-    found = embed(image_set(photos), copy.deepcopy(encoder), dataclasses.replace(START, amp="none"))
+    found = embed(image_set(photos), copy.deepcopy(encoder), dataclasses.replace(START, amp="none")).feats
     torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-4, rtol=0)  # axes may be mirrored
 
 

@@ -18,7 +18,7 @@ from fastreid_uns.photos.adapt import Adaptation
 from fastreid_uns.photos.addition import _extended, add_photos
 from fastreid_uns.photos.album import read_album
 from fastreid_uns.photos.decisions import Contradiction, Decisions
-from fastreid_uns.photos.group import Settings
+from fastreid_uns.photos.group import Features, Settings
 from fastreid_uns.photos.identify import Identity
 from fastreid_uns.photos.index import Index
 from fastreid_uns.photos.known import Known, said
@@ -481,6 +481,18 @@ def test_identify(run):
     one, other = (sorted(path for path in before if before[path] == who.group) for who in found)
     Decisions(run.folder / "decisions.csv").merge(one, other)
     assert len({who.group for who in known.identify(files)}) == 1
+
+
+def test_thresholds_are_those_before_training_where_training_pushed_the_photos_apart(tmp_path, network, monkeypatch):
+    """Photos that training has not seen are not pushed apart, so what it did to the others must not count."""
+    draw_things(tmp_path / "photos", range(5), range(5))
+    things = torch.eye(5).repeat_interleave(5, 0)
+    near = torch.nn.functional.normalize(things + 1)  # cosine of two things: (2 + 5) / (1 + 2 + 5)
+    for before, expected in ((things, 0), (near, 7 / 8)):
+        monkeypatch.setattr(road, "embed", lambda *_, before=before, **__: Features(things, before))
+        run = grouped(tmp_path / "photos", tmp_path / str(expected), network, training=True)
+        index = Index.load(run.folder / "index.safetensors")
+        assert index.thresholds["known"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_why_no_photo_is_called_known_is_said(run):

@@ -191,8 +191,12 @@ class Photos:
             torch.cuda.synchronize(self.device)
         self.seconds[stage] += time.perf_counter() - begin
 
-    def features(self, rows: Any = None, *, steps: int | None = None, constraints: Any = None) -> Any:
-        """Features of some photos by a network that was trained on them, from the published weights."""
+    def features(
+        self, rows: Any = None, *, steps: int | None = None, constraints: Any = None, trained_on: Any = None
+    ) -> Any:
+        """Features of some photos by a network that was trained on them, or on some of them, from published weights."""
+        import torch
+
         from fastreid_uns.photos.adapt import adapt
         from fastreid_uns.photos.embed import whitening_of
 
@@ -204,7 +208,8 @@ class Photos:
         feats = self._fitted(kept)
         if how.steps:
             with self.timed("training"):
-                adapt(self.stages, kept, space, how, seed=self.seed, constraints=constraints)
+                part = kept if trained_on is None else kept.part(torch.from_numpy(trained_on))
+                adapt(self.stages, part, space, how, seed=self.seed, constraints=constraints)
             feats = self._fitted(kept)
         return feats
 
