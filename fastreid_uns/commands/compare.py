@@ -25,6 +25,7 @@ BEGIN, END = "<!-- written by tools/compare.py -->\n", "<!-- end -->\n"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of `compare`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("configs", nargs="*", help="YAML files, relative to the checkout")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
