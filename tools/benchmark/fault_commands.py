@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import functools
 import importlib
 import json
 import os
@@ -46,21 +47,15 @@ IMAGES = {
     "DIFFICULTY": 0.2,
     "SIZE": [32, 16],
 }
-KEYS = {
-    "DATASETS.TRAIN": IMAGES,
-    "DATASETS.TESTS.synthetic": IMAGES,
-    "INPUT.SIZE": [32, 16],
-    "DATALOADER.WORKERS": 0,
-    "DATALOADER.SAMPLER.BATCH_SIZE": 16,
-    "DATALOADER.SAMPLER.NUM_INSTANCES": 4,
-    "MODEL.BACKBONE.WIDTH": 8,
-    "MODEL.DEVICE": "cpu",
-    "PSEUDO_LABELS.K1": 8,
-    "SOLVER.EPOCHS": EPOCHS,
-    "SOLVER.ITERS_PER_EPOCH": 3,
-    "SOLVER.AMP": "none",
-    "TEST.PERIOD": 1,
-    "LOG.WRITERS": ["text", "json"],
+CONFIG = {  # of every method, over its own config for generated images
+    "DATASETS": {"TRAIN": IMAGES, "TESTS": {"synthetic": IMAGES}},
+    "INPUT": {"SIZE": [32, 16]},
+    "DATALOADER": {"WORKERS": 0, "SAMPLER": {"BATCH_SIZE": 16, "NUM_INSTANCES": 4}},
+    "MODEL": {"BACKBONE": {"WIDTH": 8}, "DEVICE": "cpu"},
+    "PSEUDO_LABELS": {"K1": 8},
+    "SOLVER": {"EPOCHS": EPOCHS, "ITERS_PER_EPOCH": 3, "AMP": "none"},
+    "TEST": {"PERIOD": 1},
+    "LOG": {"WRITERS": ["text", "json"]},
 }
 IMPORTED = (
     "fastreid_uns.builtin",
@@ -185,13 +180,21 @@ def run(words: Sequence[str], **keys: Any) -> Ended:
 
 def arguments_of(method: str, folder: Path, *more: str, processes: int = 1) -> list[str]:
     """The training command of a method on few images."""
-    config = ROOT / ("configs/quickstart.yaml" if method == "core" else f"projects/{method}/configs/synthetic.yaml")
-    keys = [f"{key}={json.dumps(value)}" for key, value in KEYS.items()]
     return [
-        *(str(ROOT / "tools/train_net.py"), "--config-file", str(config)),
+        *(str(ROOT / "tools/train_net.py"), "--config-file", str(config_of(method))),
         *(["--num-gpus", str(processes)] if processes > 1 else []),
-        *(*keys, f"OUTPUT_DIR={folder}", *more),
+        *(f"OUTPUT_DIR={folder}", *more),
     ]
+
+
+@functools.cache
+def config_of(method: str) -> Path:
+    """The file with the config of a method for few images; keys on the command line change it as any other."""
+    base = ROOT / ("configs/quickstart.yaml" if method == "core" else f"projects/{method}/configs/synthetic.yaml")
+    file = PLACE / f"{method}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"_BASE_": str(base), **CONFIG}))
+    return file
 
 
 def warm_up() -> None:
