@@ -31,7 +31,7 @@ def wrong_keys(config_file: Path) -> Iterator[tuple[str, list[str]]]:
     }
     free = ("SEED", "ROOT", "FOLDER", "DIR", "FILE", "OPTIMIZER_ARGS", "PLUGINS")  # take any text or number
     for key, value in flat(config).items():
-        if key.startswith(("PAPER", "DATALOADER.SOURCE_SAMPLER")) or key.endswith(free):  # not read here
+        if key.startswith("PAPER") or key.endswith(free):  # not read here
             continue
         for text in wrong.get(type(value), []):
             yield f"{key} {text}", [key, text]
