@@ -10,6 +10,7 @@ from fastreid_uns.commands import finished
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of `add`."""
     parser = argparse.ArgumentParser(prog="fastreid-uns add", description=__doc__)
     parser.add_argument("output", type=Path, metavar="OUT", help="folder that `group` wrote")
     parser.add_argument("photos", type=Path, metavar="MORE_PHOTOS", help="folder of further photos")
@@ -18,6 +19,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(given: argparse.Namespace) -> None:
+    """Add the photos and print what became of them."""
     from fastreid_uns.commands.group import summary
     from fastreid_uns.commands.terminal import Terminal
     from fastreid_uns.photos.addition import add_photos

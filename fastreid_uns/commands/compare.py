@@ -26,6 +26,7 @@ BEGIN, END = "<!-- written by tools/compare.py -->\n", "<!-- end -->\n"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of `compare`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("configs", nargs="*", help="YAML files, relative to the checkout")
     parser.add_argument("--studies", nargs="*", metavar="NAME", help="instead of configs: these studies; none = all")

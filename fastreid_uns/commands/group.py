@@ -23,6 +23,7 @@ A command that was interrupted goes on when it is typed again.
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of `group`; `output` names a folder."""
     parser = argparse.ArgumentParser(prog="fastreid-uns group", description=__doc__, epilog=EPILOG)
     parser.add_argument("photos", nargs="?", type=Path, help="folder of photos, at any depth")
     parser.add_argument("--output", type=Path, metavar="OUT", help="folder for the results")
@@ -67,6 +68,11 @@ def _folders(given: argparse.Namespace) -> argparse.Namespace:
 
 
 def run(given: argparse.Namespace) -> None:
+    """Group the photos and print the closing lines.
+
+    Raises:
+        InvalidValue: the input of the network is smaller than 32 pixels.
+    """
     from fastreid_uns.commands.asking import ask
     from fastreid_uns.commands.terminal import Terminal
     from fastreid_uns.photos.road import group_photos

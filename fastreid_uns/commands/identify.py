@@ -13,6 +13,7 @@ from fastreid_uns.commands import finished
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of `identify`."""
     parser = argparse.ArgumentParser(prog="fastreid-uns identify", description=__doc__)
     parser.add_argument("output", type=Path, metavar="OUT", help="folder that `group` wrote")
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO", help="photos, or folders of them")
@@ -22,6 +23,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(given: argparse.Namespace) -> int:
+    """One line for each photo: known, new, unsure or unreadable."""
     from fastreid_uns.photos.known import Known, unreadable
     from fastreid_uns.photos.store import PhotoRun
 

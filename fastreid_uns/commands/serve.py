@@ -12,6 +12,7 @@ from fastreid_uns.commands import finished
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of `serve`."""
     parser = argparse.ArgumentParser(
         prog="fastreid-uns serve",
         description=__doc__,
@@ -24,6 +25,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(given: argparse.Namespace) -> None:
+    """Serve the page and `identify` until Ctrl-C."""
     from fastreid_uns.commands.review import show
     from fastreid_uns.photos.store import PhotoRun
 

@@ -184,9 +184,20 @@ def _classes(records: list[Record], domains: list[int]) -> list[int]:
 
 
 def _sampler(cfg: Any, train_set: TrainSet) -> Sampler:
-    where = (cfg.SOLVER.ITERS_PER_EPOCH, cfg.SEED, rank(), world())
-    sampler: Sampler = SAMPLER_REGISTRY.build(cfg.DATALOADER.SAMPLER, *where)
+    sampler = _sampler_of(cfg, "SAMPLER", rank(), world())
     if train_set.source_classes is None:
+        _sampler_of(cfg, "SOURCE_SAMPLER", 0, 1)  # not used, but its keys are held to what they accept
         return sampler
-    sources = [SAMPLER_REGISTRY.build(cfg.DATALOADER.SOURCE_SAMPLER, *where) for _ in cfg.DATASETS.SOURCES]
+    sources = [_sampler_of(cfg, "SOURCE_SAMPLER", rank(), world()) for _ in cfg.DATASETS.SOURCES]
     return JointSampler(sampler, sources, train_set)
+
+
+def _sampler_of(cfg: Any, key: str, rank: int, world: int) -> Sampler:
+    """The sampler of a section of `DATALOADER`."""
+    try:
+        sampler: Sampler = SAMPLER_REGISTRY.build(
+            cfg.DATALOADER[key], cfg.SOLVER.ITERS_PER_EPOCH, cfg.SEED, rank, world
+        )
+    except InvalidValue as error:
+        raise InvalidValue(str(error).replace("DATALOADER.SAMPLER", f"DATALOADER.{key}")) from error
+    return sampler

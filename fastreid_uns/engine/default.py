@@ -309,7 +309,7 @@ class DefaultTrainer(Trainer):
         file = checkpoint.last_checkpoint(Path(cfg.OUTPUT_DIR))
         content = checkpoint.load_checkpoint(file)
         warn_of_other_input(cfg, content, file)
-        model = cls.build_model(cfg, content["num_images"])
+        model = cls.build_model(cfg, content.get("num_images", 1))
         checkpoint.load_model(model, content, file)
         return model.to(device)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from fastreid_uns.modeling.weight_files import fetch, fetch_imagenet, read_file
 from fastreid_uns.modeling.weight_names import (
     COUNTER,
     NamedWeights,
+    below_prefixes,
     encoder_name,
     named_weights,
     open_weights,
@@ -39,7 +41,7 @@ class WeightReport:
     missing: list[str] = field(default_factory=list)  # of the model, not in the file
     unexpected: list[str] = field(default_factory=list)  # of the file, without a place in the model
     reshaped: list[str] = field(default_factory=list)  # position embeddings resized to the image size
-    mismatched: list[str] = field(default_factory=list)  # same name, other shape; not loaded
+    mismatched: list[str] = field(default_factory=list)  # same name, but another shape or kind, or NaN; not loaded
     passed_over: dict[str, str] = field(default_factory=dict)  # of the file, of no use to an encoder, and why
 
     @property
@@ -65,8 +67,9 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9) -> We
     Known by their names: torchvision, timm, IBN-Net and Torchreid (plain), EfficientNets whose blocks are counted
     through, MoCo (LUPerson), DINO (TransReID-SSL, PASS), fast-reid, the SpCL and Cluster Contrast family, Bag of Tricks
     and TransReID, and our own checkpoints, of which the encoder for evaluation is taken. What DataParallel,
-    torch.compile or Lightning put before the names is taken off. Position embeddings are resized; classifiers are
-    passed over. Files are read as tensors and plain values only: code in them is refused. Load before
+    torch.compile or Lightning put before the names is taken off, and so is any other prefix below which the backbone is
+    found; of a teacher and a student, or a network and its average, the former counts. Position embeddings are resized;
+    classifiers are passed over. Files are read as tensors and plain values only: code in them is refused. Load before
     `domain_batch_norm`.
 
     Args:
@@ -89,17 +92,24 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9) -> We
     names = set(state)
     if published:
         state, recorded = backbone.adapt(state), recorded or backbone.published_grid
-    found = named_weights(state)
     targets = {encoder_name(name if whole else f"backbone.{name}"): name for name in model.state_dict()}
-    if not any(".domains." in name for name in targets):
-        found.tensors = {name.replace(".domains.0.", "."): value for name, value in found.tensors.items()}
-        found.origin = {name.replace(".domains.0.", "."): value for name, value in found.origin.items()}
     positions = getattr(backbone, "positions", None)
     fit = partial(positions.fit, recorded=recorded) if positions is not None else None
-    report, chosen = _match(model.state_dict(), targets, found, fit)
+    match = partial(_match, model.state_dict(), targets, fit=fit)
+    report, chosen = match(named_weights(state))
+    if report.share < min_share:
+        least = max(1, int(min_share * sum(map(_counts, targets))))
+        for found in below_prefixes(state, least):
+            report, chosen = max((report, chosen), match(found), key=lambda pair: pair[0].share)
     report.source = source
     report.passed_over |= {f"{name} (whole)": "another part of the file" for name in others}
     report.passed_over |= {name: "renamed or dropped by the backbone's library" for name in sorted(names - set(state))}
+    broken = [name for name in report.mismatched if name.endswith(("values", "quantised"))]
+    if broken:
+        raise InvalidState(
+            f"MODEL.WEIGHTS {source}: {len(broken):,} of its tensors cannot be used, such as {broken[0]}; finite "
+            f"numbers are needed. Take an earlier file of that training, or convert it where it was made."
+        )
     if report.share < min_share:
         raise InvalidState(
             f"MODEL.WEIGHTS {source}: {report.share:.1%} of the backbone's tensors are in the file; at least "
@@ -114,6 +124,9 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9) -> We
 def _match(
     state: Mapping[str, Tensor], targets: Mapping[str, str], found: NamedWeights, fit: Callable[..., Tensor] | None
 ) -> tuple[WeightReport, dict[str, Tensor]]:
+    if not any(".domains." in name for name in targets):
+        found.tensors = {name.replace(".domains.0.", "."): value for name, value in found.tensors.items()}
+        found.origin = {name.replace(".domains.0.", "."): value for name, value in found.origin.items()}
     report = WeightReport("", found.family)
     chosen: dict[str, Tensor] = {}
     for name, target in targets.items():
@@ -122,6 +135,9 @@ def _match(
             report.missing.append(name)
             continue
         want = state[target].shape
+        if flaw := _flaw_of(value, state[target]):
+            report.mismatched.append(f"{name} {flaw}")
+            continue
         if fit is not None and name == "backbone.pos_embed" and value.dim() == 3:
             fitted = fit(value, want[1])
             if fitted is not value:
@@ -142,6 +158,17 @@ def _match(
         else:
             report.passed_over[old] = why
     return report, chosen
+
+
+def _flaw_of(value: Tensor, model: Tensor) -> str:
+    """Why a tensor of a file cannot become that of a model, whatever its shape; empty if it can."""
+    if value.device.type == "meta":
+        return "without values"
+    if value.layout != torch.strided or value.is_quantized:
+        return "sparse or quantised"
+    if value.is_floating_point() != model.is_floating_point():
+        return f"{value.dtype} for {model.dtype}"
+    return "with NaN or infinite values" if value.is_floating_point() and not value.isfinite().all() else ""
 
 
 def _counts(name: str) -> bool:

@@ -13,9 +13,10 @@ from PIL import Image
 
 from fastreid_uns.config import load_config
 from fastreid_uns.data import image_check, image_set
-from fastreid_uns.data.build import build_test_loader, build_train_set
+from fastreid_uns.data.build import build_test_loader, build_train_loader, build_train_set
 from fastreid_uns.data.pixel_cache import CachedImageSet
 from fastreid_uns.engine.default import DefaultTrainer
+from fastreid_uns.errors import InvalidValue
 
 CPU = torch.device("cpu")
 IMAGES = 12
@@ -152,3 +153,10 @@ def test_too_few_images_are_left(tiny, photos):
         (photos / f"{i}.png").write_text("no image")
     with pytest.raises(ValueError, match=r"csv_file has 1 training image\(s\); clustering needs at least two"):
         build_train_set(config(tiny, photos, "host", **{"INPUT.ON_BAD_IMAGE": "skip"}), CPU)
+
+
+def test_a_sampler_of_sources_that_are_not_there_is_held_to_what_it_accepts(tiny, photos):
+    for key, value in (("BATCH_SIZE", -7000), ("NUM_INSTANCES", 0)):
+        cfg = config(tiny, photos, "none", **{f"DATALOADER.SOURCE_SAMPLER.{key}": value})
+        with pytest.raises(InvalidValue, match=rf"^DATALOADER\.SOURCE_SAMPLER\.{key} (is )?{value}"):
+            build_train_loader(cfg, build_train_set(cfg, CPU), CPU)
