@@ -52,9 +52,7 @@ def choose_device(device: str) -> torch.device:
         try:
             return torch.device(device)
         except RuntimeError as error:
-            raise InvalidValue(
-                f"device: {device!r} is unknown; choose one of auto, cpu and cuda."
-            ) from error
+            raise InvalidValue(f"device: {device!r} is unknown; choose one of auto, cpu and cuda.") from error
     if not torch.cuda.is_available():
         raise InvalidState(f"device: {device} was asked for, but torch finds no CUDA device; set it to cpu or auto.")
     place = torch.device(device) if ":" in device else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
