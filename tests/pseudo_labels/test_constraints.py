@@ -99,7 +99,7 @@ def bank() -> FeatureBank:
     return FeatureBank(F.normalize(middle + 0.01 * torch.randn(40, 16, generator=draw)), torch.zeros(40))
 
 
-@pytest.mark.parametrize("kind, k1", [(DBSCANLabels, 10), (AverageLinkageLabels, [10])])
+@pytest.mark.parametrize(("kind", "k1"), [(DBSCANLabels, 10), (AverageLinkageLabels, [10])])
 def test_a_generator_is_held_to_answers(kind, k1, bank):
     free = kind(k1=k1, k2=1)
     assert free(bank, 0).labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10 + [3] * 10
