@@ -47,6 +47,7 @@ SETS = ("cattely", "grocery", "omniglot", "person", "vehicle")
 ROWS = ("today", "start", "trained", "answers15", "answers50", "supervised", "identify")
 GENERATED = {"TRAIN_IDENTITIES": 60, "TRAIN_IMAGES": 1200, "TEST_IDENTITIES": 2, "QUERY_IMAGES": 2, "GALLERY_IMAGES": 4}
 GENERATED_SETS = {"person", "vehicle"}
+BEFORE = {"answers15": "trained", "answers50": "answers15"}  # rows that others go on from
 ROUND = 5  # answers after which the groups are made again
 
 
@@ -146,7 +147,7 @@ def measure(data: Path, device: str, weights: str, name: str, seed: int, identit
             photos.seconds.clear()
             with measuring.measured(own):
                 numbers = ROW[row](photos, labels)
-            base = results["trained"] if row.startswith("answers") else shared
+            base = results[BEFORE[row]] if row in BEFORE else shared
             seconds = own["seconds"] + base["seconds"]
             results[row] = {**shared, **own, **numbers, "seconds": seconds, "stages": {**once, **photos.seconds}}
     hardware = {**environment(place), "processor": processor(), "threads": str(torch.get_num_threads())}
@@ -179,6 +180,7 @@ class Photos:
         with self.timed("views"):
             self.kept = cache_activations(self.stages, images, self.settings.views, seed)
         self.groups: Any = None
+        self.asked: Any = None  # groups, threshold and answers so far
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -315,7 +317,7 @@ def supervised(photos: Photos, truth) -> dict[str, Any]:
 
 
 def answered(count: int):
-    """The row after `count` answers, asked in rounds about the groups of `trained`."""
+    """The row after `count` answers, asked in rounds about the groups of `trained`; goes on from the row before."""
 
     def measure(photos: Photos, truth) -> dict[str, Any]:
         import numpy as np
@@ -323,18 +325,20 @@ def answered(count: int):
         from fastreid_uns.photos.informative import informative_pairs, meeting_heights, refitted_threshold
         from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
 
-        threshold, groups = photos.settings.threshold, photos.groups
-        free, answers = groups.dendrogram, []
+        if photos.asked is None:
+            photos.asked = (photos.groups, photos.settings.threshold, [])
+        groups, threshold, answers = photos.asked
         while len(answers) < count:
-            constraints = Constraints(len(truth), answers)
             wanted = min(ROUND, count - len(answers))
-            pairs = informative_pairs(groups.dendrogram, groups.feats, threshold, wanted, constraints)
+            known = Constraints(len(truth), answers)
+            pairs = informative_pairs(groups.dendrogram, groups.feats, threshold, wanted, known)
             if not pairs:
                 break
             answers += [Answer(p.first, p.second, bool(truth[p.first] == truth[p.second])) for p in pairs]
-            heights = meeting_heights(free, np.array([answer[:2] for answer in answers]))
+            heights = meeting_heights(photos.groups.dendrogram, np.array([answer[:2] for answer in answers]))
             threshold = refitted_threshold(photos.settings.threshold, heights, np.array([a.same for a in answers]))
             groups = photos.cluster(groups.feats, Constraints(len(truth), answers), threshold=threshold)
+        photos.asked = (groups, threshold, answers)
         return {**scores(groups.labels, truth), "threshold": threshold, "answers": len(answers)}
 
     return measure
