@@ -15,7 +15,7 @@ from fastreid_uns.photos.audit import GOOD
 FALSE_KNOWN = 0.05  # of photos of new individuals that may be called known
 FALSE_NEW = 0.05  # of photos of known individuals that may be called new
 STRICT = 0.65  # average distance up to which groups are merged before thresholds are set
-_FOLDS = 5
+_FOLDS = 10  # parts of the groups; more of them cost time and leave out less
 _LEAST = 20  # scores from which a quantile can be taken
 
 KINDS = ("known", "new", "unsure")
@@ -77,15 +77,14 @@ def least_known(views: Tensor, groups: Tensor, *, false_known: float = FALSE_KNO
     """The threshold `known` by photos that were new to all that was fitted.
 
     A whitening pushes apart the photos that it is fitted to, the more so the fewer they are, and training does as well:
-    their scores against other groups are lower than those of new individuals. So one fifth of the groups at a time is
+    their scores against other groups are lower than those of new individuals. So one tenth of the groups at a time is
     scored against the others by a whitening of the others, before training.
 
     Args:
         views: (N, V, C) features of the views of photos before training.
-        groups: (N,) int64; not the strict ones, of which two may be one individual and so far too alike. Those of at
-            least two photos count.
+        groups: (N,) int64, strict ones; those of at least two photos count.
         false_known: share of photos of new individuals that are called known.
-        seed: of the fifths.
+        seed: of the tenths.
 
     Returns:
         Infinite if there are fewer than 20 scores, or fewer than the quantile needs.

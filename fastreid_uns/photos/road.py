@@ -26,7 +26,7 @@ from fastreid_uns.photos.group import Features, Settings, cluster, embed, for_co
 from fastreid_uns.photos.identify import least_known
 from fastreid_uns.photos.informative import meeting_heights, refitted_threshold
 from fastreid_uns.photos.network import Network, Origin, describe, start
-from fastreid_uns.photos.outcome import constraints_of, members_of, write_outcome
+from fastreid_uns.photos.outcome import constraints_of, members_of, strict_groups, write_outcome
 from fastreid_uns.photos.report import write_report
 from fastreid_uns.photos.store import PhotoRun
 from fastreid_uns.photos.teller import Teller, plural
@@ -184,7 +184,7 @@ def _group(
         "commit": commit(Path(__file__).resolve().parents[2]),
     }
     with watch.step("write the groups"):
-        least = least_known(views, torch.from_numpy(grouping.labels))
+        least = least_known(views, strict_groups(grouping, constraints))
         write_outcome(run, members, grouping, network, settings, constraints, copy=asked.copy, about=about, least=least)
 
 

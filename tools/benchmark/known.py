@@ -11,7 +11,7 @@ group from which a photo is called known:
     untrained           no training; quantile of the scores against other strict groups (what `fit_thresholds` does)
     own scores          the same after training
     crossed             at least the scores before training by whitenings that have not seen the group: what the product
-                        does, see `least_known`
+                        does, see `least_known`; `whole groups` are those of groups.csv instead of strict ones
     groups              after training, over groups: the quantile of the largest scores of a group
     held out            one fifth of the groups is held out of training and gives the scores
     best                the threshold that calls 5 % of the new individuals known, by true labels
@@ -156,8 +156,9 @@ def measure(photos: Photos, truth: Any, rows: Any, seed: int) -> dict[str, Any]:
     rules = {
         "untrained": judged(start, asked, quantile(scores(start, start.strict))),
         "own scores": judged(trained, asked, quantile(scores(trained, trained.strict))),
-        "untrained, crossed": judged(start, asked, crossed(start, views)),
-        "crossed": judged(trained, asked, crossed(trained, views)),
+        "untrained, crossed": judged(start, asked, crossed(start, views, start.strict)),
+        "crossed": judged(trained, asked, crossed(trained, views, trained.strict)),
+        "crossed, whole groups": judged(trained, asked, crossed(trained, views, trained.groups)),
         "groups": judged(trained, asked, quantile(of_groups(trained))),
         "held out": judged(apart, asked, quantile(scores(apart, apart.strict, held))),
         "best": judged(trained, asked, float(best)),
@@ -191,13 +192,14 @@ def scores(space: SimpleNamespace, strict: Any, rows: Any = None) -> Any:
     return found.max(1)[together if rows is None else together & rows]
 
 
-def crossed(space: SimpleNamespace, views: Any) -> float:
+def crossed(space: SimpleNamespace, views: Any, groups: Any) -> float:
+    """What the product takes, with `groups` for those that are left out of a whitening."""
     import torch
 
     from fastreid_uns.photos.identify import fit_thresholds, least_known
 
     strict = torch.from_numpy(space.strict)
-    least = least_known(views, torch.from_numpy(space.groups))
+    least = least_known(views, torch.from_numpy(groups))
     return max(fit_thresholds(torch.from_numpy(space.feats), strict).known, least)
 
 

@@ -371,7 +371,7 @@ def identified(photos: Photos, truth) -> dict[str, Any]:
     grouping = photos.cluster(feats, k1=settings.k1)
     groups, strict = grouping.labels, grouping.dendrogram.cut(STRICT)
     thresholds = fit_thresholds(feats, torch.from_numpy(strict))
-    least = least_known(views, torch.from_numpy(groups))
+    least = least_known(views, torch.from_numpy(strict))
     thresholds = thresholds._replace(known=max(thresholds.known, least))
     rest = np.flatnonzero(~inside)
     said = identify(photos.more_features(rest), feats, torch.from_numpy(groups), thresholds, precision=1.0)
