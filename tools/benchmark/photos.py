@@ -224,9 +224,9 @@ class Photos:
         from fastreid_uns.photos.embed import pooled_features, whitened, whitening_of
 
         with self.timed("features"):
-            pooled = pooled_features(self.stages, kept)
-            whitening_of(self.stages.head).fit(pooled)
-            return whitened(self.stages.head, pooled).cpu()
+            self.pooled = pooled_features(self.stages, kept)
+            whitening_of(self.stages.head).fit(self.pooled)
+            return whitened(self.stages.head, self.pooled).cpu()
 
     def more_features(self, rows: Any) -> Any:
         """Features of other photos by the network as it is now."""
@@ -360,18 +360,23 @@ def identified(photos: Photos, truth) -> dict[str, Any]:
     import numpy as np
     import torch
 
+    from fastreid_uns.modeling.whitening import in_main_directions
     from fastreid_uns.photos.group import for_count
-    from fastreid_uns.photos.identify import STRICT, fit_thresholds, identify
+    from fastreid_uns.photos.identify import STRICT, fit_thresholds, identify, least_known
 
     draw = np.random.default_rng(photos.seed)
     individuals = draw.permutation(np.unique(truth))
     known = np.isin(truth, individuals[: len(individuals) // 2])
     inside = known & (draw.random(len(truth)) < 0.8)
+    photos.features(np.flatnonzero(inside), steps=0)
+    views = in_main_directions(photos.pooled, photos.stages.head.dim).cpu()
     feats = photos.features(np.flatnonzero(inside))
     settings = for_count(photos.settings, int(inside.sum()))
     grouping = photos.cluster(feats, k1=settings.k1)
     groups, strict = grouping.labels, grouping.dendrogram.cut(STRICT)
     thresholds = fit_thresholds(feats, torch.from_numpy(strict))
+    least = least_known(views, torch.from_numpy(strict))
+    thresholds = thresholds._replace(known=max(thresholds.known, least))
     rest = np.flatnonzero(~inside)
     said = identify(photos.more_features(rest), feats, torch.from_numpy(groups), thresholds, precision=1.0)
     own = truth[inside]
