@@ -164,7 +164,7 @@ def _embed(
         kept,
         whitening_of(stages.head),
         how,
-        strict_groups(before, settings, constraints),
+        positive_groups(before, settings, constraints),
         seed=settings.seed,
         told=lambda views: clock.add(views * _TRAINED_VIEW),
     )
@@ -181,7 +181,7 @@ def _fitted(stages: Stages, pooled: Tensor) -> Tensor:
     return whitened(stages.head, pooled).cpu()
 
 
-def strict_groups(feats: Tensor, settings: Settings, constraints: Constraints | None = None) -> Tensor:
+def positive_groups(feats: Tensor, settings: Settings, constraints: Constraints | None = None) -> Tensor:
     """(N,) int64 groups that hold few photos of other individuals, but not all of their own."""
     return torch.from_numpy(cluster(feats, replace(settings, threshold=settings.strict), constraints).labels)
 

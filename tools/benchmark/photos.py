@@ -202,7 +202,7 @@ class Photos:
 
         from fastreid_uns.photos.adapt import adapt
         from fastreid_uns.photos.embed import whitening_of
-        from fastreid_uns.photos.group import for_count, strict_groups
+        from fastreid_uns.photos.group import for_count, positive_groups
 
         self.encoder.load_state_dict(self.published, strict=False)
         kept = self.kept if rows is None else self.part(rows)
@@ -215,7 +215,7 @@ class Photos:
                 part = kept if trained_on is None else kept.part(torch.from_numpy(trained_on))
                 if unit is None:
                     known = feats if trained_on is None else feats[torch.from_numpy(trained_on)]
-                    unit = strict_groups(known, for_count(self.settings, len(known)))
+                    unit = positive_groups(known, for_count(self.settings, len(known)))
                 adapt(self.stages, part, space, how, unit, seed=self.seed)
             feats = self._fitted(kept)
         return feats
