@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastreid_uns.modeling.whitening import ViewWhitening
+from fastreid_uns.modeling.whitening import ViewWhitening, in_main_directions
 from fastreid_uns.photos.identify import Thresholds, fit_thresholds, identify, least_known
 
 
@@ -91,10 +91,11 @@ def test_few_photos_are_pushed_apart_by_their_own_whitening_and_new_ones_are_not
         own = fit_thresholds(feats[known], groups[known])
         scores = (feats[~known] @ feats[known].T).amax(1)
         naive += int((scores >= own.known).sum())
-        honest += int((scores >= least_known(views[known], groups[known])).sum())
+        reduced = in_main_directions(views[known], 192)
+        honest += int((scores >= least_known(reduced, groups[known])).sum())
         count += len(scores)
     assert naive / count > 0.9
-    assert honest / count < 0.15  # 0.05 is intended, of 25 individuals that depend on each other
+    assert honest / count <= 0.12  # 0.05 is meant; four photos of an individual fall on one side together
 
 
 def test_what_is_said():
