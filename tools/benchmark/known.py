@@ -172,7 +172,7 @@ def features(photos: Photos, own: Any, rest: Any, **how: Any) -> SimpleNamespace
     from fastreid_uns.photos.identify import STRICT
 
     feats = photos.features(own, **how)
-    settings = for_count(photos.settings, len(own))
+    settings = for_count(photos.usual, len(own))
     grouping = photos.cluster(feats, k1=settings.k1)
     return SimpleNamespace(
         feats=feats.numpy(),

@@ -170,7 +170,8 @@ class Photos:
         from fastreid_uns.photos.group import Settings, for_count
         from fastreid_uns.structures import Record
 
-        self.seed, self.settings = seed, for_count(Settings(seed=seed), len(found.photos))
+        self.seed, self.usual = seed, Settings(seed=seed)
+        self.settings = for_count(self.usual, len(found.photos))
         self.device, self.seconds = device, defaultdict(float)
         self.encoder = pretrained_encoder(found.size, weights=weights).to(device)
         self.published = copy.deepcopy(self.encoder.state_dict())
@@ -215,7 +216,7 @@ class Photos:
                 part = kept if trained_on is None else kept.part(torch.from_numpy(trained_on))
                 if unit is None:
                     known = feats if trained_on is None else feats[torch.from_numpy(trained_on)]
-                    unit = positive_groups(known, for_count(self.settings, len(known)))
+                    unit = positive_groups(known, for_count(self.usual, len(known)))
                 adapt(self.stages, part, space, how, unit, seed=self.seed)
             feats = self._fitted(kept)
         return feats
@@ -371,7 +372,7 @@ def identified(photos: Photos, truth) -> dict[str, Any]:
     photos.features(np.flatnonzero(inside), steps=0)
     views = in_main_directions(photos.pooled, photos.stages.head.dim).cpu()
     feats = photos.features(np.flatnonzero(inside))
-    settings = for_count(photos.settings, int(inside.sum()))
+    settings = for_count(photos.usual, int(inside.sum()))
     grouping = photos.cluster(feats, k1=settings.k1)
     groups, strict = grouping.labels, grouping.dendrogram.cut(STRICT)
     thresholds = fit_thresholds(feats, torch.from_numpy(strict))
