@@ -247,6 +247,8 @@ def mutual_weights(lists: Sequence[Neighbours], scale: np.ndarray | None = None)
 
     Source: Chen et al. 2024 (CA-Jaccard), official code: sets without the expansion of `reciprocal_sets`.
     """
+    from scipy.sparse import diags
+
     parts = []
     for sq, index in lists:
         distances = sq if scale is None else (sq / scale[:, None]) ** 2
@@ -254,7 +256,8 @@ def mutual_weights(lists: Sequence[Neighbours], scale: np.ndarray | None = None)
         held = weights.copy()
         held.data[:] = 1
         parts.append(weights.multiply(held.T))
-    return _by_row(sum(parts[1:], parts[0]).tocsr())
+    total = sum(parts[1:], parts[0]).tocsr()
+    return (diags(1 / np.asarray(total.sum(1)).ravel()) @ total).tocsr()
 
 
 def average_listed(weights: csr_matrix, lists: Sequence[Neighbours]) -> csr_matrix:
@@ -269,8 +272,24 @@ def average_listed(weights: csr_matrix, lists: Sequence[Neighbours]) -> csr_matr
 
     Source: Chen et al. 2024 (CA-Jaccard), official code; differs: short lists are not filled.
     """
-    parts = [_listed(np.ones(index.shape), index) for _, index in lists]
-    return _integers(_by_row(sum(parts[1:], parts[0])) @ weights)
+    near = np.concatenate([index for _, index in lists], axis=1).astype(np.int32)
+    images = np.arange(len(near), dtype=np.int32)
+    members = weights.indices.astype(np.int32, copy=False)
+    return _averaged(images, images, near, near.shape[1], weights.indptr.astype(np.int64), members, weights.data)
+
+
+def _averaged(order: np.ndarray, *lists: np.ndarray | int) -> csr_matrix:
+    """(N, N) CSR of what `jaccard_kernels.averaged_rows` gives for all rows."""
+    from scipy.sparse import csr_matrix
+
+    from fastreid_uns.pseudo_labels import jaccard_kernels
+    from fastreid_uns.utils.compiled import Workers
+
+    n = len(order)
+    with Workers() as workers:
+        rows = workers.over_shared_rows(jaccard_kernels.averaged_rows, n, order, *lists)
+        sizes, columns, values = workers.joined(rows)
+    return csr_matrix((values, columns, _starts(sizes)), shape=(n, n))
 
 
 def _listed(values: np.ndarray, index: np.ndarray) -> csr_matrix:
@@ -280,28 +299,6 @@ def _listed(values: np.ndarray, index: np.ndarray) -> csr_matrix:
     kept = index >= 0
     starts = _starts(kept.sum(1))
     return csr_matrix((values[kept].astype(np.float64), index[kept], starts), shape=(len(index), len(index)))
-
-
-def _by_row(matrix: csr_matrix) -> csr_matrix:
-    """Rows over their sums."""
-    from scipy.sparse import diags
-
-    return diags(1 / np.asarray(matrix.sum(1)).ravel()) @ matrix
-
-
-def _integers(rows: csr_matrix) -> csr_matrix:
-    """Weights as `encoding_distance` takes them: int32 in units of 2^-30, none zero, the largest of a row first."""
-    from scipy.sparse import csr_matrix
-
-    from fastreid_uns.pseudo_labels.jaccard_kernels import UNIT
-
-    rows = rows.tocsr()
-    weights = np.rint(rows.data * UNIT).astype(np.int32)
-    row = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
-    order = np.lexsort((rows.indices, -weights, row))
-    order = order[weights[order] > 0]
-    sizes = np.bincount(row[order], minlength=rows.shape[0])
-    return csr_matrix((weights[order], rows.indices[order].astype(np.int32), _starts(sizes)), shape=rows.shape)
 
 
 def reciprocal_encoding(
@@ -419,17 +416,8 @@ def average_rows(sets: ReciprocalSets, weights: np.ndarray, k2: int) -> csr_matr
 
     Source: Zhong et al. 2017, eq. 11 (local query expansion).
     """
-    from scipy.sparse import csr_matrix
-
-    from fastreid_uns.pseudo_labels import jaccard_kernels
-    from fastreid_uns.utils.compiled import Workers
-
-    n, k = sets.near.shape
-    lists = (sets.near, min(k2, k), sets.starts, sets.members, weights)
-    with Workers() as workers:
-        rows = workers.over_shared_rows(jaccard_kernels.averaged_rows, n, sets.order, sets.place, *lists)
-        sizes, members, averaged = workers.joined(rows)
-    return csr_matrix((averaged, members, _starts(sizes)), shape=(n, n))
+    k2 = min(k2, sets.near.shape[1])
+    return _averaged(sets.order, sets.place, sets.near, k2, sets.starts, sets.members, weights)
 
 
 def encoding_distance(rows: csr_matrix, columns: csr_matrix | None = None, *, max_distance: float = 1.0) -> csr_matrix:
