@@ -183,11 +183,11 @@ class Neighbours(NamedTuple):
     """Lists of the nearest of some images, in order of their distance; inf and -1 where a list is shorter."""
 
     sq: np.ndarray  # (N, k) float32 squared distances
-    index: np.ndarray  # (N, k) int64 images
+    images: np.ndarray  # (N, k) int64
 
     def first(self, k: int) -> Neighbours:
         """The first k of each list."""
-        return Neighbours(self.sq[:, :k], self.index[:, :k])
+        return Neighbours(self.sq[:, :k], self.images[:, :k])
 
 
 def camera_lists(feats: Tensor, cameras: Tensor, k_intra: int, k_inter: int) -> tuple[Neighbours, Neighbours]:
