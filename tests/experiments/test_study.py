@@ -1,6 +1,7 @@
 """What a study runs: the settings that are tried, the choice among them, and the seeds of each row."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
