@@ -31,7 +31,8 @@ LAYERS = (
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 
 PAPER = re.compile(
-    r"(?<![A-Za-z])(?:ACFL|ASCL|ICE|ICL|ISE|MMT|NCPLR|PPLR|SpCL|TMP|(?:acfl|ascl|ice|icl|ise|mmt|ncplr|pplr|spcl)(?![a-z]))"
+    r"(?<![A-Za-z])(?:ACFL|ASCL|CAJ|CAP(?![A-Z])|ICE|ICL|ISE|MMT|NCPLR|O2CAP|PPLR|SpCL|TMP"
+    r"|(?:acfl|ascl|ice|icl|ise|mmt|ncplr|pplr|spcl)(?![a-z]))"
 )
 
 

@@ -155,7 +155,7 @@ class ClusterSampler(Sampler):
         """See `Sampler.plan`. Time: one sort of N, and K^2 / 2 vector operations over the groups."""
         sizes = pseudo.sizes.numpy()
         one_pass = int(np.where((sizes == 1) & self.short_groups, 1, self.num_instances).sum())
-        usable = _whole_batches(one_pass, self.batch_size)
+        usable = whole_batches(one_pass, self.batch_size)
         if one_pass < self.batch_size and not self._warned:
             logger.warning(
                 "ClusterSampler: %d clusters give %d of the %d images of a batch, so it holds clusters more than once. "
@@ -165,7 +165,7 @@ class ClusterSampler(Sampler):
                 self.batch_size,
             )
             self._warned = True
-        clusters = _passes(rng, len(sizes), -(-self.length * self.batch_size // usable))
+        clusters = random_passes(rng, len(sizes), -(-self.length * self.batch_size // usable))
         groups = clusters.ravel()
         drawn = _Members(pseudo, cameras if self.camera_aware else None).draw(rng, groups, self.num_instances)
         if self.short_groups:
@@ -197,8 +197,8 @@ class RandomSampler(Sampler):
     def plan(self, rng: np.random.Generator, pseudo: PseudoLabels, cameras: Tensor) -> np.ndarray:
         """See `Sampler.plan`."""
         images = np.flatnonzero(pseudo.labels.numpy() >= 0)
-        usable = _whole_batches(len(images), self.batch_size)
-        order = _passes(rng, len(images), -(-self.length * self.batch_size // usable))[:, :usable].ravel()
+        usable = whole_batches(len(images), self.batch_size)
+        order = random_passes(rng, len(images), -(-self.length * self.batch_size // usable))[:, :usable].ravel()
         return images[order[: self.length * self.batch_size].reshape(self.length, self.batch_size)]
 
 
@@ -286,12 +286,12 @@ class _Members:
         alone = (self.cameras[anchor] < 0) | (end - first == size)
         first = np.where(alone, anchor, first)
         end = np.where(alone, anchor + (size > 1), end)
-        place = start[:, None] + _draw_below(rng, size - (end - first), count - 1)
+        place = start[:, None] + draw_below(rng, size - (end - first), count - 1)
         place += (end - first)[:, None] * (place >= first[:, None])
         return self.order[np.concatenate([anchor[:, None], place], axis=1)]
 
 
-def _draw_below(rng: np.random.Generator, limits: np.ndarray, count: int) -> np.ndarray:
+def draw_below(rng: np.random.Generator, limits: np.ndarray, count: int) -> np.ndarray:
     """(G,count) integers from 0 to below the limit (G,) of the row, all different where the limit allows it."""
     uniform = rng.random((len(limits), count))
     drawn = (uniform * limits[:, None]).astype(np.int64)
@@ -306,11 +306,11 @@ def _draw_below(rng: np.random.Generator, limits: np.ndarray, count: int) -> np.
     return drawn
 
 
-def _passes(rng: np.random.Generator, count: int, passes: int) -> np.ndarray:
+def random_passes(rng: np.random.Generator, count: int, passes: int) -> np.ndarray:
     """(passes,count): a permutation of 0..count-1 in each row."""
     return rng.permuted(np.tile(np.arange(count), (passes, 1)), axis=1)
 
 
-def _whole_batches(images: int, batch_size: int) -> int:
+def whole_batches(images: int, batch_size: int) -> int:
     """Images of a pass that are used: those of whole batches, or all if they fill none."""
     return images // batch_size * batch_size or images

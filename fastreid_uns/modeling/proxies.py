@@ -1,8 +1,8 @@
-"""Rows that stay during an epoch: centroids of clusters, and camera proxies with the contrast of images with them."""
+"""Centroids of clusters that stay during an epoch, and camera proxies with the contrast of images with them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,32 @@ class CentroidMemory(Memory):
         return batch.labels
 
 
+class Proxies(NamedTuple):
+    """One row for each cluster in each camera that sees it."""
+
+    features: Tensor  # (R,D) unit length, float32
+    labels: Tensor  # (R,) int64, cluster of each proxy
+    cameras: Tensor  # (R,) int64, from 0
+
+
+@torch.no_grad()
+def camera_means(feats: Tensor, labels: Tensor, cameras: Tensor) -> Proxies:
+    """Unit-length mean of the images of each cluster in each camera, sorted by cluster and camera.
+
+    Args:
+        feats: (N,D) unit length.
+        labels: (N,) clusters from 0; images with -1 count nowhere.
+        cameras: (N,) cameras from 0; images of an unknown one, -1, count nowhere.
+    """
+    kept = (labels >= 0) & (cameras >= 0)
+    labels, cameras = labels[kept], cameras[kept]
+    count = int(cameras.max()) + 1 if len(cameras) else 1
+    pairs, rows = torch.unique(labels * count + cameras, return_inverse=True)
+    total = feats.new_zeros(len(pairs), feats.shape[1], dtype=torch.float32)
+    total.index_add_(0, rows, feats[kept].float())
+    return Proxies(F.normalize(total), pairs // count, pairs % count)
+
+
 class CameraProxies(nn.Module):
     """The R proxies of a clustering; constant until the next `reset`.
 
@@ -101,13 +127,7 @@ class CameraProxies(nn.Module):
                 f"camera(s); two or more are needed. Train on a data set with cameras, or drop the camera loss: "
                 f"MODEL.LOSSES.camera null, MODEL.CAMERA_WEIGHT 0, or another MODEL.NAME than ACFLCamera."
             )
-        labels, cameras = labels[kept], cameras[kept]
-        count = int(cameras.max()) + 1
-        pairs, rows = torch.unique(labels * count + cameras, return_inverse=True)
-        total = self.features.new_zeros(len(pairs), self.features.shape[1])
-        total.index_add_(0, rows, feats.to(total)[kept])
-        self.features = F.normalize(total)
-        self.labels, self.cameras = pairs // count, pairs % count
+        self.features, self.labels, self.cameras = camera_means(feats.to(self.features), labels, cameras)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         take_shapes(self, state_dict, prefix)
@@ -118,7 +138,7 @@ def camera_proxy_loss(
     feats: Tensor,
     labels: Tensor,
     cameras: Tensor,
-    proxies: CameraProxies,
+    proxies: CameraProxies | Proxies,
     *,
     temperature: float = 0.07,
     negatives: int = 50,
@@ -226,7 +246,7 @@ class CameraProxyLoss(nn.Module):
         check_proxy_keys(temperature, negatives, positives, axis)
         self.temperature, self.negatives, self.positives, self.axis = temperature, negatives, positives, axis
 
-    def forward(self, feats: Tensor, labels: Tensor, cameras: Tensor, proxies: CameraProxies) -> Tensor:
+    def forward(self, feats: Tensor, labels: Tensor, cameras: Tensor, proxies: CameraProxies | Proxies) -> Tensor:
         """Scalar; feats (B,D) unit length, labels and cameras (B,)."""
         losses = camera_proxy_loss(
             feats,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 OUTLIERS = ("drop", "singletons")
+DISTANCES = ("jaccard", "camera_jaccard")
 SEARCHES = ("exact", *APPROXIMATE)
 
 
@@ -68,13 +69,18 @@ def _clusters(distance: csr_matrix, eps: float, min_samples: int) -> np.ndarray:
 
 @PSEUDO_LABEL_REGISTRY.register()
 class DBSCANLabels(PseudoLabelGenerator):
-    """DBSCAN over the k-reciprocal Jaccard distance.
+    """DBSCAN over the k-reciprocal Jaccard distance, plain or camera-aware.
 
     Args:
         eps: radius, in (0, 1). Between two images that share no neighbour the distance is 1.
         min_samples: images within the radius, the image itself included, that start a cluster.
         k1: neighbours that vote, the image itself included.
         k2: neighbours over which the encoding is averaged; 1 switches it off.
+        distance: `jaccard`, which reads `k1` and `k2`; or `camera_jaccard`, which searches the neighbours in the own
+            camera and in all others apart, reads the keys below instead, and needs images of two cameras. Its sets are
+            smaller and its distances larger, so `eps` is another one.
+        k1_intra, k1_inter, k2_intra, k2_inter: see `jaccard.camera_jaccard_distance`.
+        k2_first: both k2 of the camera-aware distance in the first epoch; 0 = those of the other epochs.
         outliers: what becomes of images without a cluster: `drop` leaves them out of the epoch, `singletons` makes each
             a cluster of its own, numbered after the others.
         search: of neighbours; `exact`, or approximate by faiss, with a warning: `ivf` or `hnsw`.
@@ -82,8 +88,11 @@ class DBSCANLabels(PseudoLabelGenerator):
             are followed through the graph.
 
     Raises:
-        ValueError: a parameter out of range.
+        ValueError: a parameter out of range; in a call, images of one camera only for a camera-aware distance.
         ImportError: `search` is approximate and faiss is not installed; raised by the first clustering.
+
+    Source: Ester et al. 1996 over Zhong et al. 2017, as the clustering papers combine them; the camera-aware distance
+    and its first epoch are those of Chen et al. 2024 (CA-Jaccard), official code.
 
     Example:
         >>> angles = torch.tensor([0.0, 0.1, 0.2, 3.0, 3.1, 3.2])
@@ -101,6 +110,12 @@ class DBSCANLabels(PseudoLabelGenerator):
         min_samples: int = 4,
         k1: int = 30,
         k2: int = 6,
+        distance: str = "jaccard",
+        k1_intra: int = 5,
+        k1_inter: int = 20,
+        k2_intra: int = 2,
+        k2_inter: int = 4,
+        k2_first: int = 3,
         outliers: str = "drop",
         search: str = "exact",
         search_effort: int = 64,
@@ -115,15 +130,30 @@ class DBSCANLabels(PseudoLabelGenerator):
             ("MIN_SAMPLES", min_samples, 1),
             ("K1", k1, 2),
             ("K2", k2, 1),
+            ("K1_INTRA", k1_intra, 0),
+            ("K1_INTER", k1_inter, 1),
+            ("K2_INTRA", k2_intra, 1),
+            ("K2_INTER", k2_inter, 0),
+            ("K2_FIRST", k2_first, 0),
             ("SEARCH_EFFORT", search_effort, 1),
         ):
             if value < least:
                 raise InvalidValue(f"PSEUDO_LABELS: {key} is {value}; it must be at least {least}.")
-        if outliers not in OUTLIERS:
-            raise InvalidValue(f"PSEUDO_LABELS: OUTLIERS is {outliers!r}; accepted: {', '.join(OUTLIERS)}. Change it.")
-        if search not in SEARCHES:
-            raise InvalidValue(f"PSEUDO_LABELS: SEARCH is {search!r}; accepted: {', '.join(SEARCHES)}. Change it.")
+        for key, name, accepted in (
+            ("OUTLIERS", outliers, OUTLIERS),
+            ("DISTANCE", distance, DISTANCES),
+            ("SEARCH", search, SEARCHES),
+        ):
+            if name not in accepted:
+                raise InvalidValue(f"PSEUDO_LABELS: {key} is {name!r}; accepted: {', '.join(accepted)}. Change it.")
+        if distance == "camera_jaccard" and search != "exact":
+            raise InvalidValue(
+                f"PSEUDO_LABELS: SEARCH is {search!r} and DISTANCE is camera_jaccard, which is searched exactly only. "
+                f"Set SEARCH to exact, or DISTANCE to jaccard."
+            )
         self.eps, self.min_samples, self.k1, self.k2, self.outliers = eps, min_samples, k1, k2, outliers
+        self.distance, self.k1_intra, self.k1_inter = distance, k1_intra, k1_inter
+        self.k2_intra, self.k2_inter, self.k2_first = k2_intra, k2_inter, k2_first
         self.search, self.search_effort = search, search_effort
 
     def nearest(self, feats: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -134,8 +164,14 @@ class DBSCANLabels(PseudoLabelGenerator):
         return sharing.from_first(found)
 
     def encoding(self, bank: FeatureBank, epoch: int) -> csr_matrix:
-        """`reciprocal_encoding` of the features, with the neighbours that SEARCH finds."""
-        return reciprocal_encoding(bank.feats, self.k1, self.k2, self.nearest)
+        """Neighbourhoods of the images by the DISTANCE of the epoch, as `reciprocal_encoding` gives them."""
+        if self.distance == "jaccard":
+            return reciprocal_encoding(bank.feats, self.k1, self.k2, self.nearest)
+        return camera_encoding(bank.feats, bank.cameras, self.k1_intra, self.k1_inter, *self.camera_k2(epoch))
+
+    def camera_k2(self, epoch: int) -> tuple[int, int]:
+        """Images of the own camera and of the others over which the camera-aware encoding of an epoch is averaged."""
+        return (self.k2_first, self.k2_first) if epoch == 0 and self.k2_first else (self.k2_intra, self.k2_inter)
 
     def __call__(self, bank: FeatureBank, epoch: int) -> PseudoLabels:
         with self.timed("neighbours"):
@@ -161,45 +197,3 @@ class DBSCANLabels(PseudoLabelGenerator):
             f"PSEUDO_LABELS: every one of {n:,} images is an outlier at EPS {self.eps:.2f}; the {ordinal} nearest "
             f"distance, counting the image itself, has median {median:.2f}. Raise EPS or lower MIN_SAMPLES."
         )
-
-
-@PSEUDO_LABEL_REGISTRY.register()
-class CameraJaccardLabels(DBSCANLabels):
-    """DBSCAN over the camera-aware Jaccard distance; any method may use it instead of `DBSCANLabels`.
-
-    Args:
-        eps: radius, in (0, 1); sets are smaller and distances larger than those of `DBSCANLabels`.
-        min_samples, outliers: see `DBSCANLabels`.
-        k1_intra, k1_inter, k2_intra, k2_inter: see `jaccard.camera_jaccard_distance`.
-        k2_first: both k2 of the first epoch; 0 = those of the other epochs.
-
-    Raises:
-        ValueError: a parameter out of range; in a call, images of one camera only.
-
-    Source: Chen et al. 2024 (CA-Jaccard), official code.
-    """
-
-    def __init__(
-        self,
-        *,
-        eps: float = 0.6,
-        min_samples: int = 4,
-        k1_intra: int = 5,
-        k1_inter: int = 20,
-        k2_intra: int = 2,
-        k2_inter: int = 4,
-        k2_first: int = 3,
-        outliers: str = "drop",
-    ) -> None:
-        super().__init__(eps=eps, min_samples=min_samples, outliers=outliers)
-        least = {"K1_INTRA": 1, "K1_INTER": 1, "K2_INTRA": 1, "K2_INTER": 0, "K2_FIRST": 0}
-        for (key, low), value in zip(least.items(), (k1_intra, k1_inter, k2_intra, k2_inter, k2_first), strict=True):
-            if value < low:
-                raise InvalidValue(f"PSEUDO_LABELS: {key} is {value}; it must be at least {low}.")
-        self.k1_intra, self.k1_inter = k1_intra, k1_inter
-        self.k2_intra, self.k2_inter, self.k2_first = k2_intra, k2_inter, k2_first
-
-    def encoding(self, bank: FeatureBank, epoch: int) -> csr_matrix:
-        """`camera_encoding` of the features."""
-        k2 = (self.k2_first, self.k2_first) if epoch == 0 and self.k2_first else (self.k2_intra, self.k2_inter)
-        return camera_encoding(bank.feats, bank.cameras, self.k1_intra, self.k1_inter, *k2)

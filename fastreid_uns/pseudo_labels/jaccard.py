@@ -135,7 +135,8 @@ def camera_jaccard_distance(
         feats: (N, D) float, unit length.
         cameras: (N,) int; -1 is a camera of its own.
         k1_intra, k1_inter: `k1_intra` + 1 images of the own camera vote, the image itself included, and `k1_inter` + 1
-            of the others.
+            of the others; all of them where there are fewer. 0 for `k1_intra` is for data in which no camera sees an
+            identity twice.
         k2_intra, k2_inter: neighbours of each list over which the encoding is averaged; the image itself is one of the
             first.
         max_distance: pairs farther apart are left out.
@@ -144,7 +145,7 @@ def camera_jaccard_distance(
         (N, N) symmetric CSR float32 in [0, 1), as `jaccard_distance` gives it.
 
     Raises:
-        ValueError: NaN or infinite rows, a number out of range, or one camera only.
+        ValueError: NaN or infinite rows, a number out of range, one camera only, or cameras of some images only.
 
     Source: Chen et al. 2024 (CA-Jaccard), official code; differs: lists of a small camera are not filled with images of
     the other kind, the averages then run over the rows that exist; distances are rounded to 2^-20.
@@ -166,48 +167,129 @@ def camera_encoding(
     """Neighbourhoods of `camera_jaccard_distance` as weights over images, in the form of `reciprocal_encoding`.
 
     Args:
-        scale: (N,) squared distance by which those of an image are divided before they are squared again, as
-            re-ranking has it; None takes them as they are.
+        scale: see `mutual_weights`.
     """
-    if min(k1_intra, k1_inter, k2_intra) < 1 or k2_inter < 0:
+    if min(k1_inter, k2_intra) < 1 or min(k1_intra, k2_inter) < 0:
         raise InvalidValue(
             f"camera-aware distance: k1_intra {k1_intra}, k1_inter {k1_inter}, k2_intra {k2_intra} and k2_inter "
-            f"{k2_inter}; 1 or more are accepted, 0 for k2_inter. Raise them."
+            f"{k2_inter}; 1 or more are accepted, 0 for k1_intra and k2_inter. Raise them."
         )
+    own, others = camera_lists(feats, cameras, max(k1_intra + 1, k2_intra), max(k1_inter + 1, k2_inter))
+    weights = mutual_weights([own.first(k1_intra + 1), others.first(k1_inter + 1)], scale)
+    return average_listed(weights, [own.first(k2_intra), others.first(k2_inter)])
+
+
+class Neighbours(NamedTuple):
+    """Lists of the nearest of some images, in order of their distance; inf and -1 where a list is shorter."""
+
+    sq: np.ndarray  # (N, k) float32 squared distances
+    images: np.ndarray  # (N, k) int64
+
+    def first(self, k: int) -> Neighbours:
+        """The first k of each list."""
+        return Neighbours(self.sq[:, :k], self.images[:, :k])
+
+
+def camera_lists(feats: Tensor, cameras: Tensor, k_intra: int, k_inter: int) -> tuple[Neighbours, Neighbours]:
+    """The nearest images of the own camera, the image itself first, and the nearest of all other cameras.
+
+    Args:
+        feats: (N, D) float, unit length.
+        cameras: (N,) int; -1 is a camera of its own.
+        k_intra, k_inter: images of a list; a list is shorter where there are fewer.
+
+    Raises:
+        ValueError: NaN or infinite rows, one camera only, or another number of cameras than of images.
+    """
+    _check_cameras(feats, cameras)
+    others = nearest_of_others(feats, cameras, min(k_inter, len(feats)))
+    return _of_own_camera(feats, cameras, k_intra), Neighbours(*(values.cpu().numpy() for values in others))
+
+
+def _check_cameras(feats: Tensor, cameras: Tensor) -> None:
     check_finite(feats)
-    known = cameras.unique()
-    if len(known) < 2:
+    if len(cameras) != len(feats):
         raise InvalidValue(
-            f"camera-aware distance: all {len(cameras):,} images are of camera {int(known[0]) if len(known) else -1}; "
-            f"two or more cameras are needed. Use jaccard_distance (DBSCANLabels), or a set with camera labels."
+            f"camera-aware distance: {len(cameras):,} cameras for {len(feats):,} images; each needs one. Pass them "
+            f"all, -1 for unknown ones."
         )
-    if bool((cameras < 0).any()):
-        count = int((cameras < 0).sum())
-        warnings.warn(f"{count:,} images of unknown cameras count as those of one camera.", stacklevel=3)
-    lists = [
-        _of_own_camera(feats, cameras, max(k1_intra + 1, k2_intra)),
-        nearest_of_others(feats, cameras, min(max(k1_inter + 1, k2_inter), len(feats))),
-    ]
-    sets, mean = None, None
-    for (sq, index), votes, rows in zip(lists, (k1_intra + 1, k1_inter + 1), (k2_intra, k2_inter), strict=True):
-        distances = sq[:, :votes].cpu().numpy()
-        distances = distances if scale is None else (distances / scale[:, None]) ** 2
-        mutual = _mutual(distances, index[:, :votes].cpu().numpy())
-        first = _listed(np.ones(index[:, :rows].shape), index[:, :rows].cpu().numpy())
-        sets, mean = (mutual, first) if sets is None else (sets + mutual, mean + first)
-    return _integers(_by_row(mean) @ _by_row(sets))
+    unknown, count = int((cameras < 0).sum()), len(cameras.unique())
+    if count < 2:
+        raise InvalidValue(
+            f"camera-aware distance: all {len(cameras):,} images are of "
+            f"{'an unknown camera' if unknown else f'camera {int(cameras[0])}'}; two or more cameras are needed. Set "
+            f"PSEUDO_LABELS.DISTANCE to jaccard, or use a set with camera labels."
+        )
+    if unknown:
+        warnings.warn(f"{unknown:,} images of unknown cameras count as those of one camera.", stacklevel=4)
 
 
-def _of_own_camera(feats: Tensor, cameras: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(N, k) squared distances and images of the same camera, the image itself first; inf and -1 where it has fewer."""
-    sq = torch.full((len(feats), k), torch.inf)
-    index = torch.full((len(feats), k), -1)
+def _of_own_camera(feats: Tensor, cameras: Tensor, k: int) -> Neighbours:
+    sq, index = torch.full((len(feats), k), torch.inf), torch.full((len(feats), k), -1)
     for camera in cameras.unique():
         own = (cameras == camera).nonzero().flatten().cpu()
         count = min(k, len(own))
         near_sq, near = nearest_neighbours(feats[own.to(feats.device)], count)
         sq[own, :count], index[own, :count] = near_sq.cpu(), own[near.cpu()]
-    return sq, index
+    return Neighbours(sq.numpy(), index.numpy())
+
+
+def mutual_weights(lists: Sequence[Neighbours], scale: np.ndarray | None = None) -> csr_matrix:
+    """Softmax of the negative distances over those neighbours that are in each other's list of the same kind.
+
+    Args:
+        lists: of images that no other list holds; each image is in one of its own.
+        scale: (N,) squared distance by which those of an image are divided before they are squared again, as
+            re-ranking has it; None takes them as they are.
+
+    Returns:
+        (N, N) CSR float64, rows sum to 1.
+
+    Source: Chen et al. 2024 (CA-Jaccard), official code: sets without the expansion of `reciprocal_sets`.
+    """
+    from scipy.sparse import diags
+
+    parts = []
+    for sq, index in lists:
+        distances = sq if scale is None else (sq / scale[:, None]) ** 2
+        weights = _listed(np.exp(-distances), index)
+        held = weights.copy()
+        held.data[:] = 1
+        parts.append(weights.multiply(held.T))
+    total = sum(parts[1:], parts[0]).tocsr()
+    return (diags(1 / np.asarray(total.sum(1)).ravel()) @ total).tocsr()
+
+
+def average_listed(weights: csr_matrix, lists: Sequence[Neighbours]) -> csr_matrix:
+    """The weights of each image averaged over all images of its lists.
+
+    Args:
+        weights: (N, N) CSR float64, rows sum to 1.
+        lists: of images that no other list holds; an image without any is not accepted.
+
+    Returns:
+        (N, N) CSR int32 as `reciprocal_encoding` gives it.
+
+    Source: Chen et al. 2024 (CA-Jaccard), official code; differs: short lists are not filled.
+    """
+    near = np.concatenate([index for _, index in lists], axis=1).astype(np.int32)
+    images = np.arange(len(near), dtype=np.int32)
+    members = weights.indices.astype(np.int32, copy=False)
+    return _averaged(images, images, near, near.shape[1], weights.indptr.astype(np.int64), members, weights.data)
+
+
+def _averaged(order: np.ndarray, *lists: np.ndarray | int) -> csr_matrix:
+    """(N, N) CSR of what `jaccard_kernels.averaged_rows` gives for all rows."""
+    from scipy.sparse import csr_matrix
+
+    from fastreid_uns.pseudo_labels import jaccard_kernels
+    from fastreid_uns.utils.compiled import Workers
+
+    n = len(order)
+    with Workers() as workers:
+        rows = workers.over_shared_rows(jaccard_kernels.averaged_rows, n, order, *lists)
+        sizes, columns, values = workers.joined(rows)
+    return csr_matrix((values, columns, _starts(sizes)), shape=(n, n))
 
 
 def _listed(values: np.ndarray, index: np.ndarray) -> csr_matrix:
@@ -217,36 +299,6 @@ def _listed(values: np.ndarray, index: np.ndarray) -> csr_matrix:
     kept = index >= 0
     starts = _starts(kept.sum(1))
     return csr_matrix((values[kept].astype(np.float64), index[kept], starts), shape=(len(index), len(index)))
-
-
-def _mutual(sq: np.ndarray, index: np.ndarray) -> csr_matrix:
-    """exp(-d) of those pairs that are in each other's list."""
-    weights = _listed(np.exp(-sq), index)
-    held = weights.copy()
-    held.data[:] = 1
-    return weights.multiply(held.T).tocsr()
-
-
-def _by_row(matrix: csr_matrix) -> csr_matrix:
-    """Rows over their sums."""
-    from scipy.sparse import diags
-
-    return diags(1 / np.asarray(matrix.sum(1)).ravel()) @ matrix
-
-
-def _integers(rows: csr_matrix) -> csr_matrix:
-    """Weights as `encoding_distance` takes them: int32 in units of 2^-30, none zero, the largest of a row first."""
-    from scipy.sparse import csr_matrix
-
-    from fastreid_uns.pseudo_labels.jaccard_kernels import UNIT
-
-    rows = rows.tocsr()
-    weights = np.rint(rows.data * UNIT).astype(np.int32)
-    row = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
-    order = np.lexsort((rows.indices, -weights, row))
-    order = order[weights[order] > 0]
-    sizes = np.bincount(row[order], minlength=rows.shape[0])
-    return csr_matrix((weights[order], rows.indices[order].astype(np.int32), _starts(sizes)), shape=rows.shape)
 
 
 def reciprocal_encoding(
@@ -364,17 +416,8 @@ def average_rows(sets: ReciprocalSets, weights: np.ndarray, k2: int) -> csr_matr
 
     Source: Zhong et al. 2017, eq. 11 (local query expansion).
     """
-    from scipy.sparse import csr_matrix
-
-    from fastreid_uns.pseudo_labels import jaccard_kernels
-    from fastreid_uns.utils.compiled import Workers
-
-    n, k = sets.near.shape
-    lists = (sets.near, min(k2, k), sets.starts, sets.members, weights)
-    with Workers() as workers:
-        rows = workers.over_shared_rows(jaccard_kernels.averaged_rows, n, sets.order, sets.place, *lists)
-        sizes, members, averaged = workers.joined(rows)
-    return csr_matrix((averaged, members, _starts(sizes)), shape=(n, n))
+    k2 = min(k2, sets.near.shape[1])
+    return _averaged(sets.order, sets.place, sets.near, k2, sets.starts, sets.members, weights)
 
 
 def encoding_distance(rows: csr_matrix, columns: csr_matrix | None = None, *, max_distance: float = 1.0) -> csr_matrix:

@@ -121,6 +121,7 @@ def pair_distances(start, stop, feats, first, second, distances):
 def averaged_rows(start, stop, order, place, index, k2, indptr, indices, data):
     """Mean of the sparse rows of the first k2 neighbours; returns sizes, columns and values of the rows.
 
+    A neighbour below 0 is none, and does not count; each image must have one.
     Values are integers of size 1 / `UNIT`, none of them zero; those above the mean come first, in descending order.
     What is given numbers the images by their `place` in `order`; rows and columns of the result are the images
     themselves.
@@ -132,8 +133,12 @@ def averaged_rows(start, stop, order, place, index, k2, indptr, indices, data):
     end = 0
     for i in range(start, stop):
         begin = end
+        count = 0
         for c in range(k2):
             j = index[place[i], c]
+            if j < 0:
+                continue
+            count += 1
             columns = _room(columns, end + indptr[j + 1] - indptr[j])
             for e in range(indptr[j], indptr[j + 1]):
                 t = indices[e]
@@ -147,7 +152,7 @@ def averaged_rows(start, stop, order, place, index, k2, indptr, indices, data):
         large, small = 0, size
         for e in range(begin, end):
             t = columns[e]
-            value = np.int64(np.rint(total[t] / k2 * UNIT))
+            value = np.int64(np.rint(total[t] / count * UNIT))
             total[t] = 0
             if value * size > UNIT:
                 keys[large] = -value << 32 | order[t]
