@@ -219,23 +219,33 @@ class TokenHead(nn.Module):
 
     def forward(self, output: Tensor | Tokens) -> HeadOutput:
         """What the backbone gives → `HeadOutput` without parts."""
+        tokens = self.tokens_of(output)
+        with torch.autocast(tokens.device.type, enabled=False):
+            pooled = self.fused(tokens)
+            unnormalized = self.embed(pooled)
+            return HeadOutput(pooled, F.normalize(unnormalized), unnormalized=unnormalized)
+
+    def tokens_of(self, output: Tensor | Tokens) -> Tensor:
+        """(B,1+P,C), at least float32: the class token, then the part tokens.
+
+        Raises:
+            ValueError: the backbone gives none, or no part tokens and `fuse` needs them.
+        """
         if not isinstance(output, Tokens):
             raise InvalidValue(
-                "TokenHead: the backbone gives a feature map without tokens; a transformer with a class token is "
-                "needed. Set MODEL.HEAD.NAME to EmbeddingHead, or MODEL.BACKBONE.NAME to ViT."
+                f"{type(self).__name__}: the backbone gives a feature map without tokens; a transformer with a class "
+                f"token is needed. Set MODEL.HEAD.NAME to EmbeddingHead, or MODEL.BACKBONE.NAME to ViT."
             )
         tokens = output.tokens
         if self.fuse != "class" and tokens.shape[1] == 1:
             raise InvalidValue(
-                f"TokenHead: FUSE is {self.fuse} but the backbone gives no part tokens. Set MODEL.BACKBONE.PART_TOKENS "
-                f"(3 for PASS), or FUSE to class."
+                f"{type(self).__name__}: FUSE is {self.fuse} but the backbone gives no part tokens. Set "
+                f"MODEL.BACKBONE.PART_TOKENS (3 for PASS), or FUSE to class."
             )
-        with torch.autocast(tokens.device.type, enabled=False):
-            pooled = self._fuse(tokens.to(torch.promote_types(tokens.dtype, torch.float32)))
-            unnormalized = self.embed(pooled)
-            return HeadOutput(pooled, F.normalize(unnormalized), unnormalized=unnormalized)
+        return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
-    def _fuse(self, tokens: Tensor) -> Tensor:
+    def fused(self, tokens: Tensor) -> Tensor:
+        """(B,1+P,C) → (B,C), or (B,2C) for `cat`."""
         whole = tokens[:, 0]
         if self.fuse == "class":
             return whole

@@ -64,8 +64,12 @@ def open_weights(content: Any, source: str) -> tuple[dict[str, Tensor], list[str
     return state, others, recorded_grid(content, config)
 
 
-def named_weights(state: State) -> NamedWeights:
-    """The tensors of a state dict under the names of an `Encoder`, by the family that their names tell."""
+def named_weights(state: State, source: str) -> NamedWeights:
+    """The tensors of a state dict under the names of an `Encoder`, by the family that their names tell.
+
+    Raises:
+        InvalidState: part tokens of which some tensors are absent.
+    """
     plain = {without_wrappers(name): name for name in reversed(list(state))}  # of two equal names the first one counts
     bare = {short: state[name] for short, name in reversed(plain.items())}
     family, rename = next((name, make(bare)) for name, known, make in _FAMILIES if any(map(known, bare)))
@@ -80,7 +84,7 @@ def named_weights(state: State) -> NamedWeights:
             named.tensors[new] = value
             named.origin[new] = [plain[short]]
     if "backbone.part_token1" in named.tensors:
-        _join_part_tokens(named)
+        _join_part_tokens(named, source)
     return named
 
 
@@ -110,16 +114,23 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _join_part_tokens(named: NamedWeights) -> None:
+def _join_part_tokens(named: NamedWeights, source: str) -> None:
     """PASS keeps each token and its position apart; we keep all part tokens in one tensor, as the class token's row."""
     named.family += ", part tokens"
     count = sum(bool(re.fullmatch(r"backbone\.part_token\d+", key)) for key in named.tensors)
     numbers = range(1, count + 1)
-    for whole, parts in {
+    wholes = {
         "part_tokens": [f"part_token{i}" for i in numbers],
         "part_pos": [f"part{i}_pos" for i in numbers],
         "pos_embed": ["cls_pos", "pos_embed"],
-    }.items():
+    }
+    absent = [part for parts in wholes.values() for part in parts if f"backbone.{part}" not in named.tensors]
+    if absent:
+        raise InvalidState(
+            f"MODEL.WEIGHTS {source}: it has part_token1 but no {', '.join(absent)}; part tokens are accepted with a "
+            f"position each (part1_pos, ...), beside cls_pos and pos_embed. Take the file as its authors publish it."
+        )
+    for whole, parts in wholes.items():
         names = [f"backbone.{part}" for part in parts]
         joined = torch.cat([named.tensors.pop(name) for name in names], dim=1)
         named.origin[f"backbone.{whole}"] = [old for name in names for old in named.origin.pop(name)]
@@ -186,8 +197,19 @@ def _efficientnet(state: State) -> Rename:
     return _prefixes(table)(state)
 
 
+def _transreid(body: str) -> Callable[[State], Rename]:
+    """Bag of Tricks, TransReID, and PASS, whose part tokens may have a neck each: numbered by their place."""
+
+    def make(state: State) -> Rename:
+        numbered = "bottleneck_pt" if "bottleneck_pt1.weight" in state else "bottleneck_"
+        parts = range(3 if f"{body}part_token1" in state else 0)
+        necks = {f"{numbered}{i + 1}.": f"head.part_embed.{i}.neck." for i in parts}
+        return _prefixes({"bottleneck.": "head.embed.neck.", **necks, body: "backbone."})(state)
+
+    return make
+
+
 _OURS = {"backbone.": "backbone.", "head.": "head."}
-_NECK = {"bottleneck.": "head.embed.neck."}  # of Bag of Tricks and TransReID
 _FAMILIES: list[tuple[str, Callable[[str], Any], Callable[[State], Rename]]] = [
     ("fastreid_uns checkpoint", re.compile(r"(encoder|teacher)\.backbone\.").match, _ours),
     ("fastreid_uns", re.compile(r"head\.(embed|pool|part)").match, _prefixes(_OURS)),
@@ -196,7 +218,7 @@ _FAMILIES: list[tuple[str, Callable[[str], Any], Callable[[State], Rename]]] = [
     ("DINO", re.compile(r"backbone\.").match, _prefixes({"backbone.": "backbone."})),
     ("SpCL family trained with STEM_RELU false", re.compile(r"base\.3\.").match, _sequential),
     ("SpCL family", re.compile(r"base\.\d+\.").match, _sequential),
-    ("Bag of Tricks", re.compile(r"base\.").match, _prefixes({**_NECK, "base.": "backbone."})),
+    ("Bag of Tricks", re.compile(r"base\.").match, _transreid("base.")),
     ("EfficientNet", re.compile(r"_blocks\.\d+\.").match, _efficientnet),
-    ("plain", re.compile("").match, _prefixes({**_NECK, "": "backbone."})),
+    ("plain", re.compile("").match, _transreid("")),
 ]

@@ -12,6 +12,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from fastreid_uns.errors import InvalidState
+from fastreid_uns.modeling.backbones.base import Backbone
 from fastreid_uns.modeling.weight_files import fetch, fetch_imagenet, read_file
 from fastreid_uns.modeling.weight_names import (
     COUNTER,
@@ -59,7 +60,7 @@ class WeightReport:
         return f"{title}\n{tabulate(rows, headers=('tensors', 'count', 'names'), maxcolwidths=[40, None, None])}"
 
 
-def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9) -> WeightReport:
+def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9, head: bool = True) -> WeightReport:
     """Load weights of our own or of another project into a model, in place, and say what became of each tensor.
 
     Known by their names: torchvision, timm, IBN-Net and Torchreid (plain), EfficientNets whose blocks are counted
@@ -73,13 +74,14 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9) -> We
         model: an `Encoder`, or any other module, which is then taken for a backbone.
         source: file or URL (safetensors or a torch file), `hub:user/name`, or `imagenet` for the weights that an
             installed package carries or the backbone's library publishes.
-        min_share: share of the backbone's tensors that must be loaded, in 0..1.
+        min_share: share of the backbone's tensors that must be loaded, in 0..1; the log names those that are absent.
+        head: load the tensors of the head as well, where the file has them.
 
     Raises:
         MissingFile: no such file.
         MissingPackage: `imagenet` cannot be downloaded, and a package that has it is not installed.
-        InvalidState: the download fails, the file is refused or broken, or less than `min_share` is in it; the model
-            is then unchanged.
+        InvalidState: the download fails, the file is refused or broken, less than `min_share` is in it, or a tensor
+            has another shape than in the model; the model is then unchanged.
     """
     whole = hasattr(model, "backbone")
     backbone: Any = model.backbone if whole else model
@@ -89,8 +91,9 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9) -> We
     names = set(state)
     if published:
         state, recorded = backbone.adapt(state), recorded or backbone.published_grid
-    found = named_weights(state)
+    found = named_weights(state, source)
     targets = {encoder_name(name if whole else f"backbone.{name}"): name for name in model.state_dict()}
+    held_back = [] if head else _without_head(found)
     if not any(".domains." in name for name in targets):
         found.tensors = {name.replace(".domains.0.", "."): value for name, value in found.tensors.items()}
         found.origin = {name.replace(".domains.0.", "."): value for name, value in found.origin.items()}
@@ -100,15 +103,57 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9) -> We
     report.source = source
     report.passed_over |= {f"{name} (whole)": "another part of the file" for name in others}
     report.passed_over |= {name: "renamed or dropped by the backbone's library" for name in sorted(names - set(state))}
-    if report.share < min_share:
-        raise InvalidState(
-            f"MODEL.WEIGHTS {source}: {report.share:.1%} of the backbone's tensors are in the file; at least "
-            f"{min_share:.0%} are needed. Set MODEL.BACKBONE to the network that the weights were made for, or "
-            f"MODEL.WEIGHTS to weights of {type(backbone).__name__}.\n{report}"
-        )
+    report.passed_over |= {name: "of the head, which starts anew: MODEL.WEIGHTS_HEAD is false" for name in held_back}
+    _check(report, min_share, backbone, found)
     model.load_state_dict(chosen, strict=False)
     _log.info("%s", report)
+    absent = [name for name in report.missing if _counts(name)]
+    if absent:
+        message = "MODEL.WEIGHTS %s: %d tensors of the backbone are not in the file and keep their random values: %s."
+        _log.warning(message, source, len(absent), ", ".join(_some(absent).splitlines()))
     return report
+
+
+def _check(report: WeightReport, min_share: float, backbone: Any, found: NamedWeights) -> None:
+    """Refuse what would leave a part of the network random although the file has something of its name."""
+    wrong = [name for name in report.mismatched if name.startswith("backbone.")]
+    head = [name for name in report.mismatched if not name.startswith("backbone.")]
+    if report.share < min_share:
+        what = f"{report.share:.1%} of the backbone's tensors are in the file; at least {min_share:.0%} are needed"
+    elif wrong:
+        what = f"{len(wrong)} tensors of the backbone have another shape in the file, such as {wrong[0]}"
+    elif head:
+        raise InvalidState(
+            f"MODEL.WEIGHTS {report.source}: {len(head)} tensors of the head have another shape in the file, such as "
+            f"{head[0]}. Set MODEL.HEAD to that of the file, or MODEL.WEIGHTS_HEAD to false, and the head starts anew."
+            f"\n{report}"
+        )
+    else:
+        return
+    raise InvalidState(
+        f"MODEL.WEIGHTS {report.source}: {what}.{_other_options(backbone, found)} Set MODEL.BACKBONE to the network "
+        f"that the weights were made for, or MODEL.WEIGHTS to weights of {type(backbone).__name__}.\n{report}"
+    )
+
+
+def _other_options(backbone: Any, found: NamedWeights) -> str:
+    """A sentence on the options that differ, as far as the shapes of the tensors tell them."""
+    if not isinstance(backbone, Backbone):
+        return ""
+    file = {name.removeprefix("backbone."): value for name, value in found.tensors.items()}
+    theirs, ours = backbone.options_of(file), backbone.options_of(backbone.state_dict())
+    differing = [
+        f"{key} {theirs[key]} instead of {ours[key]}" for key in ours if theirs.get(key, ours[key]) != ours[key]
+    ]
+    return f" By its tensors the file is of a network with {', '.join(differing)}." if differing else ""
+
+
+def _without_head(found: NamedWeights) -> list[str]:
+    """Take the tensors of a head out; gives their names in the file."""
+    names = [name for name in found.tensors if name.startswith("head.")]
+    for name in names:
+        del found.tensors[name]
+    return [old for name in names for old in found.origin.pop(name)]
 
 
 def _match(

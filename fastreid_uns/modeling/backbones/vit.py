@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -151,6 +152,23 @@ class ViT(Backbone):
     def pretrained_input(cls, section: Mapping[str, Any]) -> dict[str, list[float]]:
         """Mean and standard deviation 0.5, which timm's weights of this kind were made with."""
         return {"MEAN": [0.5] * 3, "STD": [0.5] * 3}
+
+    @classmethod
+    def options_of(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """All but the heads and the stride, which no shape tells."""
+        patches, norm = tensors.get("patch_embed.proj.weight"), tensors.get("norm.weight")
+        if patches is None or norm is None or patches.dim() != 4:
+            return {}
+        stem = "patch_embed.conv.0.weight" in tensors
+        blocks = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
+        parts = tensors.get("part_tokens")
+        return {
+            "WIDTH": len(norm),
+            "DEPTH": len(blocks),
+            "PATCH": patches.shape[2] * (2 if stem else 1),
+            "CONV_STEM": stem,
+            "PART_TOKENS": 0 if parts is None else parts.shape[1],
+        }
 
     def imagenet_url(self) -> str:
         """timm's ImageNet weights of the same width, depth and heads."""
