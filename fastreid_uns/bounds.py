@@ -85,7 +85,7 @@ BOUNDS: dict[str, Bound] = {
     "SOLVER.WEIGHT_DECAY": at_least(0),
     "SOLVER.WEIGHT_DECAY_NORM": at_least(0),
     "SOLVER.EPOCHS": at_least(1),
-    "SOLVER.ITERS_PER_EPOCH": at_least(1),
+    "SOLVER.ITERS_PER_EPOCH": at_least(0),
     "SOLVER.SCHEDULE": one_of("step", "milestones", "cosine", "constant"),
     "SOLVER.STEP_EPOCHS": at_least(1),
     "SOLVER.MILESTONES": or_empty(each(at_least(0))),
@@ -93,6 +93,8 @@ BOUNDS: dict[str, Bound] = {
     "SOLVER.MIN_LR": at_least(0),
     "SOLVER.WARMUP_EPOCHS": at_least(0),
     "SOLVER.WARMUP_FACTOR": at_least(0, 1),
+    "SOLVER.WARMUP_BY": one_of("step", "epoch"),
+    "SOLVER.FREEZE": or_empty(each(NAME)),
     "SOLVER.AMP": one_of("auto", "bfloat16", "float16", "none"),
     "SOLVER.CLIP_NORM": at_least(0),
     "SOLVER.ACCUMULATE": at_least(1),
@@ -135,4 +137,9 @@ def check_relations(cfg: Mapping[str, Any]) -> None:
         raise InvalidValue(
             f"SOLVER.MIN_LR is {solver['MIN_LR']} and SOLVER.BASE_LR is {solver['BASE_LR']}; with SCHEDULE cosine the "
             f"rate falls from BASE_LR, which must be above 0, to MIN_LR. Change one of them."
+        )
+    if not solver["ITERS_PER_EPOCH"] and solver["WARMUP_EPOCHS"] and solver["WARMUP_BY"] == "step":
+        raise InvalidValue(
+            f"SOLVER.ITERS_PER_EPOCH is 0, so the length of an epoch is known after its clustering, and WARMUP_BY is "
+            f"step over WARMUP_EPOCHS {solver['WARMUP_EPOCHS']}. Set WARMUP_BY to epoch, or the number of steps."
         )

@@ -56,7 +56,7 @@ DEFAULTS: dict[str, Any] = {
         "WEIGHT_DECAY": 5e-4,
         "WEIGHT_DECAY_NORM": 5e-4,  # of norm weights and all biases
         "EPOCHS": 50,  # clustering rounds
-        "ITERS_PER_EPOCH": 200,  # optimiser steps
+        "ITERS_PER_EPOCH": 200,  # optimiser steps; 0 = one pass over the clustered images, by epoch another number
         "SCHEDULE": "step",  # step, milestones, cosine or constant
         "STEP_EPOCHS": 20,  # of step: epochs between two decays
         "MILESTONES": [20, 40],  # of milestones: epochs at which the rate decays
@@ -64,6 +64,10 @@ DEFAULTS: dict[str, Any] = {
         "MIN_LR": 0.0,  # of cosine: rate at the end
         "WARMUP_EPOCHS": 0,  # linear rise to BASE_LR
         "WARMUP_FACTOR": 0.01,  # of BASE_LR at the first step
+        "WARMUP_BY": "step",  # the rate rises with each step, or is constant within an epoch
+        "RATE_FACTORS": {},  # beginning of the names of parameters, such as encoder.head → factor on their rate
+        "FREEZE": [],  # beginnings of the names of parameters that do not train, such as encoder.backbone.stem
+        "RESET_STATE": False,  # the optimiser forgets its moments at each clustering
         "AMP": "auto",  # bfloat16, float16, none; auto = the faster one of bfloat16 and none, by measurement on a CPU
         "CLIP_NORM": 0.0,  # largest norm of the gradient; 0 = no clipping
         # parts into which a batch is cut to save memory: losses and memories are those of the whole batch, but batch

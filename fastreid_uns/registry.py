@@ -159,7 +159,7 @@ META_ARCH_REGISTRY = Registry(
         *("GHOST_BATCH", "FREEZE_NORM", "DOMAIN_BN"),
     ],
 )
-LOSS_REGISTRY = Registry("LOSS", reserved=["WEIGHT"])
+LOSS_REGISTRY = Registry("LOSS", reserved=["WEIGHT", "START_EPOCH"])
 MEMORY_REGISTRY = Registry("MEMORY")
 PSEUDO_LABEL_REGISTRY = Registry("PSEUDO_LABEL", reserved=["DECISIONS"])
 SAMPLER_REGISTRY = Registry("SAMPLER")

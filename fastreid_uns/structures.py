@@ -82,6 +82,14 @@ class Batch(NamedTuple):
         )
 
 
+class Moment(NamedTuple):
+    """Where in a run the model is, as the trainer tells it."""
+
+    epoch: int = 0  # from 0
+    step: int = 0  # optimiser steps of the run that are done
+    progress: float = 0.0  # share of the steps of the run that are done, from 0 to below 1
+
+
 class HeadOutput(NamedTuple):
     """What a head gives for B images."""
 

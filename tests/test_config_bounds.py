@@ -38,7 +38,7 @@ OUT_OF_BOUNDS = {
     "SOLVER.WEIGHT_DECAY": [-0.1, *NOT_FINITE],
     "SOLVER.WEIGHT_DECAY_NORM": [-0.1, *NOT_FINITE],
     "SOLVER.EPOCHS": [0, -1],
-    "SOLVER.ITERS_PER_EPOCH": [0, -1],
+    "SOLVER.ITERS_PER_EPOCH": [-1],
     "SOLVER.SCHEDULE": ["cosin", "''"],
     "SOLVER.STEP_EPOCHS": [0, -1],
     "SOLVER.MILESTONES": [[-1], [10, -1]],
@@ -46,6 +46,8 @@ OUT_OF_BOUNDS = {
     "SOLVER.MIN_LR": [-0.1, *NOT_FINITE],
     "SOLVER.WARMUP_EPOCHS": [-1],
     "SOLVER.WARMUP_FACTOR": [-0.1, 1.1, *NOT_FINITE],
+    "SOLVER.WARMUP_BY": ["steps", "''"],
+    "SOLVER.FREEZE": [[""]],
     "SOLVER.AMP": ["fp16", "''"],
     "SOLVER.CLIP_NORM": [-1, *NOT_FINITE],
     "SOLVER.ACCUMULATE": [0, -1],
@@ -106,6 +108,7 @@ def test_a_switch_is_true_or_false(key):
         ("MODEL.DEVICE", "cuda:1", "cuda:1"),
         ("DATALOADER.WORKERS", "0", 0),
         ("SEED", "0", 0),
+        ("SOLVER.ITERS_PER_EPOCH", "0", 0),
     ],
 )
 def test_the_edges_are_accepted(key, text, value):
@@ -129,6 +132,13 @@ def test_a_near_word_is_named():
 def test_a_cosine_falls_from_the_first_rate_to_the_last(rates):
     with pytest.raises(ValueError, match=r"SOLVER\.MIN_LR is .* and SOLVER\.BASE_LR is .*cosine"):
         load_config(overrides=["SOLVER.SCHEDULE=cosine", *rates])
+
+
+def test_a_rise_by_steps_needs_their_number():
+    keys = ["SOLVER.ITERS_PER_EPOCH=0", "SOLVER.WARMUP_EPOCHS=2"]
+    with pytest.raises(ValueError, match=r"ITERS_PER_EPOCH is 0, .*WARMUP_EPOCHS 2\. Set WARMUP_BY to epoch"):
+        load_config(overrides=keys)
+    assert load_config(overrides=[*keys, "SOLVER.WARMUP_BY=epoch"]).SOLVER.WARMUP_EPOCHS == 2
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, 7, "nan"])

@@ -30,10 +30,14 @@ MAPS: dict[str, Registry] = {
     "HOOKS": registry.HOOK_REGISTRY,
     "INPUT.AUGMENTS": registry.AUGMENT_REGISTRY,
 }
-FREE = ("SOLVER.OPTIMIZER_ARGS", "PAPER")  # sections whose keys are not ours to check
+FREE = ("SOLVER.OPTIMIZER_ARGS", "SOLVER.RATE_FACTORS", "PAPER")  # sections whose keys are not ours to check
 OPTIONAL = ("MODEL.MEMORY", "DATASETS.TRAIN")  # components that `null` switches off
 USUAL = {"INPUT.AUGMENTS": "Augment"}  # maps whose entries need no NAME, and what it is then
-_SHARED: dict[str, Any] = {"WEIGHT": 1.0, "DECISIONS": []}  # keys of all components of a kind that reserves them
+_SHARED: dict[str, Any] = {
+    "WEIGHT": 1.0,
+    "START_EPOCH": 0,
+    "DECISIONS": [],
+}  # keys of all components of a kind that reserves them
 _OF_A_MODEL = ("MODEL", "INPUT.SIZE", "INPUT.MEAN", "INPUT.STD")
 
 

@@ -75,6 +75,10 @@ class TrainLoader:
         self.sampler.set_epoch(epoch, pseudo, train_set.cameras[: train_set.num_images])
         self._most = self.sampler.most_of_one(self._labels)
 
+    def __len__(self) -> int:
+        """Batches of the epoch that was planned last."""
+        return len(self.sampler)
+
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of this process, as they were planned.
 

@@ -22,7 +22,7 @@ class Sampler(ABC):
     """A batch sampler with a plan; a subclass says in `plan` how one is made.
 
     Args:
-        length: batches in an epoch.
+        length: batches in an epoch; 0 = as many as `one_pass` finds, anew in each epoch.
         seed: of the plans, from 0; global random state is neither read nor changed.
         rank: index of this process.
         world: number of processes.
@@ -43,6 +43,7 @@ class Sampler(ABC):
                 f"DATALOADER.SAMPLER.BATCH_SIZE {batch_size} is no multiple of {parts}processes ({numbers}{world})."
             )
         self.length = length
+        self.whole_passes = length == 0
         self.seed = seed
         self.batch_size = batch_size
         share = batch_size // world
@@ -59,6 +60,10 @@ class Sampler(ABC):
             cameras: (N,) int64 on the CPU, -1 unknown.
         """
 
+    def one_pass(self, pseudo: PseudoLabels) -> int:
+        """Whole batches that the clustered images fill, at least one."""
+        return max(1, int((pseudo.labels >= 0).sum()) // self.batch_size)
+
     def set_epoch(self, epoch: int, pseudo: PseudoLabels, cameras: Tensor) -> None:
         """Make the plan of an epoch.
 
@@ -70,6 +75,8 @@ class Sampler(ABC):
                 f"sampler: {len(pseudo.labels):,} labels and {len(cameras):,} cameras; one of each is needed for each "
                 f"image. Use -1 for unknown cameras."
             )
+        if self.whole_passes:
+            self.length = self.one_pass(pseudo)
         self._plan = self.plan(np.random.default_rng([self.seed, epoch]), pseudo.to("cpu"), cameras.cpu())
 
     def most_of_one(self, labels: Tensor) -> int:
@@ -222,6 +229,7 @@ class JointSampler(Sampler):
             raise InvalidValue(f"JointSampler: the samplers have {lengths} batches in an epoch; they must be equal.")
         self._parts = [*sources, target]
         self.length = len(target)
+        self.whole_passes = target.whole_passes
         self.seed = target.seed
         self.batch_size = sum(part.batch_size for part in self._parts)
         first = np.cumsum([0, *(part.batch_size for part in self._parts)]).tolist()
@@ -234,8 +242,14 @@ class JointSampler(Sampler):
             pseudo = PseudoLabels(local, torch.zeros(len(classes), 0))
             self._sources.append((members.numpy(), pseudo, train_set.cameras[members]))
 
+    def one_pass(self, pseudo: PseudoLabels) -> int:
+        """Those of the target; the sources give as many."""
+        return self._parts[-1].one_pass(pseudo)
+
     def plan(self, rng: np.random.Generator, pseudo: PseudoLabels, cameras: Tensor) -> np.ndarray:
         """See `Sampler.plan`; the parts draw from streams of their own, derived from the seed of the target."""
+        for part in self._parts:
+            part.length = self.length
         streams = rng.spawn(len(self._parts))
         plans = []
         for part, stream, (members, classes, seen) in zip(self._parts, streams, self._sources, strict=False):

@@ -23,12 +23,13 @@ from fastreid_uns.engine.hooks import (
     EvaluateHook,
     LogHook,
     MomentumEncoderHook,
+    ResetStateHook,
     ScheduleHook,
 )
 from fastreid_uns.engine.log import Writer, build_writers, setup_logging
 from fastreid_uns.engine.recluster import ReclusterHook
 from fastreid_uns.engine.run_folder import RunFolder
-from fastreid_uns.engine.solver import build_optimizer, build_schedule, precision
+from fastreid_uns.engine.solver import build_optimizer, build_schedule, freeze, precision
 from fastreid_uns.engine.trainer import Trainer
 from fastreid_uns.errors import UserError
 from fastreid_uns.evaluation.evaluator import Evaluator
@@ -72,6 +73,7 @@ class DefaultTrainer(Trainer):
         seed_everything(cfg.SEED, cfg.DETERMINISTIC)
         self.train_set = self.build_train_set(cfg, device)
         model = self.build_model(cfg, self.train_set.num_images).to(device)
+        freeze(cfg, model)
         if cfg.SOLVER.CHANNELS_LAST:
             model = model.to(memory_format=torch.channels_last)
         if cfg.SOLVER.COMPILE:
@@ -133,7 +135,7 @@ class DefaultTrainer(Trainer):
 
     @classmethod
     def build_lr_scheduler(cls, cfg: Any, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """The schedule of `SOLVER`, stepped after every optimiser step."""
+        """The schedule of `SOLVER`, stepped after every optimiser step, or epoch if `ITERS_PER_EPOCH` is 0."""
         return build_schedule(cfg, optimizer)
 
     @classmethod
@@ -179,7 +181,7 @@ class DefaultTrainer(Trainer):
                 measure=cfg.LOG.CLUSTER_QUALITY,
             ),
             AgreementHook(trainer.train_loader, parts=cfg.SOLVER.ACCUMULATE, pretrained=bool(cfg.MODEL.WEIGHTS)),
-            ScheduleHook(cls.build_lr_scheduler(cfg, trainer.optimizer)),
+            ScheduleHook(cls.build_lr_scheduler(cfg, trainer.optimizer), by_epoch=not cfg.SOLVER.ITERS_PER_EPOCH),
             evaluate,
             CheckpointHook(
                 trainer.folder,
@@ -191,6 +193,8 @@ class DefaultTrainer(Trainer):
             ),
             LogHook(cls.build_writers(cfg, trainer.folder), period=cfg.LOG.PERIOD_STEPS),
         ]
+        if cfg.SOLVER.RESET_STATE:
+            hooks.append(ResetStateHook())
         if cfg.MODEL.get("MOMENTUM_ENCODER"):
             hooks.append(MomentumEncoderHook(cfg.MODEL.ENCODER_MOMENTUM))
         for name, section in cfg.HOOKS.items():

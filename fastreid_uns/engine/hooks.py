@@ -28,17 +28,39 @@ from fastreid_uns.utils.seed import random_state, set_random_state
 logger = logging.getLogger(__name__)
 
 
+class ResetStateHook(HookBase):
+    """Makes the optimiser forget its moments at each clustering: labels of the epoch before have other numbers."""
+
+    order = 12
+
+    def before_epoch(self) -> None:
+        """Forget."""
+        self.trainer.optimizer.state.clear()
+
+
 class ScheduleHook(HookBase):
-    """Steps the learning rate after every optimiser step."""
+    """Steps the learning rate after every optimiser step.
+
+    Args:
+        schedule: a factor for each step, or for each epoch.
+        by_epoch: step after each epoch instead.
+    """
 
     order = 20
 
-    def __init__(self, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
+    def __init__(self, schedule: torch.optim.lr_scheduler.LRScheduler, *, by_epoch: bool = False) -> None:
         self.schedule = schedule
+        self.by_epoch = by_epoch
 
     def after_step(self) -> None:
         """Step."""
-        self.schedule.step()
+        if not self.by_epoch:
+            self.schedule.step()
+
+    def after_epoch(self) -> None:
+        """Step, if it is by epoch."""
+        if self.by_epoch:
+            self.schedule.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the schedule."""

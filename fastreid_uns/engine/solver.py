@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastreid_uns.engine.cpu_precision import faster_precision
-from fastreid_uns.errors import InvalidValue, UnknownName
+from fastreid_uns.errors import InvalidValue, UnknownName, shown
 from fastreid_uns.registry import did_you_mean
 from fastreid_uns.utils import comm
+
+logger = logging.getLogger(__name__)
 
 SCHEDULES = ("step", "milestones", "cosine", "constant")
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None}
@@ -23,16 +26,14 @@ PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None
 def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
     """The optimiser that `SOLVER` names, over all parameters that need a gradient.
 
-    Norm weights and biases (parameters with at most one dimension) decay by `WEIGHT_DECAY_NORM`.
+    Norm weights and biases (parameters with at most one dimension) decay by `WEIGHT_DECAY_NORM`. Parameters whose name
+    begins as a key of `RATE_FACTORS` have that factor on their rate.
 
     Raises:
-        KeyError: neither torch.optim nor timm knows the name.
+        KeyError: neither torch.optim nor timm knows the name; no parameter that trains has the name.
+        ValueError: a factor that is no positive number, or no parameter trains.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": cfg.SOLVER.WEIGHT_DECAY},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": cfg.SOLVER.WEIGHT_DECAY_NORM},
-    ]
+    groups = _groups(cfg.SOLVER, model)
     kind = _optimizer_class(cfg.SOLVER.OPTIMIZER)
     options = {"lr": cfg.SOLVER.BASE_LR, **cfg.SOLVER.OPTIMIZER_ARGS}
     accepted = inspect.signature(kind).parameters
@@ -44,7 +45,67 @@ def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
             )
     if "fused" in accepted:
         options.setdefault("fused", True)
-    return kind([group for group in groups if group["params"]], **options)
+    return kind(groups, **options)
+
+
+def _groups(solver: Any, model: nn.Module) -> list[dict[str, Any]]:
+    """The parameters that train, by factor on their rate and by decay, those of factor 1 first."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise InvalidValue("SOLVER.FREEZE leaves no parameter that trains. Take a name out of it.")
+    factors = _rate_factors(solver.RATE_FACTORS, named)
+    groups = []
+    for factor in sorted({1.0, *factors.values()}, key=lambda factor: (factor != 1.0, factor)):
+        own = [p for name, p in named.items() if factors.get(name, 1.0) == factor]
+        for params, decay in (
+            ([p for p in own if p.ndim > 1], solver.WEIGHT_DECAY),
+            ([p for p in own if p.ndim <= 1], solver.WEIGHT_DECAY_NORM),
+        ):
+            if params:
+                groups.append({"params": params, "lr": solver.BASE_LR * factor, "weight_decay": decay})
+    return groups
+
+
+def _rate_factors(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
+    """Name of a parameter → factor on its rate, of those for which `given` has one."""
+    factors: dict[str, float] = {}
+    for prefix in sorted(given, key=len):
+        factor, where = given[prefix], f"SOLVER.RATE_FACTORS: {prefix}"
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < float("inf"):
+            raise InvalidValue(f"{where} is {shown(factor)}; a number above 0 is accepted. SOLVER.FREEZE stands for 0.")
+        own = _named(prefix, names, "SOLVER.RATE_FACTORS")
+        factors |= dict.fromkeys(own, float(factor))
+        logger.info("%s: %d tensors with %s times the rate", where, len(own), factor)
+    return factors
+
+
+def freeze(cfg: Any, model: nn.Module) -> None:
+    """Parameters whose name begins as an entry of `SOLVER.FREEZE` get no gradient; a name ends at a full stop.
+
+    Their norm statistics still move, see `MODEL.FREEZE_NORM`.
+
+    Raises:
+        KeyError: no parameter has the name.
+    """
+    parameters = dict(model.named_parameters())
+    for prefix in cfg.SOLVER.FREEZE:
+        own = _named(prefix, parameters, "SOLVER.FREEZE")
+        for name in own:
+            parameters[name].requires_grad_(False)
+        logger.info("SOLVER.FREEZE: %s, %d tensors do not train", prefix, len(own))
+
+
+def _named(prefix: str, names: Iterable[str], key: str) -> list[str]:
+    """Names that are `prefix` or go on after it with a full stop; at least one."""
+    own = [name for name in names if name == prefix or name.startswith(f"{prefix}.")]
+    if own:
+        return own
+    known = {".".join(name.split(".")[:end]) for name in names for end in range(1, name.count(".") + 2)}
+    short = sorted(name for name in known if name.count(".") < 2)
+    raise UnknownName(
+        f"{key}: {prefix!r} begins the name of no parameter that trains{did_you_mean(prefix, sorted(known))} Names "
+        f"begin with {', '.join(short)}."
+    )
 
 
 def _optimizer_class(name: str) -> Any:
@@ -64,7 +125,7 @@ def _optimizer_class(name: str) -> Any:
 
 
 def build_schedule(cfg: Any, optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """The schedule of `SOLVER`, to be stepped after every optimiser step.
+    """The schedule of `SOLVER`, to be stepped after every optimiser step, or epoch if `ITERS_PER_EPOCH` is 0.
 
     Raises:
         ValueError: unknown `SOLVER.SCHEDULE`.
@@ -74,7 +135,7 @@ def build_schedule(cfg: Any, optimizer: torch.optim.Optimizer) -> LambdaLR:
 
 
 def learning_rate_factor(cfg: Any, step: int) -> float:
-    """Factor on `BASE_LR` at an optimiser step of the run: the warm-up times the schedule.
+    """Factor on `BASE_LR` at an optimiser step of the run (an epoch if `ITERS_PER_EPOCH` is 0): warm-up x schedule.
 
     Raises:
         ValueError: unknown `SOLVER.SCHEDULE`.
@@ -83,10 +144,11 @@ def learning_rate_factor(cfg: Any, step: int) -> float:
 
 
 def _factor(solver: Any, schedule: Callable[[float], float], step: int) -> float:
-    epoch = step / solver.ITERS_PER_EPOCH
+    epoch = step / (solver.ITERS_PER_EPOCH or 1)
     warm = 1.0
     if epoch < solver.WARMUP_EPOCHS:
-        warm = solver.WARMUP_FACTOR + (1.0 - solver.WARMUP_FACTOR) * epoch / solver.WARMUP_EPOCHS
+        risen = int(epoch) if solver.WARMUP_BY == "epoch" else epoch
+        warm = solver.WARMUP_FACTOR + (1.0 - solver.WARMUP_FACTOR) * risen / solver.WARMUP_EPOCHS
     return warm * schedule(epoch)
 
 

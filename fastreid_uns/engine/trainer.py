@@ -17,7 +17,7 @@ from fastreid_uns.hook import HookBase
 from fastreid_uns.modeling.losses import at_least_float32
 from fastreid_uns.modeling.memory import moved_once
 from fastreid_uns.modeling.meta_arch import MetaArch
-from fastreid_uns.structures import Batch
+from fastreid_uns.structures import Batch, Moment
 from fastreid_uns.utils import comm
 from fastreid_uns.utils.progress import progress
 
@@ -30,6 +30,9 @@ class BatchSource(Protocol):
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of one epoch."""
 
+    def __len__(self) -> int:
+        """Batches of the epoch that was planned last; asked for if the trainer has no number of its own."""
+
 
 class Trainer:
     """Trains a model for `epochs` x `iters_per_epoch` optimiser steps, calling its hooks in order.
@@ -39,7 +42,7 @@ class Trainer:
         train_loader: gives the batches of an epoch.
         optimizer: over the parameters of `model`.
         epochs: clustering rounds.
-        iters_per_epoch: batches that the loader gives in each.
+        iters_per_epoch: batches that the loader gives in each; 0 = as many as it plans.
         hooks: see `HookBase`.
         amp: dtype of mixed precision, None for float32; float16 brings a gradient scaler.
         clip: largest gradient norm, None for no clipping.
@@ -162,6 +165,7 @@ class Trainer:
                 self.metrics = {}
                 self._logged = {}
                 self.epoch_began = time.perf_counter()
+                self.model.moment = Moment(self.epoch, self.iter, self.epoch / self.epochs)
                 self._call("before_epoch")
                 with self.timed("train"):
                     self._train_epoch()
@@ -174,7 +178,10 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         self.model.train()
-        for batch in progress(self.train_loader.epoch(self.epoch), f"epoch {self.epoch}", self.iters_per_epoch):
+        steps = self.iters_per_epoch or len(self.train_loader)
+        for number, batch in enumerate(progress(self.train_loader.epoch(self.epoch), f"epoch {self.epoch}", steps)):
+            share = (self.epoch * steps + number) / (self.epochs * steps)
+            self.model.moment = Moment(self.epoch, self.iter, share)
             self.batch_size = len(batch.index)
             comm.report(self.iter, f"training of epoch {self.epoch}")
             self._call("before_step")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastreid_uns.errors import UnknownName
+from fastreid_uns.errors import InvalidValue, UnknownName
 from fastreid_uns.registry import LOSS_REGISTRY
+from fastreid_uns.structures import Moment
 from fastreid_uns.utils.comm import all_gather, all_gather_with_gradient
 
 
@@ -112,6 +114,13 @@ class LossSet(nn.Module):
 
     Args:
         losses: name in the log → (module, weight).
+        start_epochs: name → first epoch in which the loss counts, from 0; before, it is neither computed nor logged.
+
+    Attributes:
+        moment: where in the run this is; a loss may ask for its `epoch` and its `progress`, plain numbers.
+
+    Raises:
+        ValueError: an epoch below 0.
 
     Example:
         >>> losses = LossSet({"contrast": (CrossEntropyLoss(), 2.0)})
@@ -119,8 +128,17 @@ class LossSet(nn.Module):
         {'loss_contrast': tensor(1.3863)}
     """
 
-    def __init__(self, losses: Mapping[str, tuple[nn.Module, float]]) -> None:
+    def __init__(
+        self, losses: Mapping[str, tuple[nn.Module, float]], start_epochs: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__()
+        self.moment = Moment()
+        self.start_epochs = dict(start_epochs or {})
+        for name, epoch in self.start_epochs.items():
+            if epoch < 0:
+                raise InvalidValue(
+                    f"MODEL.LOSSES.{name}.START_EPOCH is {epoch}; 0 (from the start) or more is accepted. Change it."
+                )
         self.losses = nn.ModuleDict({name: loss for name, (loss, _) in losses.items()})
         self.weights = {name: weight for name, (_, weight) in losses.items()}
         self.input_names = {
@@ -137,14 +155,16 @@ class LossSet(nn.Module):
             KeyError: a loss asks for a tensor that the model does not have; the message lists those that it has.
         """
         outputs = {}
+        held: dict[str, Any] = {"epoch": self.moment.epoch, "progress": self.moment.progress, **inputs}
         for name, loss in self.losses.items():
-            missing = [key for key in self.input_names[name] if key not in inputs]
+            missing = [key for key in self.input_names[name] if key not in held]
             if missing:
                 raise UnknownName(
                     f"MODEL.LOSSES.{name}: {type(loss).__name__} asks for {', '.join(missing)}; this model has "
-                    f"{', '.join(inputs)}. Use another loss, or a MODEL.NAME that has it."
+                    f"{', '.join(held)}. Use another loss, or a MODEL.NAME that has it."
                 )
-            outputs[f"loss_{name}"] = self.weights[name] * loss(*(inputs[key] for key in self.input_names[name]))
+            if self.moment.epoch >= self.start_epochs.get(name, 0):
+                outputs[f"loss_{name}"] = self.weights[name] * loss(*(held[key] for key in self.input_names[name]))
         return outputs
 
 

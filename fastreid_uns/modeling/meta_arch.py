@@ -17,7 +17,7 @@ from fastreid_uns.modeling.momentum import check_buffer_policy, momentum_copy, u
 from fastreid_uns.modeling.norm import domain_batch_norm, freeze_norm_statistics, ghost_batch_norm
 from fastreid_uns.modeling.weights import load_weights
 from fastreid_uns.registry import BACKBONE_REGISTRY, LOSS_REGISTRY, MEMORY_REGISTRY, META_ARCH_REGISTRY
-from fastreid_uns.structures import Batch, FeatureBank, HeadOutput, PseudoLabels
+from fastreid_uns.structures import Batch, FeatureBank, HeadOutput, Moment, PseudoLabels
 from fastreid_uns.utils.transfer import to_device
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,15 @@ class MetaArch(nn.Module):
         self.encoder_momentum = encoder_momentum
         check_buffer_policy(momentum_buffers)
         self.momentum_buffers = momentum_buffers
+
+    @property
+    def moment(self) -> Moment:
+        """Where in the run this is; the trainer sets it before each clustering and before each step."""
+        return self.losses.moment
+
+    @moment.setter
+    def moment(self, moment: Moment) -> None:
+        self.losses.moment = moment
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Training outputs: keys that begin with `loss` are summed, the rest is logged."""
@@ -199,6 +208,7 @@ def build_model(cfg: Any, num_images: int) -> MetaArch:
     ghost_batch_norm(encoder, cfg.MODEL.GHOST_BATCH)
     memory = MEMORY_REGISTRY.build(cfg.MODEL.MEMORY, encoder.dim) if cfg.MODEL.MEMORY.NAME else None
     losses = LossSet(
-        {name: (LOSS_REGISTRY.build(section), section.WEIGHT) for name, section in cfg.MODEL.LOSSES.items()}
+        {name: (LOSS_REGISTRY.build(section), section.WEIGHT) for name, section in cfg.MODEL.LOSSES.items()},
+        {name: section.START_EPOCH for name, section in cfg.MODEL.LOSSES.items()},
     )
     return META_ARCH_REGISTRY.build(cfg.MODEL, encoder, memory, losses, num_images)

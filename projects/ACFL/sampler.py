@@ -30,6 +30,7 @@ class PartnerSampler(Sampler):
 
     def plan(self, rng: np.random.Generator, pseudo: PseudoLabels, cameras: Tensor) -> np.ndarray:
         """See `Sampler.plan`."""
+        self._first.length = self.length
         first = self._first.plan(rng, pseudo, cameras)
         labels, sizes = pseudo.labels.numpy(), pseudo.sizes.numpy()
         order = np.argsort(labels, kind="stable")

@@ -107,9 +107,9 @@ class AgreementSmoothingLoss(nn.Module):
         self.smoothing = smoothing
         self.first_epochs = first_epochs
 
-    def forward(self, part_logits: Tensor, agreement: Tensor, labels: Tensor, epoch: Tensor) -> Tensor:
-        """Scalar; part_logits (B,P,K), agreement (B,P), labels (B,), epoch () on the CPU, from 0."""
-        if int(epoch) < self.first_epochs:
+    def forward(self, part_logits: Tensor, agreement: Tensor, labels: Tensor, epoch: int) -> Tensor:
+        """Scalar; part_logits (B,P,K), agreement (B,P), labels (B,), epoch of the run, from 0."""
+        if epoch < self.first_epochs:
             return _part_cross_entropy(part_logits, labels, self.smoothing)
         log_prediction = at_least_float32(part_logits).log_softmax(2)
         at_label = labels[:, None, None].expand(-1, log_prediction.shape[1], 1)

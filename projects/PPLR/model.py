@@ -27,8 +27,7 @@ class PPLR(Baseline):
     """A classifier for the whole image and one for each part; what they are taught is for the losses to say.
 
     Beside what `Baseline` offers, losses are offered `logits` (B,K) and `part_logits` (B,P,K), products of the features
-    before unit length with the rows of the classifiers, `agreement` (B,P) of the latest clustering, and `epoch` (), an
-    int64 on the CPU, which counts clusterings from 0.
+    before unit length with the rows of the classifiers, and `agreement` (B,P) of the latest clustering.
 
     The classifiers have a fixed number of rows, of which the first K are in use: they are set to the unit means of the
     clusters after each clustering and then trained. Moments of the optimiser stay with their rows.
@@ -49,7 +48,6 @@ class PPLR(Baseline):
     """
 
     agreement: Tensor
-    clusterings: Tensor
 
     def __init__(
         self,
@@ -72,10 +70,8 @@ class PPLR(Baseline):
         self.camera_negatives = camera_negatives
         self.capacity = min(capacity, num_images)
         self.clusters = 0
-        self.epoch = torch.zeros((), dtype=torch.int64)
         self.classifiers = nn.Parameter(torch.zeros(1 + self.parts, self.capacity, encoder.dim))
         self.register_buffer("agreement", torch.zeros(num_images, self.parts))
-        self.register_buffer("clusterings", torch.zeros((), dtype=torch.int64))
         branches = 1 + self.parts if camera_weight else 0
         self.proxies = nn.ModuleList(CameraProxies(encoder.dim) for _ in range(branches))
 
@@ -106,8 +102,6 @@ class PPLR(Baseline):
         self.clusters = pseudo.num_clusters
         self.classifiers[:, : self.clusters] = rows
         self.agreement = pseudo.extras["agreement"].to(self.agreement.device)
-        self.epoch = self.clusterings.cpu()
-        self.clusterings = self.clusterings + 1
         for proxies, feats in zip(self.proxies, branches, strict=False):
             proxies.reset(feats, pseudo.labels, bank.cameras)  # type: ignore[operator]
         if self.proxies and len(self.proxies[0].labels.unique()) == len(self.proxies[0].labels):
@@ -133,8 +127,12 @@ class PPLR(Baseline):
         with torch.autocast(unnormalized.device.type, enabled=False):
             logits = torch.einsum("bpd,pkd->bpk", unnormalized, self.classifiers[:, : self.clusters])
         inputs |= {"logits": logits[:, 0], "part_logits": logits[:, 1:]}
-        inputs |= {"agreement": self.agreement[batch.index], "epoch": self.epoch}
+        inputs["agreement"] = self.agreement[batch.index]
         return inputs
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(f"{prefix}clusterings", None)  # of checkpoints that counted epochs themselves
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _camera_loss(self, inputs: dict[str, Tensor]) -> Tensor:
         """Contrast with the camera proxies: that of the whole image and the mean of those of the parts.

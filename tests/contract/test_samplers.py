@@ -15,11 +15,11 @@ CAMERAS = torch.randint(-1, 4, (150,), generator=generator)
 PSEUDO = PseudoLabels(LABELS, torch.zeros(9, 2), {"proxy": LABELS.clone()})
 
 
-def build(name: str, seed: int = 0, rank: int = 0, world: int = 1):
+def build(name: str, seed: int = 0, rank: int = 0, world: int = 1, length: int = LENGTH):
     keys = {"BATCH_SIZE": BATCH}
     if "num_instances" in SAMPLER_REGISTRY.schema(name):
         keys["NUM_INSTANCES"] = 4
-    return SAMPLER_REGISTRY.build({"NAME": name, **keys}, LENGTH, seed, rank, world)
+    return SAMPLER_REGISTRY.build({"NAME": name, **keys}, length, seed, rank, world)
 
 
 def plan(name: str, epoch: int = 0, **where) -> list[list[int]]:
@@ -32,6 +32,18 @@ def plan(name: str, epoch: int = 0, **where) -> list[list[int]]:
 def test_an_epoch_has_its_length_in_full_batches(name):
     assert len(build(name)) == LENGTH
     assert [len(batch) for batch in plan(name)] == [BATCH] * LENGTH
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_a_length_an_epoch_is_one_pass_over_its_clustered_images(name):
+    sampler = build(name, length=0)
+    labels = LABELS.clone()
+    for epoch, dropped in enumerate((0, 60)):
+        labels[:dropped] = -1
+        pseudo = PseudoLabels(labels, PSEUDO.centroids, PSEUDO.extras)
+        sampler.set_epoch(epoch, pseudo, CAMERAS)
+        assert len(sampler) == len(list(sampler)) == int((labels >= 0).sum()) // BATCH > 2
+    assert len(sampler) < len(plan(name, length=0))
 
 
 @pytest.mark.parametrize("name", NAMES)

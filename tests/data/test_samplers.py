@@ -204,6 +204,19 @@ def test_joint_batches_hold_each_source_and_then_the_target():
         assert all(TARGET.labels[a] == TARGET.labels[b] >= 0 for a, b in zip(target[::2], target[1::2], strict=True))
 
 
+def test_a_joint_pass_is_one_over_the_target():
+    """8 images of the target in a batch: 16 clustered ones give two batches, 8 one, and 2 one."""
+    sampler = joint(length=0)
+    sampler.set_epoch(0, TARGET, unknown(TARGET))
+    assert [len(batch) for batch in sampler] == [14, 14]
+    few = pseudo(*([0, 1] * 4 + [-1] * 12))
+    sampler.set_epoch(1, few, unknown(few))
+    assert len(sampler) == len(list(sampler)) == 1
+    none_full = pseudo(*([0, 1] + [-1] * 18))
+    sampler.set_epoch(2, none_full, unknown(none_full))
+    assert len(sampler) == 1
+
+
 def test_joint_slices_hold_a_share_of_each_part():
     whole, halves = joint(), [joint(rank, 2) for rank in range(2)]
     for sampler in (whole, *halves):

@@ -8,6 +8,7 @@ from fastreid_uns.config import load_config
 from fastreid_uns.engine.solver import (
     build_optimizer,
     build_schedule,
+    freeze,
     learning_rate_factor,
     precision,
 )
@@ -30,6 +31,21 @@ def test_milestones_by_hand():
 def test_warm_up_rises_linearly_to_the_base_rate():
     cfg = config("SOLVER.SCHEDULE=constant", "SOLVER.WARMUP_EPOCHS=2", "SOLVER.WARMUP_FACTOR=0.1")
     assert [learning_rate_factor(cfg, step) for step in (0, 10, 20)] == pytest.approx([0.1, 0.55, 1.0])
+
+
+def test_warm_up_by_epoch_is_constant_within_an_epoch():
+    cfg = config(
+        "SOLVER.SCHEDULE=constant", "SOLVER.WARMUP_EPOCHS=4", "SOLVER.WARMUP_FACTOR=0.2", "SOLVER.WARMUP_BY=epoch"
+    )
+    by_hand = {0: 0.2, 9: 0.2, 10: 0.4, 19: 0.4, 20: 0.6, 39: 0.8, 40: 1.0}
+    assert {step: learning_rate_factor(cfg, step) for step in by_hand} == pytest.approx(by_hand)
+
+
+def test_without_a_number_of_steps_the_schedule_counts_epochs():
+    warmup = ["SOLVER.WARMUP_EPOCHS=2", "SOLVER.WARMUP_FACTOR=0.5", "SOLVER.WARMUP_BY=epoch"]
+    cfg = load_config(overrides=["SOLVER.ITERS_PER_EPOCH=0", "SOLVER.STEP_EPOCHS=3", *warmup])
+    expected = [0.5, 0.75, 1, 0.1, 0.1, 0.1, 0.01]
+    assert [learning_rate_factor(cfg, epoch) for epoch in range(7)] == pytest.approx(expected)
 
 
 def test_cosine_falls_from_the_base_rate_after_warm_up_to_the_lowest():
@@ -59,6 +75,75 @@ def test_norm_weights_and_biases_have_a_decay_of_their_own_and_frozen_ones_are_l
     model[1].bias.requires_grad_(False)
     groups = build_optimizer(config("SOLVER.WEIGHT_DECAY_NORM=0.0"), model).param_groups
     assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 5e-4), (2, 0.0)]
+
+
+class Net(nn.Module):
+    """Two modules whose names begin alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.block1 = nn.Linear(2, 2)
+        self.block10 = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+
+
+def rates(cfg, model: nn.Module) -> dict[str, float]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = build_optimizer(cfg, model).param_groups
+    return {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+
+
+def test_frozen_parameters_are_left_out_and_told(caplog):
+    model = Net()
+    with caplog.at_level("INFO", logger="fastreid_uns"):
+        cfg = config("SOLVER.FREEZE=[block1, block10.0.weight]")
+        freeze(cfg, model)
+    assert "SOLVER.FREEZE: block1, 2 tensors do not train" in caplog.text
+    assert list(rates(cfg, model)) == ["block10.0.bias", "block10.1.weight", "block10.1.bias"]
+    assert [p.requires_grad for p in model.block1.parameters()] == [False, False]
+
+
+def test_the_longest_beginning_of_a_name_sets_the_factor_on_its_rate():
+    cfg = config(
+        "SOLVER.BASE_LR=0.5", "SOLVER.RATE_FACTORS={block10.1: 4, block10: 0.1}", "SOLVER.WEIGHT_DECAY_NORM=0.0"
+    )
+    model = Net()
+    expected = {"block1.weight": 0.5, "block1.bias": 0.5, "block10.0.weight": 0.05, "block10.0.bias": 0.05}
+    assert rates(cfg, model) == pytest.approx({**expected, "block10.1.weight": 2.0, "block10.1.bias": 2.0})
+    optimizer = build_optimizer(cfg, model)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [5e-4, 0.0, 5e-4, 0.0, 0.0]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5, 0.5, 0.05, 0.05, 2.0])
+    schedule = build_schedule(config("SOLVER.STEP_EPOCHS=1"), optimizer)
+    for _ in range(10):
+        optimizer.step()
+        schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.05, 0.005, 0.005, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (
+            "FREEZE=[block1x]",
+            KeyError,
+            r"FREEZE: 'block1x' begins the name of no parameter that .*; did you mean block1",
+        ),
+        ("FREEZE=[block]", KeyError, r"Names begin with block1, block1\.bias, .*block10\.1"),
+        ("FREEZE=[block1, block10]", ValueError, "SOLVER.FREEZE leaves no parameter that trains"),
+        ("RATE_FACTORS={head: 2.0}", KeyError, "SOLVER.RATE_FACTORS: 'head' begins the name of no parameter"),
+        ("RATE_FACTORS={block1: 0}", ValueError, r"RATE_FACTORS: block1 is 0; a number above 0 .*SOLVER\.FREEZE"),
+        ("RATE_FACTORS={block1: fast}", ValueError, "block1 is 'fast'; a number above 0"),
+        ("RATE_FACTORS={block1: .inf}", ValueError, "inf"),
+    ],
+)
+def test_wrong_names_and_factors(change, kind, message):
+    model, cfg = Net(), config(f"SOLVER.{change}")
+
+    def prepare() -> None:
+        freeze(cfg, model)
+        build_optimizer(cfg, model)
+
+    with pytest.raises(kind, match=message):
+        prepare()
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "lars"])

@@ -70,6 +70,49 @@ def test_hooks_run_by_order_and_within_it_as_they_were_added():
     assert seen[-1] == ("later", "after_train")
 
 
+class MomentHook(HookBase):
+    """Notes what the model is told."""
+
+    def __init__(self):
+        self.seen: list = []
+
+    def before_epoch(self):
+        self.seen.append(("epoch", *self.trainer.model.moment))
+
+    def before_step(self):
+        self.seen.append(("step", *self.trainer.model.moment))
+
+
+def test_the_model_is_told_the_moment_before_each_clustering_and_each_step():
+    hook = MomentHook()
+    make(FixedLoader(steps=2), epochs=2, hooks=[hook]).train()
+    assert hook.seen == [
+        ("epoch", 0, 0, 0.0),
+        ("step", 0, 0, 0.0),
+        ("step", 0, 1, 0.25),
+        ("epoch", 1, 2, 0.5),
+        ("step", 1, 2, 0.5),
+        ("step", 1, 3, 0.75),
+    ]
+
+
+def test_epochs_of_different_lengths_share_the_run_evenly():
+    class Growing(FixedLoader):
+        def __len__(self):
+            return self.steps
+
+        def epoch(self, epoch):
+            yield from super().epoch(epoch)
+            self.steps = 4
+
+    hook, trainer = MomentHook(), make(FixedLoader(1))
+    trainer.train_loader, trainer.iters_per_epoch = Growing(steps=2), 0
+    trainer.add_hook(hook)
+    trainer.train()
+    steps = [(entry[2], entry[3]) for entry in hook.seen if entry[0] == "step"]
+    assert steps == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.625), (4, 0.75), (5, 0.875)]
+
+
 def test_two_hooks_of_one_name_are_refused():
     with pytest.raises(ValueError, match="two hooks are named twin"):
         make(hooks=[Recorder(1, [], "twin"), Recorder(2, [], "twin")])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from fastreid_uns.modeling.losses import (
     CrossEntropyLoss,
@@ -12,6 +13,7 @@ from fastreid_uns.modeling.losses import (
     SoftCrossEntropyLoss,
     SoftTripletLoss,
 )
+from fastreid_uns.structures import Moment
 
 
 def test_cross_entropy_with_smoothing_by_hand():
@@ -75,10 +77,41 @@ def test_loss_set_weights_names_and_feeds_by_name():
     assert outputs["loss_b"].item() == 0
 
 
+def test_a_loss_counts_from_its_first_epoch_on():
+    losses = LossSet({"a": (CrossEntropyLoss(), 2.0), "late": (CrossEntropyLoss(), 3.0)}, {"late": 2})
+    offer = {"logits": torch.zeros(2, 4), "labels": torch.tensor([0, 1])}
+    for epoch in range(4):
+        losses.moment = Moment(epoch=epoch)
+        expected = {"loss_a": 2 * math.log(4)} | ({"loss_late": 3 * math.log(4)} if epoch >= 2 else {})
+        assert {name: value.item() for name, value in losses(offer).items()} == pytest.approx(expected)
+
+
+def test_what_a_late_loss_lacks_is_told_from_the_start():
+    with pytest.raises(KeyError, match=r"MODEL\.LOSSES\.late: CrossEntropyLoss asks for logits, labels"):
+        LossSet({"late": (CrossEntropyLoss(), 1.0)}, {"late": 2})({"feats": torch.eye(2)})
+    with pytest.raises(ValueError, match=r"MODEL\.LOSSES\.late\.START_EPOCH is -1; 0 \(from the start\) or more"):
+        LossSet({"late": (CrossEntropyLoss(), 1.0)}, {"late": -1})
+
+
+class Told(nn.Module):
+    """What a loss is told of the moment."""
+
+    def forward(self, epoch: int, progress: float) -> torch.Tensor:
+        return torch.tensor(10 * epoch + progress)
+
+
+def test_a_loss_may_ask_for_the_moment_and_the_model_may_answer():
+    losses = LossSet({"a": (Told(), 1.0)})
+    losses.moment = Moment(epoch=3, step=70, progress=0.25)
+    assert losses({})["loss_a"].item() == 30.25
+    assert losses({"epoch": 1})["loss_a"].item() == 10.25
+
+
 def test_a_loss_whose_input_the_model_lacks():
     losses = LossSet({"a": (CrossEntropyLoss(), 1.0)})
     with pytest.raises(
-        KeyError, match=r"MODEL\.LOSSES\.a: CrossEntropyLoss asks for logits; this model has feats, labels"
+        KeyError,
+        match=r"MODEL\.LOSSES\.a: CrossEntropyLoss asks for logits; this model has epoch, progress, feats, labels",
     ):
         losses({"feats": torch.eye(2), "labels": torch.tensor([0, 1])})
 
