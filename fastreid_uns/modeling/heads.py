@@ -69,7 +69,7 @@ class Pool(nn.Module):
 class Embedding(nn.Module):
     """Linear projection (if `dim` is positive), then the neck; the result is not yet of unit length.
 
-    The neck `bnneck` is a batch norm whose weight starts at 1 and whose bias stays 0.
+    The neck `bnneck` is a batch norm whose weight starts at 1 and whose bias stays 0. `bias` is that of the projection.
 
     Raises:
         ValueError: unknown neck, or `dim` is negative.
@@ -77,7 +77,7 @@ class Embedding(nn.Module):
     Source: Luo et al. 2019 (Bag of Tricks), section 3.5.
     """
 
-    def __init__(self, in_channels: int, dim: int, neck: str) -> None:
+    def __init__(self, in_channels: int, dim: int, neck: str, *, bias: bool = True) -> None:
         super().__init__()
         _check("NECK", neck, NECKS)
         if dim < 0:
@@ -85,9 +85,10 @@ class Embedding(nn.Module):
         self.dim = dim or in_channels
         self.project: nn.Module = nn.Identity()
         if dim:
-            linear = nn.Linear(in_channels, dim)
+            linear = nn.Linear(in_channels, dim, bias=bias)
             nn.init.kaiming_normal_(linear.weight, mode="fan_out")
-            nn.init.zeros_(linear.bias)
+            if bias:
+                nn.init.zeros_(linear.bias)
             self.project = linear
         self.neck: nn.Module = nn.Identity()
         if neck == "bnneck":

@@ -16,7 +16,10 @@ from fastreid_uns.modeling.positions import Grid, recorded_grid
 COUNTER = "num_batches_tracked"  # absent from old files, and without effect on the features
 _CONTAINERS = ("model", "state_dict", "model_state_dict", "teacher", "student", "net", "network", "weights", "params")
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")  # of DataParallel, torch.compile, Lightning, ours
-_CLASSIFIER = r"((backbone|base|encoder_q)\.)?(fc|classifier|head(?!\.(embed|pool|part_))|_fc)\."
+_CLASSIFIER = r"((backbone|base|encoder_q)\.)?(fc|classifier(_proj)?|head(?!\.(embed|pool|part_|projected))|_fc)\."
+_TEXT = (
+    r"transformer\.resblocks|token_embedding|positional_embedding|ln_final|text\w*|logit_(scale|bias)|prompt_learner"
+)
 _PASSED_OVER = {  # what is of no use to an encoder, by the beginning of its name, and why
     _CLASSIFIER: "classifier, or linear layer before one; MODEL.HEAD replaces it",
     r"heads\.(weight|classifier|cls_layer)": "classifier; MODEL.HEAD replaces it",
@@ -24,6 +27,8 @@ _PASSED_OVER = {  # what is of no use to an encoder, by the beginning of its nam
     r"pixel_(mean|std)": "normalisation of the pixels; INPUT.MEAN and INPUT.STD give it",
     r"(encoder|teacher)\.(backbone|head)\.": "the other one of encoder and momentum encoder",
     r"(memory|losses)\.": "of the training, not of the encoder",
+    rf"({_TEXT})(\.|$)": "of the text branch",
+    r"(visual\.|image_encoder\.)?proj$": "projection into the space of texts, which this head has not",
 }
 
 Rename = Callable[[str], str | None]
@@ -83,6 +88,8 @@ def named_weights(state: State, source: str) -> NamedWeights:
             new = encoder_name(new)
             named.tensors[new] = value
             named.origin[new] = [plain[short]]
+    if family == _CLIP:
+        _shape_as_timm(named)
     if "backbone.part_token1" in named.tensors:
         _join_part_tokens(named, source)
     return named
@@ -135,6 +142,17 @@ def _join_part_tokens(named: NamedWeights, source: str) -> None:
         joined = torch.cat([named.tensors.pop(name) for name in names], dim=1)
         named.origin[f"backbone.{whole}"] = [old for name in names for old in named.origin.pop(name)]
         named.tensors[f"backbone.{whole}"] = joined
+
+
+def _shape_as_timm(named: NamedWeights) -> None:
+    """CLIP's own files keep class token and positions without a leading dimension, and the projection transposed."""
+    for name, dims in (("backbone.cls_token", 1), ("backbone.pos_embed", 2)):
+        value = named.tensors.get(name)
+        if value is not None and value.dim() == dims:
+            named.tensors[name] = value.reshape(1, -1, value.shape[-1])
+    projection = named.tensors.get(_PROJECTION)
+    if projection is not None and projection.dim() == 2:
+        named.tensors[_PROJECTION] = projection.T
 
 
 def _prefixes(table: Mapping[str, str]) -> Callable[[State], Rename]:
@@ -209,10 +227,48 @@ def _transreid(body: str) -> Callable[[State], Rename]:
     return make
 
 
+_CLIP = "CLIP"
+_PROJECTION = "head.projected.project.weight"  # of a head that has the class token and its projection side by side
+_CLIP_NECKS = {"bottleneck.": "head.embed.neck.", "bottleneck_proj.": "head.projected.neck."}  # of PCL-CLIP
+_CLIP_NAMES = {
+    "class_embedding": "backbone.cls_token",
+    "positional_embedding": "backbone.pos_embed",
+    "conv1.": "backbone.patch_embed.proj.",
+    "ln_pre.": "backbone.norm_pre.",
+    "ln_post.": "backbone.norm.",
+    "proj": _PROJECTION,
+}
+_CLIP_BLOCK = {
+    "ln_1.": "norm1.",
+    "ln_2.": "norm2.",
+    "attn.in_proj_": "attn.qkv.",
+    "attn.out_proj.": "attn.proj.",
+    "mlp.c_fc.": "mlp.fc1.",
+    "mlp.c_proj.": "mlp.fc2.",
+}
+
+
+def _clip(state: State) -> Rename:
+    """The image encoder of OpenAI or open_clip: in a whole CLIP (`visual.`), PCL-CLIP (`image_encoder.`) or alone."""
+    branch = next((part for part in ("visual.", "image_encoder.") if any(key.startswith(part) for key in state)), "")
+    numbers = {found[1] for key in state if (found := re.match(rf"{branch}transformer\.resblocks\.(\d+)\.", key))}
+    table = {f"{branch}{old}": new for old, new in _CLIP_NAMES.items()}
+    for number in numbers:
+        old, new = f"{branch}transformer.resblocks.{number}.", f"backbone.blocks.{number}."
+        table |= {f"{old}{name}": f"{new}{timm}" for name, timm in _CLIP_BLOCK.items()}
+    return _prefixes({**_CLIP_NECKS, **table})(state)
+
+
+def _clip_of_timm(state: State) -> Rename:
+    return _prefixes({**_CLIP_NECKS, "head.weight": _PROJECTION, "": "backbone."})(state)
+
+
 _OURS = {"backbone.": "backbone.", "head.": "head."}
 _FAMILIES: list[tuple[str, Callable[[str], Any], Callable[[State], Rename]]] = [
     ("fastreid_uns checkpoint", re.compile(r"(encoder|teacher)\.backbone\.").match, _ours),
     ("fastreid_uns", re.compile(r"head\.(embed|pool|part)").match, _prefixes(_OURS)),
+    (_CLIP, re.compile(r"((visual|image_encoder)\.)?(class_embedding$|transformer\.resblocks\.)").match, _clip),
+    ("CLIP of timm", re.compile(r"norm_pre\.").match, _clip_of_timm),
     ("MoCo", re.compile(r"encoder_q\.").match, _prefixes({"encoder_q.": "backbone."})),
     ("fast-reid", re.compile(r"heads\.(bottleneck|bnneck|pool_layer)\.").match, _fastreid),
     ("DINO", re.compile(r"backbone\.").match, _prefixes({"backbone.": "backbone."})),
