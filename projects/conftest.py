@@ -59,6 +59,11 @@ def seeded_tensors(names: Sequence[str], seed: int) -> dict[str, Tensor]:
     return tensors
 
 
+@pytest.fixture(name="seeded_tensors")
+def seeded_tensors_for_tests() -> Callable[[Sequence[str], int], dict[str, Tensor]]:
+    return seeded_tensors
+
+
 @pytest.fixture
 def read_golden(request) -> Callable[[str], tuple[dict[str, Any], dict[str, Tensor], Tensor]]:
     """Reads a file beside the test: its content, the weights of `in_keys`, and the normalised images that went in."""
