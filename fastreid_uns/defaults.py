@@ -90,6 +90,7 @@ DEFAULTS: dict[str, Any] = {
         "PERIOD": 10,  # epochs; 0 = only after training
         "BATCH_SIZE": 256,
         "RERANK": "none",  # jaccard or camera_jaccard: score a second, re-ranked list as well
+        "DOMAINS": {},  # test set → one of DATASETS.SOURCES whose MODEL.DOMAIN_BN layers it is measured with
         "PATIENCE": 0,  # evaluations without a better mAP after which training stops; 0 = never
     },
     "DISTRIBUTED": {

@@ -246,7 +246,7 @@ def _load_run(path: str | Path, trust: bool, plugins: Sequence[str]) -> tuple[di
     content = read_published(Path(file)) if published else load_checkpoint(file)
     name, own_weights = Path(file).name, ["MODEL.WEIGHTS="]
     cfg = parse_config(content["config"], name, own_weights, trust=trust, plugins=plugins, model_only=True)
-    model = build_model(cfg, content["num_images"])
+    model = build_model(cfg, content.get("num_images", 1))
     load_model(model.deploy if published else model, content, file)
     return content, cfg, model.eval()
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.utils.transfer import to_device
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, device
-
-    from fastreid_uns.pseudo_labels.constraints import Constraints
 
 PROTOCOLS = ("cross_camera", "plain", "one_per_identity")
 
@@ -100,6 +99,16 @@ class HeadOutput(NamedTuple):
     unnormalized_parts: Tensor | None = None  # (B,P,D)
 
 
+class PairAnswers(Protocol):
+    """What people have answered about pairs of the N images; `pseudo_labels.constraints.Constraints` is the one."""
+
+    def apart(self) -> np.ndarray:
+        """(P, 2) int64, all pairs of images that must stay apart, each in both orders."""
+
+    def apply(self, labels: Tensor, feats: Tensor) -> Tensor:
+        """(N,) labels that keep to the answers, made from those of any clustering; `feats` (N, D) unit length."""
+
+
 @dataclass
 class FeatureBank:
     """What a pseudo-label generator may see of the N unlabelled training images: no path, no identity.
@@ -112,7 +121,7 @@ class FeatureBank:
     extras: dict[str, Tensor] = field(default_factory=dict)  # further outputs of extract(), (N, ...)
     source_feats: Tensor | None = None  # (S,D) unit length, float32
     source_labels: Tensor | None = None  # (S,) int64, classes 0..C-1
-    constraints: Constraints | None = None  # answers about pairs of the N images
+    constraints: PairAnswers | None = None
 
 
 @dataclass

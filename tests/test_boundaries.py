@@ -30,7 +30,9 @@ LAYERS = (
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 
-PAPER = re.compile(r"(?<![A-Za-z])(?:ACFL|ASCL|ICE|ICL|PPLR|SpCL|TMP|(?:acfl|ascl|ice|icl|pplr|spcl)(?![a-z]))")
+PAPER = re.compile(
+    r"(?<![A-Za-z])(?:ACFL|ASCL|ICE|ICL|ISE|MMT|NCPLR|PPLR|SpCL|TMP|(?:acfl|ascl|ice|icl|ise|mmt|ncplr|pplr|spcl)(?![a-z]))"
+)
 
 
 def name_of(path: Path) -> str:

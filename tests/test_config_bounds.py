@@ -54,7 +54,7 @@ OUT_OF_BOUNDS = {
     "CHECKPOINT.PERIOD": [-1],
     "CHECKPOINT.KEEP": [0, -1],
     "LOG.PERIOD_STEPS": [-1],
-    "LOG.WRITERS": [["paper"], ["text", ""]],
+    "LOG.WRITERS": [["paper"], ["text", ""], ["json", "json"]],
     "DISTRIBUTED.TIMEOUT_MINUTES": [0, -1, 20_000, *NOT_FINITE],
     "TEST.PERIOD": [-1],
     "TEST.BATCH_SIZE": [0, -1],

@@ -120,11 +120,11 @@ def made_files(file: Path) -> set[str]:
 def test_commands_parse(file, monkeypatch):
     made = made_files(file)
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    extras = re.findall(r'^        "(\w+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    extras = re.findall(r'^        "([\w-]+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE)
     for words in shell_lines(file):
         if words[0] == "make":
             assert set(words[1:]) <= set(targets), f"no such target: {words}"
-        for named in re.findall(r"\.\[([\w,]+)\]", " ".join(words)):
+        for named in re.findall(r"\.\[([\w,-]+)\]", " ".join(words)):
             assert set(named.split(",")) <= set(extras), f"no such extra: {words}"
         options = parse_line(words, monkeypatch)
         for config in [getattr(options, "config_file", None), *getattr(options, "configs", [])]:

@@ -38,13 +38,14 @@ def run(recipe: list[str], resume: bool = False) -> DefaultTrainer:
     return trainer
 
 
-def record(folder) -> tuple[list[dict], dict, dict]:
-    """Metrics without times, the newest checkpoint's and the best one's weights."""
+def record(folder) -> tuple[tuple[list[dict], list[str]], dict, dict]:
+    """Metrics without times and names of the checkpoints, the newest one's weights and the best one's."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
     last = checkpoint.load_checkpoint(checkpoint.last_checkpoint(folder))
     best = checkpoint.load_checkpoint(folder / checkpoint.BEST)
-    return lines, last["model"], {**best["model"], "epochs": torch.tensor(best["epochs_done"])}
+    names = sorted(file.name for file in folder.glob("*.pth"))
+    return (lines, names), last["model"], {**best["model"], "epochs": torch.tensor(best["epochs_done"])}
 
 
 def assert_equal_records(one, two) -> None:
@@ -106,7 +107,7 @@ def test_a_run_killed_at_any_line_of_its_record_goes_on_as_if_it_had_not(recipe,
     assert_equal_records(record(run(recipe, resume=True).folder), expected)
 
 
-@pytest.mark.parametrize("damage", ["half a line", "no file", "best gone", "pointer gone"])
+@pytest.mark.parametrize("damage", ["half a line", "no file", "best gone", "pointer gone", "an old one left"])
 def test_what_a_finished_run_has_lost_comes_back(recipe, straight, damage, caplog):
     expected = straight(recipe)
     folder = run(recipe).folder
@@ -115,6 +116,8 @@ def test_what_a_finished_run_has_lost_comes_back(recipe, straight, damage, caplo
         metrics.write_bytes(metrics.read_bytes()[:-30])
     elif damage == "no file":
         metrics.unlink()
+    elif damage == "an old one left":
+        (folder / "checkpoint_0001.pth").write_bytes((folder / "checkpoint_0003.pth").read_bytes())
     elif damage == "pointer gone":
         (folder / "last").unlink()
     elif checkpoint.load_checkpoint(folder / "best.pth")["epochs_done"] == EPOCHS:

@@ -10,13 +10,16 @@ from fastreid_uns.commands import finished
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of `add`."""
     parser = argparse.ArgumentParser(prog="fastreid-uns add", description=__doc__)
     parser.add_argument("output", type=Path, metavar="OUT", help="folder that `group` wrote")
     parser.add_argument("photos", type=Path, metavar="MORE_PHOTOS", help="folder of further photos")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     return parser.parse_args(arguments)
 
 
 def run(given: argparse.Namespace) -> None:
+    """Add the photos and print what became of them."""
     from fastreid_uns.commands.group import summary
     from fastreid_uns.commands.terminal import Terminal
     from fastreid_uns.photos.addition import add_photos
@@ -24,7 +27,7 @@ def run(given: argparse.Namespace) -> None:
     from fastreid_uns.photos.teller import plural
 
     folder = PhotoRun(given.output)
-    done = add_photos(folder, given.photos, Terminal())
+    done = add_photos(folder, given.photos, Terminal(), device=given.device)
     print(
         f"\n{plural(done.photos, 'photo')} added: {done.joined:,} to {plural(done.groups, 'known group')}, "
         f"{done.photos - done.joined:,} to {plural(done.founded, 'new group')}"

@@ -32,6 +32,7 @@ SHOWN = 12  # lines of a listing that may be long and holds no fault
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of `check`."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="Exit status: 0 = sound, 1 = some image is missing or unreadable, 2 = the set cannot be loaded.",
@@ -89,6 +90,7 @@ def show_layout(data: ReIDData) -> None:
 
 
 def show_counts(data: ReIDData, name: str, given: dict[str, object]) -> None:
+    """Images, identities and cameras of each split, beside what was published."""
     found, known = count(data), known_counts(DATASET_REGISTRY.get(name), **given)
     wanted = splits(known) if known else [(split, (None, None)) for split in SPLITS]
     rows = [
@@ -99,6 +101,7 @@ def show_counts(data: ReIDData, name: str, given: dict[str, object]) -> None:
 
 
 def show_cameras(data: ReIDData) -> None:
+    """Images of each camera in each split, and how many identities it has seen."""
     by_split = [Counter(record.camera for record in part) for part in data[:3]]
     people: dict[int, set[int]] = defaultdict(set)
     for camera, identity in ((r.camera, r.identity) for part in data[:3] for r in part if r.identity >= 0):

@@ -1,8 +1,9 @@
-"""Train configs over seeds and print the table: methods, their ablations, the untrained network and true labels.
+"""Train configs over seeds and print tables: methods, their baselines, the untrained network and true labels.
 
-One JSON line is appended for each finished run; runs that are in the file are not done again. Without names
-of configs: the two real sets, with the method of the core and with every project and its ablation. `--into` also puts
-the rows of a project, next to those of the core, into the README of the project.
+`--studies` does what a file of studies says: tune every row on validation identities with the same budget, then measure
+it with all seeds on the test part. Otherwise the configs that are named run as they are. One JSON line is appended for
+each run; runs that are in the file are not done again. `--into` also puts the rows of a project, next to those of the
+core, into the README of the project.
 """
 
 from __future__ import annotations
@@ -11,58 +12,59 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 from fastreid_uns.commands import finished
 from fastreid_uns.errors import InvalidValue
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, whose READMEs hold the tables
 
-SETS = ("omniglot", "grocery")
 BEGIN, END = "<!-- written by tools/compare.py -->\n", "<!-- end -->\n"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of `compare`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("configs", nargs="*", help="YAML files, relative to the checkout")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--studies", nargs="*", metavar="NAME", help="instead of configs: these studies; none = all")
+    parser.add_argument("--study-file", type=Path, default=ROOT / "projects/studies.yaml")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of configs")
     parser.add_argument(
         "--kinds",
         nargs="+",
         choices=("untrained", "unsupervised", "supervised"),
-        help="default: all for the core, unsupervised for a project",
+        help="of configs; default: all for the core, unsupervised for a project",
     )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys changed in every run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out among them")
     parser.add_argument("--hold-out", type=float, default=0.0, help="fraction of the training identities to score on")
     parser.add_argument("--output", type=Path, default=Path("output/compare"), help="folder of the runs")
     parser.add_argument("--results", type=Path, help="file of the finished runs (OUTPUT/runs.jsonl)")
-    parser.add_argument("--into", type=Path, help="Markdown file whose marked part becomes the table")
+    parser.add_argument("--tables", type=Path, help="folder for the tables as Markdown, CSV and LaTeX")
+    parser.add_argument("--into", type=Path, help="Markdown file whose marked part becomes the tables")
     parser.add_argument("--table-only", action="store_true", help="train nothing")
-    return parser.parse_args(arguments)
-
-
-def default_configs() -> list[str]:
-    """The real sets: with the core's method, then with each project, and its baseline."""
-    files = [ROOT / f"configs/{name}.yaml" for name in SETS]
-    for project in sorted(path.parent for path in ROOT.glob("projects/*/configs")):
-        files += [project / f"configs/{name}{ending}.yaml" for name in SETS for ending in ("", "_baseline")]
-    return [str(file.relative_to(ROOT)) for file in files if file.is_file()]
+    options = parser.parse_args(arguments)
+    if not options.configs and options.studies is None:
+        parser.error("name configs, or --studies")
+    return options
 
 
 def write_reports(file: Path, records: Sequence[dict]) -> None:
     """Write the report into a Markdown file, and into the README of each project its part."""
-    from fastreid_uns.experiments import of_one_project, of_project, report
+    from fastreid_uns.experiments.runs import of_project
+    from fastreid_uns.experiments.tables import report
 
     write_between_marks(file, report(records))
     for project in sorted({Path(r["config"]).parts[1] for r in records if of_project(r["config"])}):
-        write_between_marks(ROOT / f"projects/{project}/README.md", report(of_one_project(records, project)))
+        write_between_marks(ROOT / f"projects/{project}/README.md", report(records, project))
 
 
 def write_between_marks(file: Path, text: str, begin: str = BEGIN) -> None:
-    """Replace what stands between the two marks of a Markdown file.
+    """Replace what is between the two marks of a Markdown file.
 
     Raises:
         ValueError: the file lacks a mark.
@@ -82,29 +84,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_all(options: argparse.Namespace) -> int:
     """1 if a run failed, else 0."""
-    from fastreid_uns.experiments import attempt, planned, table
+    from fastreid_uns.experiments.tables import report, write_tables
 
+    until = time.monotonic() + 60 * options.minutes
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.results or options.output / "runs.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    done = {(r["config"], r["kind"], r["seed"], tuple(r["overrides"]), r["hold_out"]) for r in records}
-    plan = planned(options.configs or default_configs(), options.seeds, options.kinds)
-    runs = [run for run in plan if (*run, tuple(options.set), options.hold_out) not in done]
-    failed = 0
-    if runs and not options.table_only:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
-        os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
-        jobs = [(*run, options.set, options.hold_out, options.output) for run in runs]
-        with ThreadPoolExecutor(options.jobs) as pool:
-            for record in (future.result() for future in as_completed([pool.submit(attempt, job) for job in jobs])):
-                if isinstance(record, str):
-                    failed += 1
-                    print(record, file=sys.stderr)
-                    continue
-                records.append(record)
-                with file.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps(record) + "\n")
-    print(table(records))
+    failed = 0 if options.table_only else _run_missing(options, records, file, until)
+    print(report(records))
+    if options.tables:
+        write_tables(options.tables, records)
     if options.into:
         write_reports(options.into, records)
     return 1 if failed else 0
+
+
+def _run_missing(options: argparse.Namespace, records: list[dict], file: Path, until: float) -> int:
+    """Run what has no record yet, append the new ones to the list and to the file; how many failed."""
+    from fastreid_uns.experiments.workers import completed
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
+    os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+    agenda = _agenda(options, records)
+    failed = 0
+    for record in completed(agenda.following, options.output, options.jobs, until):
+        agenda.add(record)
+        print(_line(record), file=sys.stderr if "error" in record else sys.stdout, flush=True)
+        failed += "error" in record
+        if "results" in record or (record["study"] and record["hold_out"] and not record.get("lost")):
+            records.append(record)
+            with file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(record) + "\n")
+    return failed
+
+
+def _agenda(options: argparse.Namespace, records: Sequence[dict]) -> Any:
+    from fastreid_uns.experiments.agenda import Listed, Studied
+    from fastreid_uns.experiments.runs import planned
+    from fastreid_uns.experiments.study import read_studies
+
+    if options.studies is not None:
+        return Studied(read_studies(options.study_file, options.studies), records)
+    jobs = planned(options.configs, options.seeds, options.kinds)
+    return Listed([job._replace(overrides=tuple(options.set), hold_out=options.hold_out) for job in jobs], records)
+
+
+def _line(record: dict) -> str:
+    run = record["row"] or record["config"], record["kind"], record["seed"]
+    if "error" in record:
+        return f"failed: {run}: {record['error']}"
+    metrics = next(iter(record["results"].values()))
+    return f"{record['study']} {run} {'validation ' if record['hold_out'] else ''}mAP {metrics['mAP']:.2f}"

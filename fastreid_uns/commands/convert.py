@@ -11,6 +11,7 @@ from fastreid_uns.errors import InvalidValue
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of `convert`."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="example: fastreid-uns convert lup_moco_r50.pth r50.safetensors MODEL.BACKBONE.MODEL resnet50",
@@ -24,10 +25,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """See `commands.main`."""
     return finished(run, parse_arguments(arguments))
 
 
 def run(args: argparse.Namespace) -> None:
+    """Write the weights under the names of an `Encoder`, and print what the file had.
+
+    Raises:
+        InvalidValue: the output has another suffix.
+        UserError: the weights cannot be read, or too few of them fit.
+    """
     if args.output.suffix not in (".safetensors", ".pth"):
         raise InvalidValue(f"{args.output}: files end in .safetensors or .pth. Rename the output.")
 

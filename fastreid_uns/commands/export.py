@@ -50,6 +50,7 @@ class Normalisation(NamedTuple):
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line of `export`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("weights", help="checkpoint, OUTPUT_DIR of a run, or hub:user/name")
     parser.add_argument(
@@ -204,6 +205,11 @@ def description(extractor, difference: float, normalisation: Normalisation) -> d
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Write the ONNX file and its sidecar once they give what torch gives.
+
+    Raises:
+        RuntimeError: the features differ by more than the tolerance; no file stays.
+    """
     require_onnx()
     from fastreid_uns.predictor import FeatureExtractor, find_checkpoint
     from fastreid_uns.published import HUB
@@ -234,5 +240,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """See `commands.main`."""
     args = parse_arguments(arguments)
     return finished(run, args)

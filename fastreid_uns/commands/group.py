@@ -23,6 +23,7 @@ A command that was interrupted goes on when it is typed again.
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of `group`; `output` names a folder."""
     parser = argparse.ArgumentParser(prog="fastreid-uns group", description=__doc__, epilog=EPILOG)
     parser.add_argument("photos", nargs="?", type=Path, help="folder of photos, at any depth")
     parser.add_argument("--output", type=Path, metavar="OUT", help="folder for the results")
@@ -45,6 +46,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="imagenet (default), a network of timm, hf-hub:user/name, or a file",
     )
     parser.add_argument("--config-file", metavar="YAML", help="what network it is, for those who know")
+    parser.add_argument("--device", help="auto, cpu or cuda (default: auto, unless the YAML says otherwise)")
     parser.add_argument("--seed", type=int, help="of everything that is drawn (default: 0)")
     return _folders(parser.parse_args(arguments))
 
@@ -66,6 +68,11 @@ def _folders(given: argparse.Namespace) -> argparse.Namespace:
 
 
 def run(given: argparse.Namespace) -> None:
+    """Group the photos and print the closing lines.
+
+    Raises:
+        InvalidValue: the input of the network is smaller than 32 pixels.
+    """
     from fastreid_uns.commands.asking import ask
     from fastreid_uns.commands.terminal import Terminal
     from fastreid_uns.photos.road import group_photos
@@ -78,6 +85,7 @@ def run(given: argparse.Namespace) -> None:
         given.photos,
         given.output,
         resume=given.resume,
+        device=given.device,
         ask=ask if questions else None,
         teller=Terminal(),
         weights=given.weights,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,24 +13,30 @@ from fastreid_uns.commands import finished
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of `identify`."""
     parser = argparse.ArgumentParser(prog="fastreid-uns identify", description=__doc__)
     parser.add_argument("output", type=Path, metavar="OUT", help="folder that `group` wrote")
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO", help="photos, or folders of them")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each photo")
     return parser.parse_args(arguments)
 
 
 def run(given: argparse.Namespace) -> int:
+    """One line for each photo: known, new, unsure or unreadable."""
     from fastreid_uns.photos.known import Known, unreadable
     from fastreid_uns.photos.store import PhotoRun
 
-    known = Known(PhotoRun(given.output))
+    known = Known(PhotoRun(given.output), given.device)
     files = list(_files(given.photos))
     errors = {file: error for file in files if (error := unreadable(file))}
     sound = [file for file in files if file not in errors]
     found = dict(zip(sound, known.identify(sound), strict=True)) if sound else {}
+    caveat = known.caveat()
     for file in files:
-        print(_line(file, found.get(file), errors.get(file), given.json))
+        print(_line(file, found.get(file), errors.get(file), caveat if given.json else None))
+    if caveat and not given.json and any(one.kind == "unsure" for one in found.values()):
+        print(caveat, file=sys.stderr)
     return 2 if errors else 0
 
 
@@ -40,12 +47,13 @@ def _files(photos: Sequence[Path]) -> Iterator[str]:
         yield from list_images(photo) if photo.is_dir() else [str(photo)]
 
 
-def _line(file: str, found: Any, error: str | None, as_json: bool) -> str:
+def _line(file: str, found: Any, error: str | None, caveat: str | None) -> str:
+    """What is said about a photo; JSON if there is a caveat for it, which may be empty."""
     from fastreid_uns.photos.known import said
     from fastreid_uns.utils.paths import printable
 
-    answer = {"answer": "unreadable", "error": error} if found is None else said(found)
-    if as_json:
+    answer = {"answer": "unreadable", "error": error} if found is None else said(found, caveat or "")
+    if caveat is not None:
         return json.dumps({"photo": file, **answer})
     if found is None:
         return f"unreadable  {error}"

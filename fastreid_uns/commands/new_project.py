@@ -165,6 +165,7 @@ FILES = {
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of `new-project`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", metavar="NAME", help="of the project, a Python name such as MyPaper")
     parser.add_argument(
@@ -213,6 +214,7 @@ def shown(path: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """See `commands.main`."""
     return finished(run, parse_arguments(arguments))
 
 

@@ -45,6 +45,7 @@ class Options(NamedTuple):
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line of `report`, with the defaults of `Options`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.set_defaults(**Options()._asdict())
     parser.add_argument("run", type=Path, help="OUTPUT_DIR of a run, or a checkpoint")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of `review`."""
     parser = argparse.ArgumentParser(prog="fastreid-uns review", description=__doc__)
     parser.add_argument("output", type=Path, metavar="OUT", help="folder that `group` wrote")
     parser.add_argument("--port", type=int, default=0, help="of this computer (default: a free one)")
@@ -78,6 +79,7 @@ def conclude(run: PhotoRun) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C; then, if there are new answers, say what they change."""
     from fastreid_uns.photos.store import PhotoRun
 
     folder = PhotoRun(given.output)

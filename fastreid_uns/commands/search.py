@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line of `search` and of its four commands."""
     parser = argparse.ArgumentParser(
         prog="fastreid-uns search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,6 +53,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def build(given: argparse.Namespace) -> None:
+    """Write an index of all images below a folder.
+
+    Raises:
+        MissingFile: there is no such folder.
+        InvalidState: the index exists and shall not be replaced.
+    """
     import torch
 
     from fastreid_uns.photos.index import Index, weights_fingerprint
@@ -81,6 +88,7 @@ def build(given: argparse.Namespace) -> None:
 
 
 def add(given: argparse.Namespace) -> None:
+    """Take images into an index that are not in it yet; each is a group of its own."""
     import torch
 
     from fastreid_uns.photos.index import Index
@@ -100,6 +108,7 @@ def add(given: argparse.Namespace) -> None:
 
 
 def remove(given: argparse.Namespace) -> None:
+    """Take images, or all below a folder, out of an index."""
     from fastreid_uns.photos.index import Index
 
     index = Index.load(given.index)
@@ -115,6 +124,12 @@ def remove(given: argparse.Namespace) -> None:
 
 
 def query(given: argparse.Namespace) -> None:
+    """Print the nearest images of each image, and write the page that shows them.
+
+    Raises:
+        InvalidValue: no image shall be shown.
+        MissingFile: an image does not exist.
+    """
     from fastreid_uns.photos.index import Index
     from fastreid_uns.photos.network import Network
 

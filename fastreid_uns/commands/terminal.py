@@ -35,6 +35,7 @@ class Terminal(Teller):
             logger.debug("%s", text)
 
     def line(self, text: str) -> None:
+        """A fact on stdout, and in the log once there is one."""
         self.clear()
         if self._unlogged is None:
             logger.debug("%s", text)
@@ -43,6 +44,7 @@ class Terminal(Teller):
         print(text, flush=True)
 
     def share(self, stage: str, done: float, left: float | None) -> None:
+        """How far a stage is: a changing line on a terminal, elsewhere a line every `PAUSE` seconds."""
         now, fresh = time.monotonic(), stage != self._stage
         if not fresh and now - self._last < (BLINK if self.moving else PAUSE):
             return

@@ -30,7 +30,12 @@ MAPS: dict[str, Registry] = {
     "HOOKS": registry.HOOK_REGISTRY,
     "INPUT.AUGMENTS": registry.AUGMENT_REGISTRY,
 }
-FREE = ("SOLVER.OPTIMIZER_ARGS", "SOLVER.RATE_FACTORS", "PAPER")  # sections whose keys are not ours to check
+FREE = (  # sections whose keys are not ours to check
+    "SOLVER.OPTIMIZER_ARGS",
+    "SOLVER.RATE_FACTORS",
+    "TEST.DOMAINS",
+    "PAPER",
+)
 OPTIONAL = ("MODEL.MEMORY", "DATASETS.TRAIN")  # components that `null` switches off
 USUAL = {"INPUT.AUGMENTS": "Augment"}  # maps whose entries need no NAME, and what it is then
 _SHARED: dict[str, Any] = {

@@ -105,7 +105,7 @@ class Augment:
         _check("rotation", rotation, 0 <= rotation <= 180, "an angle in 0..180 degrees")
         if resized_crop:
             _check_range("resized_crop", resized_crop, 1.0)
-            _check_range("resized_crop_aspect", resized_crop_aspect)
+        _check_range("resized_crop_aspect", resized_crop_aspect)
         _check_range("blur_sigma", blur_sigma)
         _check_range("erase_area", erase_area, 1.0)
         _check_range("erase_aspect", erase_aspect)

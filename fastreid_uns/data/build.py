@@ -108,6 +108,8 @@ def build_camera_style(cfg: Any, train_set: TrainSet, device: torch.device) -> C
 def build_test_loader(cfg: Any, name: str, device: torch.device) -> tuple[ReIDData, ImageSet]:
     """A set to evaluate on, one of `DATASETS.TESTS`, and its images: query, then gallery.
 
+    A run that evaluates once takes no memory for the images: to fill a cache costs more than it saves.
+
     Raises:
         ValueError: it has no query or no gallery images.
     """
@@ -118,10 +120,29 @@ def build_test_loader(cfg: Any, name: str, device: torch.device) -> tuple[ReIDDa
             f"{what}: {section.NAME} has {len(data.query)} query and {len(data.gallery)} gallery images; evaluation "
             f"needs both. Drop it with `{what} null`, or add a split."
         )
-    return data, build_images(cfg, [*data.query, *data.gallery], device, what)
+    once = not 0 < cfg.TEST.PERIOD < cfg.SOLVER.EPOCHS
+    return data, build_images(cfg, [*data.query, *data.gallery], device, what, once=once)
 
 
-def build_images(cfg: Any, records: list[Record], device: torch.device, what: str) -> ImageSet:
+def domains_of_tests(cfg: Any) -> dict[str, int]:
+    """The domain of each of `DATASETS.TESTS`: 0 = the unlabelled target, 1.. = the labelled sources in their order.
+
+    Raises:
+        ValueError: `TEST.DOMAINS` names no test set or no source, or the model has no norm layers for each domain.
+    """
+    sources = list(cfg.DATASETS.SOURCES)
+    for name, source in cfg.TEST.DOMAINS.items():
+        if not cfg.MODEL.DOMAIN_BN or name not in cfg.DATASETS.TESTS or source not in sources:
+            raise InvalidValue(
+                f"TEST.DOMAINS: {name}: {source}; one of DATASETS.TESTS ({', '.join(cfg.DATASETS.TESTS)}) and one of "
+                f"DATASETS.SOURCES ({', '.join(sources) or 'none'}) are accepted, with MODEL.DOMAIN_BN true (it is "
+                f"{str(cfg.MODEL.DOMAIN_BN).lower()}). Correct it, or drop the entry."
+            )
+    named = {name: 1 + sources.index(source) for name, source in cfg.TEST.DOMAINS.items()}
+    return {name: named.get(name, 0) for name in cfg.DATASETS.TESTS}
+
+
+def build_images(cfg: Any, records: list[Record], device: torch.device, what: str, *, once: bool = False) -> ImageSet:
     """An image set that decodes in each pass (`DATALOADER.CACHE none`) or that holds its pixels.
 
     Args:
@@ -129,12 +150,13 @@ def build_images(cfg: Any, records: list[Record], device: torch.device, what: st
         records: one for each image.
         device: of `DATALOADER.CACHE device`.
         what: the images are to the run, such as `DATASETS.TRAIN`.
+        once: they are needed once in this run, so that only a file, which later runs use again, is worth filling.
 
     Raises:
         ValueError: unknown `DATALOADER.CACHE`.
     """
     images = ImageSet(records, tuple(cfg.INPUT.SIZE), workers=cfg.DATALOADER.WORKERS)
-    if cfg.DATALOADER.CACHE == "none":
+    if cfg.DATALOADER.CACHE == "none" or (once and cfg.DATALOADER.CACHE != "disk"):
         return images
     folder = cfg.DATALOADER.CACHE_DIR or Path(cfg.OUTPUT_DIR) / "cache"
     return CachedImageSet(images, where=cfg.DATALOADER.CACHE, device=device, folder=folder, what=what)
@@ -162,9 +184,20 @@ def _classes(records: list[Record], domains: list[int]) -> list[int]:
 
 
 def _sampler(cfg: Any, train_set: TrainSet) -> Sampler:
-    where = (cfg.SOLVER.ITERS_PER_EPOCH, cfg.SEED, rank(), world())
-    sampler: Sampler = SAMPLER_REGISTRY.build(cfg.DATALOADER.SAMPLER, *where)
+    sampler = _sampler_of(cfg, "SAMPLER", rank(), world())
     if train_set.source_classes is None:
+        _sampler_of(cfg, "SOURCE_SAMPLER", 0, 1)  # not used, but its keys are held to what they accept
         return sampler
-    sources = [SAMPLER_REGISTRY.build(cfg.DATALOADER.SOURCE_SAMPLER, *where) for _ in cfg.DATASETS.SOURCES]
+    sources = [_sampler_of(cfg, "SOURCE_SAMPLER", rank(), world()) for _ in cfg.DATASETS.SOURCES]
     return JointSampler(sampler, sources, train_set)
+
+
+def _sampler_of(cfg: Any, key: str, rank: int, world: int) -> Sampler:
+    """The sampler of a section of `DATALOADER`."""
+    try:
+        sampler: Sampler = SAMPLER_REGISTRY.build(
+            cfg.DATALOADER[key], cfg.SOLVER.ITERS_PER_EPOCH, cfg.SEED, rank, world
+        )
+    except InvalidValue as error:
+        raise InvalidValue(str(error).replace("DATALOADER.SAMPLER", f"DATALOADER.{key}")) from error
+    return sampler

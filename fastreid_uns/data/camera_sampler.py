@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor
 
 from fastreid_uns.data.samplers import Sampler
-from fastreid_uns.errors import InvalidValue
 from fastreid_uns.registry import SAMPLER_REGISTRY
 from fastreid_uns.structures import PseudoLabels
 
@@ -47,8 +46,6 @@ class OnePerCameraSampler(Sampler):
         num_instances: int = 4,
         camera_aware: bool = True,
     ) -> None:
-        if num_instances < 1:
-            raise InvalidValue(f"DATALOADER.SAMPLER.NUM_INSTANCES is {num_instances}; 1 or more is accepted. Raise it.")
         super().__init__(length, seed, rank, world, batch_size=batch_size, group=num_instances)
         self.camera_aware = camera_aware
         self.sizes = np.full(batch_size // num_instances, num_instances)  # images of each cluster of a batch

@@ -9,7 +9,7 @@ Every part that looks at a picture reads it here.
 * More than 8 bits, or floating point: `to_eight_bits` says by which rule.
 
 An 8-bit RGB JPEG without an orientation tag keeps its pixels bit for bit. Of colour files of 16 bits Pillow gives the
-upper 8 alone, whatever their values.
+upper 8 alone; where these are nearly black, because the file holds 12 or 14 bits, it is refused.
 """
 
 from __future__ import annotations
@@ -109,7 +109,10 @@ def read_image(source: Any, name: str = "") -> Image.Image:
         UnreadableImage: it is no picture, damaged, empty, too large, or its values cannot be mapped.
     """
     with _opened(source, name) as image:
+        deep_colour = _is_deep_colour(image)
         image.load()  # TIFF files are upright after it, and the tags of PNG may come last
+        if deep_colour:
+            _refuse_lower_bits(image)
         rgb = _as_rgb(image)
         turn = _UPRIGHT.get(_orientation(image))
         return rgb if turn is None else rgb.transpose(turn)
@@ -150,6 +153,7 @@ def to_eight_bits(values: np.ndarray) -> np.ndarray:
     | bool | | off, on | 0, 255 |
     | integer | up to 255 | 8 bits | the value |
     | integer | up to 4095 | 12 bits (many cameras write them into files of 16) | value >> 4 |
+    | integer | up to 16383 | 14 bits (thermal cameras, raw data) | value >> 6 |
     | integer | up to 65535 | 16 bits | value >> 8, as Pillow reads colour pictures of 16 bits |
     | integer | above | as many bits as it takes | the upper 8 |
     | floating point | up to 1.1 | 0..1 | rounded value * 255 |
@@ -182,7 +186,7 @@ def to_eight_bits(values: np.ndarray) -> np.ndarray:
         )
     if high <= (1.1 * top if real else 255):
         return np.rint(np.clip(values * (255 / top) if real else values, 0, 255)).astype(np.uint8)
-    bits = next((depth for depth in (12, 16) if high < 2**depth), int(high).bit_length())
+    bits = next((depth for depth in (12, 14, 16) if high < 2**depth), int(high).bit_length())
     return (np.clip(values, 0, None) // 2 ** (bits - 8)).astype(np.uint8)
 
 
@@ -259,6 +263,23 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _is_deep_colour(image: Image.Image) -> bool:
+    """Whether it is a colour file of 16 bits, not loaded yet, of which Pillow will give the upper 8."""
+    raw = (str(part) for _, _, _, args in getattr(image, "tile", ()) for part in np.atleast_1d(args)[:1])
+    return image.mode in ("RGB", "RGBA", "LA") and any(";16" in mode for mode in raw)
+
+
+def _refuse_lower_bits(image: Image.Image) -> None:
+    """Refuse a loaded picture of `_is_deep_colour` that is nearly black because the upper 8 bits are hardly in use."""
+    top = int(np.max(image.convert("RGB").getextrema()))
+    if top < 2**6:
+        raise _Refused(
+            f"its colours have 16 bits of which the lower {8 + top.bit_length()} alone are in use, and only the upper "
+            f"8 are read",
+            "Convert it to 8 bits.",
+        )
 
 
 def _deep_as_rgb(image: Image.Image) -> Image.Image:

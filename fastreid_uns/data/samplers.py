@@ -27,16 +27,18 @@ class Sampler(ABC):
         rank: index of this process.
         world: number of processes.
         batch_size: images of one step over all processes.
-        group: images that must not be parted by the slices of the processes.
+        group: images that must not be parted by the slices of the processes, the `NUM_INSTANCES` of a cluster.
 
     Attributes:
         rows: (B,) int64, which rows of the global batch this process takes.
 
     Raises:
-        ValueError: the batch cannot be cut evenly.
+        ValueError: fewer than one instance, or the batch cannot be cut evenly.
     """
 
     def __init__(self, length: int, seed: int, rank: int, world: int, *, batch_size: int, group: int = 1) -> None:
+        if group < 1:
+            raise InvalidValue(f"DATALOADER.SAMPLER.NUM_INSTANCES is {group}; 1 or more is accepted. Raise it.")
         if batch_size < 1 or batch_size % (group * world):
             parts, numbers = ("NUM_INSTANCES x ", f"{group} x ") if group > 1 else ("", "")
             raise InvalidValue(
@@ -143,8 +145,6 @@ class ClusterSampler(Sampler):
         camera_aware: bool = True,
         short_groups: bool = False,
     ) -> None:
-        if num_instances < 1:
-            raise InvalidValue(f"DATALOADER.SAMPLER.NUM_INSTANCES is {num_instances}; 1 or more is accepted. Raise it.")
         super().__init__(length, seed, rank, world, batch_size=batch_size, group=num_instances)
         self.num_instances = num_instances
         self.camera_aware = camera_aware

@@ -60,6 +60,7 @@ class AgreementHook(HookBase):
         with (
             torch.autocast(trainer.device.type, dtype=trainer.amp, enabled=trainer.amp is not None),
             torch.random.fork_rng(devices),
+            torch.compiler.set_stance("force_eager"),  # a graph for one batch is not worth its compilation
             frozen_statistics(model),
         ):
             clustered = model.eval().deploy(pixels).feats

@@ -34,7 +34,7 @@ from fastreid_uns.engine.trainer import Trainer
 from fastreid_uns.errors import UserError
 from fastreid_uns.evaluation.evaluator import Evaluator
 from fastreid_uns.hook import HookBase
-from fastreid_uns.modeling.encoder import Encoder
+from fastreid_uns.modeling.encoder import compile_encoders
 from fastreid_uns.modeling.meta_arch import MetaArch, build_model, check_domains
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator
 from fastreid_uns.pseudo_labels.constraints import ConstrainedLabels, Constraints, read_answers
@@ -77,9 +77,7 @@ class DefaultTrainer(Trainer):
         if cfg.SOLVER.CHANNELS_LAST:
             model = model.to(memory_format=torch.channels_last)
         if cfg.SOLVER.COMPILE:
-            for module in model.modules():
-                if isinstance(module, Encoder):
-                    module.compile()
+            compile_encoders(model)
         super().__init__(
             model,
             self.build_train_loader(cfg, self.train_set, device),
@@ -155,13 +153,19 @@ class DefaultTrainer(Trainer):
 
     @classmethod
     def build_evaluators(cls, cfg: Any, device: torch.device) -> dict[str, Evaluator]:
-        """An evaluator for each of `DATASETS.TESTS`, by name."""
+        """An evaluator for each of `DATASETS.TESTS`, by name.
+
+        Raises:
+            ValueError: `TEST.DOMAINS` names what is not there; see also `build_test_loader`.
+        """
+        domains = data.domains_of_tests(cfg)
         return {
             name: Evaluator(
                 *cls.build_test_loader(cfg, name, device),
                 rerank=cfg.TEST.RERANK,
                 batch_size=cfg.TEST.BATCH_SIZE,
                 amp=precision(cfg.SOLVER.AMP, device),
+                domain=domains[name],
             )
             for name in cfg.DATASETS.TESTS
         }
@@ -305,7 +309,7 @@ class DefaultTrainer(Trainer):
         file = checkpoint.last_checkpoint(Path(cfg.OUTPUT_DIR))
         content = checkpoint.load_checkpoint(file)
         warn_of_other_input(cfg, content, file)
-        model = cls.build_model(cfg, content["num_images"])
+        model = cls.build_model(cfg, content.get("num_images", 1))
         checkpoint.load_model(model, content, file)
         return model.to(device)
 
@@ -316,7 +320,10 @@ class DefaultTrainer(Trainer):
         Returns:
             name of the test set → mAP, mINP, rank1, rank5, rank10 in percent.
         """
-        evaluators = cls.build_evaluators(cfg, next(model.parameters()).device)
+        once = cfg.clone()
+        once.defrost()
+        once.TEST.PERIOD = 0
+        evaluators = cls.build_evaluators(once, next(model.parameters()).device)
         results = {name: evaluate(model) for name, evaluate in evaluators.items()}
         log_results(results)
         return results

@@ -275,9 +275,12 @@ class CheckpointHook(HookBase):
             checkpoint.point_to_last(file)
             if content["is_best"]:
                 checkpoint.copy_checkpoint(file, self.folder / checkpoint.BEST)
-            for old in checkpoint.numbered_checkpoints(self.folder)[: -self.keep or None]:
-                if old != file:
-                    old.unlink()
+            self._remove_old(file)
+
+    def _remove_old(self, newest: Path) -> None:
+        for old in checkpoint.numbered_checkpoints(self.folder)[: -self.keep or None]:
+            if old != newest:
+                old.unlink()
 
     def resume(self) -> None:
         """Continue from the newest checkpoint of the folder.
@@ -292,8 +295,10 @@ class CheckpointHook(HookBase):
         self._refuse_other_run(content, file)
         self.trainer.load_state_dict(content)
         self.trainer.history = content.get("history", [])
-        if comm.rank() == 0 and content.get("is_best"):  # a run may have been killed between the two files
-            checkpoint.copy_checkpoint(file, self.folder / checkpoint.BEST)
+        if comm.rank() == 0:  # a run may have been killed before the second file, or before it removed old ones
+            if content.get("is_best"):
+                checkpoint.copy_checkpoint(file, self.folder / checkpoint.BEST)
+            self._remove_old(file)
         if len(content["random"]) == comm.world():
             set_random_state(content["random"][comm.rank()])
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from fastreid_uns.evaluation.extract import extract_features
 from fastreid_uns.hook import HookBase
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
 from fastreid_uns.structures import FeatureBank, NoClusters, PseudoLabels
-from fastreid_uns.utils import comm
+from fastreid_uns.utils import comm, sharing
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ class ReclusterHook(HookBase):
     """Before each epoch: extract → pseudo labels → train set → memory → plan of the batches.
 
     Args:
-        generator: makes the labels, on rank 0 only.
+        generator: makes the labels; on rank 0 only, unless it is `shared`.
         loader: its train set gets the labels; it plans the batches.
         batch_size: images in one forward pass of the extraction.
         measure: compare the clusters with the true identities, as far as they are known; for the log only.
@@ -93,16 +94,16 @@ class ReclusterHook(HookBase):
     def _cluster(self, bank: FeatureBank) -> PseudoLabels:
         """The labels of rank 0 on every rank; an error of rank 0 as well, lest the others wait for ever."""
         result: PseudoLabels | Exception | None = None
-        seconds: dict[str, float] = {}
-        if comm.rank() == 0:
+        shared = self.generator.shared and comm.world() > 1 and sharing.equal_on_all(bank.feats)
+        if shared or comm.rank() == 0:
             try:
-                result = self._generate(bank).to("cpu")
-                seconds = self.generator.seconds
+                with sharing.by_all_ranks() if shared else nullcontext():
+                    result = self._generate(bank).to("cpu")
             except (ValueError, RuntimeError, ImportError, OSError, MemoryError) as error:
                 if comm.world() == 1:
                     raise
                 result = error
-        result, seconds = comm.broadcast_object((result, seconds))
+        result, seconds = comm.broadcast_object((result, self.generator.seconds))
         if not isinstance(result, PseudoLabels):
             raise InvalidState(f"pseudo labels failed on rank 0: {result}") from result
         for stage, spent in seconds.items():

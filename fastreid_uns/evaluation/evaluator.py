@@ -13,6 +13,7 @@ from fastreid_uns.errors import InvalidValue
 from fastreid_uns.evaluation.extract import extract_features, share
 from fastreid_uns.evaluation.rerank import camera_rerank_blocks, rerank_blocks
 from fastreid_uns.evaluation.retrieval import QueryScores, Ranker, block_rows, distance_blocks
+from fastreid_uns.modeling.norm import evaluated_domain
 from fastreid_uns.structures import ReIDData
 from fastreid_uns.utils.comm import all_gather, rank
 
@@ -30,6 +31,7 @@ class Evaluator:
             neighbours; `camera_jaccard`, by those of the own camera and of others apart; `none`.
         batch_size: images in one forward pass.
         amp: bfloat16 or float16 extracts under autocast, None in full precision.
+        domain: whose norm layers are used if the model has some for each domain, 0 = the unlabelled target.
 
     Raises:
         ValueError: no query has a match; images and records disagree; see also `Ranker`.
@@ -43,6 +45,7 @@ class Evaluator:
         rerank: str = "none",
         batch_size: int = 256,
         amp: torch.dtype | None = None,
+        domain: int = 0,
     ) -> None:
         if len(images) != len(data.query) + len(data.gallery):
             raise InvalidValue(
@@ -57,6 +60,7 @@ class Evaluator:
         self.cameras = torch.tensor([record.camera for record in [*data.query, *data.gallery]])
         self.batch_size = batch_size
         self.amp = amp
+        self.domain = domain
 
     def __call__(self, model: Any) -> dict[str, float]:
         """mAP, mINP, rank1, rank5 and rank10 in percent, and `queries`, those that have a match.
@@ -64,7 +68,8 @@ class Evaluator:
         Args:
             model: a module with `extract(images) -> {"feats": (B,D)}`; its training mode is restored.
         """
-        outputs = extract_features(model, self.images, batch_size=self.batch_size, amp=self.amp, what="evaluate")
+        with evaluated_domain(model, self.domain):
+            outputs = extract_features(model, self.images, batch_size=self.batch_size, amp=self.amp, what="evaluate")
         query, gallery = outputs["feats"].split([self.ranker.query_size, self.ranker.gallery_size])
         metrics = self.score(query, gallery).summary()
         if self.rerank != "none":

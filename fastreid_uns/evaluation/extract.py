@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastreid_uns.data.image_set import ImageSet
@@ -66,7 +67,8 @@ def extract_features(
     mine = share(batches)
     broadcast_buffers(model)
     with evaluation_mode(model), torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-        outputs = _forward_all(model.extract, images.stream(mine, device), mine, what)
+        whole = len(batches[0]) if device.type == "cuda" else 0
+        outputs = _forward_all(model.extract, images.stream(mine, device), mine, what, whole)
     gathered = _gather(outputs, device)
     _check_finite(gathered["feats"], images, what)
     return gathered
@@ -79,18 +81,28 @@ def share(items: list[T]) -> list[T]:
 
 
 def _forward_all(
-    extract: Callable[[Tensor], dict[str, Tensor]], stream: Iterable[Tensor], batches: list[list[int]], what: str
+    extract: Callable[[Tensor], dict[str, Tensor]],
+    stream: Iterable[Tensor],
+    batches: list[list[int]],
+    what: str,
+    whole: int,
 ) -> dict[str, Tensor]:
     outputs: dict[str, Tensor] = {}
     done, rows = 0, sum(map(len, batches))
     for batch in progress(stream, what, total=len(batches)) if rank() == 0 else stream:
-        for name, value in extract(batch).items():
+        for name, value in extract(_filled(batch, whole)).items():
+            value = value[: len(batch)]
             value = value.float() if value.is_floating_point() else value
             if name not in outputs:
                 outputs[name] = value.new_empty((rows, *value.shape[1:]))
             outputs[name][done : done + len(value)] = value
         done += len(batch)
     return outputs
+
+
+def _filled(batch: Tensor, whole: int) -> Tensor:
+    """A last batch filled up with black images: for another size a GPU would choose, or compile, its kernels anew."""
+    return F.pad(batch, [0, 0] * (batch.dim() - 1) + [0, whole - len(batch)]) if len(batch) < whole else batch
 
 
 def _gather(outputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor, domains: Tensor | None = None) -> HeadOutput:
+    def __call__(self, images: Tensor, domains: Tensor | None = None) -> HeadOutput:
         """Features of B images, which are left as they are.
 
         Args:
@@ -62,11 +62,15 @@ class Encoder(nn.Module):
             domains: (B,) on the CPU, which set each image comes from; read in training by domain-specific norm layers
                 only. Rows of a domain stand together. None: all are of domain 0.
         """
+        with rows_of_domains(self, domains):  # read by the host, so it is no part of what is compiled
+            return super().__call__(images)
+
+    def forward(self, images: Tensor) -> HeadOutput:
+        """See `__call__`; all images are of domain 0."""
         if not images.is_floating_point():
             images = images.to(self.mean.dtype) / 255
         images = (images - self.mean) / self.std
-        with rows_of_domains(self, domains):
-            return self.head(self.backbone(images))
+        return self.head(self.backbone(images))
 
 
 def build_encoder(cfg: Any) -> Encoder:
@@ -74,3 +78,16 @@ def build_encoder(cfg: Any) -> Encoder:
     backbone = BACKBONE_REGISTRY.build(cfg.MODEL.BACKBONE, tuple(cfg.INPUT.SIZE))
     head = HEAD_REGISTRY.build(cfg.MODEL.HEAD, backbone.out_channels)
     return Encoder(backbone, head, mean=cfg.INPUT.MEAN, std=cfg.INPUT.STD)
+
+
+def compile_encoders(model: nn.Module, **options: Any) -> None:
+    """Let torch compile the encoders in a model when they are first used; their weights stay where they are.
+
+    Each size of a batch is compiled for itself, and training, evaluation and each way of asking for gradients as well.
+
+    Args:
+        options: of `torch.compile`.
+    """
+    for module in model.modules():
+        if isinstance(module, Encoder):
+            module.compile(dynamic=False, **options)

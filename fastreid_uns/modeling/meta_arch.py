@@ -137,9 +137,19 @@ class Baseline(MetaArch):
             rows = self.memory.rows(batch)
             if self.teacher is not None:
                 inputs["teacher_logits"] = inputs["teacher_feats"] @ self.memory.features.T / self.memory.temperature
-            inputs["logits"] = self.memory(out.feats, rows, batch.most)
+            inputs |= self.contrast(out.feats, rows, batch.most)
             inputs["labels"] = rows
         return inputs
+
+    def contrast(self, feats: Tensor, rows: Tensor, most: int | None) -> dict[str, Tensor]:
+        """What the memory has to say of a batch: `logits` (B,rows); in training it moves.
+
+        Args:
+            feats: (B,D) unit length.
+            rows: (B,) row of each image.
+            most: see `Batch.most`.
+        """
+        return {"logits": self.memory(feats, rows, most)}  # type: ignore[misc]
 
 
 def check_domains(cfg: Any) -> None:

@@ -46,8 +46,10 @@ def update_momentum(teacher: nn.Module, online: nn.Module, momentum: float, buff
     torch._foreach_lerp_(list(teacher.parameters()), [p.detach() for p in online.parameters()], 1.0 - momentum)
     if buffers == "own":
         return
-    for old, new in zip(teacher.buffers(), online.buffers(), strict=True):
-        if buffers == "average" and old.is_floating_point():
-            old.lerp_(new, 1.0 - momentum)
-        else:
-            old.copy_(new)
+    pairs = list(zip(teacher.buffers(), online.buffers(), strict=True))
+    averaged = [pair for pair in pairs if buffers == "average" and pair[0].is_floating_point()]
+    copied = [pair for pair in pairs if not (buffers == "average" and pair[0].is_floating_point())]
+    if averaged:
+        torch._foreach_lerp_([old for old, _ in averaged], [new for _, new in averaged], 1.0 - momentum)
+    if copied:
+        torch._foreach_copy_([old for old, _ in copied], [new for _, new in copied])

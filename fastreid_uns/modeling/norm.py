@@ -55,6 +55,8 @@ class GhostBatchNorm(_BatchNorm):
         """Normalised groups, in order; their rows together are those of `x`."""
         batch, group = len(x), self.group or len(x)
         if batch % group == 0:
+            if torch.compiler.is_compiling() and batch > group:
+                return [self._together(x, group)]
             first, *rest = x.split(group)
             return [
                 super().forward(first),
@@ -75,15 +77,39 @@ class GhostBatchNorm(_BatchNorm):
             x = child(x)
         return x
 
+    def _together(self, x: Tensor, group: int) -> Tensor:
+        """All groups in a few operations on one view: a compiler makes two passes of them, whatever their number.
+
+        The bias is spread over the groups first, so that all sums of the backward pass run over the same values.
+        """
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(0, (-1, group))
+        positions = [1, *range(3, wide.dim())]
+        var, mean = torch.var_mean(wide, positions, correction=0, keepdim=True)
+        self._track(mean[0].flatten(), var[0].flatten(), wide[0].numel() // wide.shape[2])
+        scale, shape = (var + self.eps).rsqrt(), (-1, *[1] * (x.dim() - 2))
+        if self.weight is not None:
+            scale = scale * self.weight.view(shape)
+        out = (wide - mean) * scale
+        if self.bias is not None:
+            out = out + self.bias.view(shape).expand_as(scale)
+        return out.flatten(0, 1).to(x.dtype)
+
+    @torch.compiler.disable
     def _shared(self, x: Tensor, ranks: int) -> Tensor:
         output, mean, var = _SharedBatchNorm.apply(x, self.weight, self.bias, self.eps, ranks)
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum  # type: ignore[arg-type]
-            count = x.numel() // x.shape[1] * ranks
-            self.running_mean.lerp_(mean.to(self.running_mean), momentum)
-            self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var), momentum)
+        self._track(mean, var, x.numel() // x.shape[1] * ranks)
         return output
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Move the running statistics towards mean and biased variance (C,) of `count` values for each channel."""
+        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
+            return
+        tracked: Tensor = self.num_batches_tracked  # type: ignore[assignment]
+        tracked.add_(1)
+        momentum: Any = 1.0 / tracked.to(self.running_mean) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+        self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var), momentum)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any (B,C,...) will do."""
@@ -218,16 +244,23 @@ def freeze_norm_statistics(model: nn.Module) -> nn.Module:
 
 
 class _Rows:
-    """Which rows of the present batch belong to which domain: runs of (domain, images), None = all to domain 0."""
+    """Which domain the rows of the present batch belong to.
+
+    Attributes:
+        runs: in training, runs of (domain, images); None = all to domain 0.
+        evaluated: in evaluation, the domain of all rows.
+    """
 
     def __init__(self) -> None:
         self.runs: list[tuple[int, int]] | None = None
+        self.evaluated = 0
 
 
 class DomainBatchNorm(nn.Module):
-    """One batch norm for each domain; in evaluation, and for rows of unknown domain, that of the target.
+    """One batch norm for each domain; for rows of unknown domain, that of the target.
 
-    Made by `domain_batch_norm`; `rows_of_domains` says which rows are whose.
+    Made by `domain_batch_norm`; in training `rows_of_domains` says which rows are whose, in evaluation
+    `evaluated_domain`.
     """
 
     def __init__(self, norm: GhostBatchNorm, num_domains: int, rows: _Rows) -> None:
@@ -238,8 +271,10 @@ class DomainBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,C,...) → the same shape."""
+        if not self.training:
+            return self.domains[self.rows.evaluated](x)
         runs = self.rows.runs
-        if not self.training or runs is None:
+        if runs is None:
             return self.domains[0](x)
         if len(runs) == 1:
             return self.domains[runs[0][0]](x)
@@ -257,7 +292,7 @@ def domain_batch_norm(model: nn.Module, num_domains: int) -> nn.Module:
 
     Args:
         model: changed in place.
-        num_domains: 1 + the labelled source sets; domain 0 is the unlabelled target, which evaluation uses.
+        num_domains: 1 + the labelled source sets; domain 0 is the unlabelled target.
 
     Returns:
         The model; another module only if the model itself is a batch norm.
@@ -319,6 +354,24 @@ def rows_of_domains(model: nn.Module, domains: Tensor | None) -> Iterator[None]:
         yield
     finally:
         layer.rows.runs = before
+
+
+@contextlib.contextmanager
+def evaluated_domain(model: nn.Module, domain: int) -> Iterator[None]:
+    """While it lasts, the norm layers of `domain_batch_norm` evaluate all images as those of one domain.
+
+    Args:
+        model: in evaluation mode; without such layers nothing happens.
+        domain: 0 = target, 1.. = sources.
+    """
+    rows = {module.rows for module in model.modules() if isinstance(module, DomainBatchNorm)}
+    for each in rows:
+        each.evaluated = domain
+    try:
+        yield
+    finally:
+        for each in rows:
+            each.evaluated = 0
 
 
 @contextlib.contextmanager

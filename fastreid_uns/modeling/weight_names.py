@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +61,7 @@ def open_weights(content: Any, source: str) -> tuple[dict[str, Tensor], list[str
         others += [str(name) for name, value in content.items() if name != key and _holds_tensors(value)]
         content = content[key]
     items = content.items() if isinstance(content, Mapping) else ()
-    state = {str(name): value for name, value in items if isinstance(value, Tensor)}
+    state = {str(name): value for name, value in items if isinstance(value, Tensor)} or _flat(content)
     if not state:
         raise InvalidState(
             f"MODEL.WEIGHTS {source}: no tensors found; a state dict is needed, plain or under one of the keys "
@@ -69,7 +70,7 @@ def open_weights(content: Any, source: str) -> tuple[dict[str, Tensor], list[str
     return state, others, recorded_grid(content, config)
 
 
-def named_weights(state: State, source: str) -> NamedWeights:
+def named_weights(state: State) -> NamedWeights:
     """The tensors of a state dict under the names of an `Encoder`, by the family that their names tell.
 
     Raises:
@@ -91,7 +92,7 @@ def named_weights(state: State, source: str) -> NamedWeights:
     if family == _CLIP:
         _shape_as_timm(named)
     if "backbone.part_token1" in named.tensors:
-        _join_part_tokens(named, source)
+        _join_part_tokens(named)
     return named
 
 
@@ -115,13 +116,48 @@ def reason(name: str) -> str | None:
     return next((why for pattern, why in _PASSED_OVER.items() if re.match(pattern, short)), None)
 
 
+def below_prefixes(state: State, least: int) -> list[NamedWeights]:
+    """What a state dict holds below each prefix that nobody knows, such as `visual.` or `params_ema.trunk.`.
+
+    Args:
+        state: of any project.
+        least: tensors that a prefix must have.
+
+    Returns:
+        Those that ought to win over equals come first: teachers and averages, then short prefixes.
+    """
+    counts = Counter(name[: dot.end()] for name in state for dot in re.finditer(r"\.", name))
+    prefixes = [prefix for prefix, count in counts.items() if count >= least]
+    averaged = re.compile(r"teacher|ema(?![a-z])")
+    found = []
+    for prefix in sorted(prefixes, key=lambda prefix: (averaged.search(prefix) is None, prefix.count("."))):
+        named = named_weights({name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)})
+        named.family = f"{named.family}, below {prefix}"
+        named.left = [prefix + name for name in named.left]
+        named.left += [name for name in state if not name.startswith(prefix)]
+        named.origin = {new: [prefix + name for name in old] for new, old in named.origin.items()}
+        found.append(named)
+    return found
+
+
+def _flat(content: Any, where: str = "") -> dict[str, Tensor]:
+    """The tensors in nested maps, their names joined by dots."""
+    found: dict[str, Tensor] = {}
+    for name, value in content.items() if isinstance(content, Mapping) else ():
+        if isinstance(value, Tensor):
+            found[f"{where}{name}"] = value
+        else:
+            found |= _flat(value, f"{where}{name}.")
+    return found
+
+
 def _holds_tensors(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(map(_holds_tensors, value.values()))
     return isinstance(value, Tensor)
 
 
-def _join_part_tokens(named: NamedWeights, source: str) -> None:
+def _join_part_tokens(named: NamedWeights) -> None:
     """PASS keeps each token and its position apart; we keep all part tokens in one tensor, as the class token's row."""
     named.family += ", part tokens"
     count = sum(bool(re.fullmatch(r"backbone\.part_token\d+", key)) for key in named.tensors)
@@ -134,7 +170,7 @@ def _join_part_tokens(named: NamedWeights, source: str) -> None:
     absent = [part for parts in wholes.values() for part in parts if f"backbone.{part}" not in named.tensors]
     if absent:
         raise InvalidState(
-            f"MODEL.WEIGHTS {source}: it has part_token1 but no {', '.join(absent)}; part tokens are accepted with a "
+            f"MODEL.WEIGHTS: the file has part_token1 but no {', '.join(absent)}; part tokens are accepted with a "
             f"position each (part1_pos, ...), beside cls_pos and pos_embed. Take the file as its authors publish it."
         )
     for whole, parts in wholes.items():

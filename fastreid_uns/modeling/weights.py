@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from fastreid_uns.modeling.weight_files import fetch, fetch_imagenet, read_file
 from fastreid_uns.modeling.weight_names import (
     COUNTER,
     NamedWeights,
+    below_prefixes,
     encoder_name,
     named_weights,
     open_weights,
@@ -40,7 +42,7 @@ class WeightReport:
     missing: list[str] = field(default_factory=list)  # of the model, not in the file
     unexpected: list[str] = field(default_factory=list)  # of the file, without a place in the model
     reshaped: list[str] = field(default_factory=list)  # position embeddings resized to the image size
-    mismatched: list[str] = field(default_factory=list)  # same name, other shape; not loaded
+    mismatched: list[str] = field(default_factory=list)  # same name, but another shape or kind, or NaN; not loaded
     passed_over: dict[str, str] = field(default_factory=dict)  # of the file, of no use to an encoder, and why
 
     @property
@@ -64,10 +66,11 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9, head:
     """Load weights of our own or of another project into a model, in place, and say what became of each tensor.
 
     Known by their names: torchvision, timm, IBN-Net and Torchreid (plain), EfficientNets whose blocks are counted
-    through, MoCo (LUPerson), DINO (TransReID-SSL, PASS), fast-reid, the SpCL and Cluster Contrast family, Bag of Tricks
-    and TransReID, and our own checkpoints, of which the encoder for evaluation is taken. What DataParallel,
-    torch.compile or Lightning put before the names is taken off. Position embeddings are resized; classifiers are
-    passed over. Files are read as tensors and plain values only: code in them is refused. Load before
+    through, MoCo (LUPerson), DINO (TransReID-SSL, PASS), CLIP, fast-reid, the SpCL and Cluster Contrast family, Bag of
+    Tricks and TransReID, and our own checkpoints, of which the encoder for evaluation is taken. What DataParallel,
+    torch.compile or Lightning put before the names is taken off, and so is any other prefix below which the backbone is
+    found; of a teacher and a student, or a network and its average, the former counts. Position embeddings are resized;
+    classifiers are passed over. Files are read as tensors and plain values only: code in them is refused. Load before
     `domain_batch_norm`.
 
     Args:
@@ -91,19 +94,21 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9, head:
     names = set(state)
     if published:
         state, recorded = backbone.adapt(state), recorded or backbone.published_grid
-    found = named_weights(state, source)
     targets = {encoder_name(name if whole else f"backbone.{name}"): name for name in model.state_dict()}
-    held_back = [] if head else _without_head(found)
-    if not any(".domains." in name for name in targets):
-        found.tensors = {name.replace(".domains.0.", "."): value for name, value in found.tensors.items()}
-        found.origin = {name.replace(".domains.0.", "."): value for name, value in found.origin.items()}
     positions = getattr(backbone, "positions", None)
     fit = partial(positions.fit, recorded=recorded) if positions is not None else None
-    report, chosen = _match(model.state_dict(), targets, found, fit)
+    match = partial(_match, model.state_dict(), targets, fit=fit, head=head)
+    found = named_weights(state)
+    report, chosen = match(found)
+    if report.share < min_share:
+        least = max(1, int(min_share * sum(map(_counts, targets))))
+        for below in below_prefixes(state, least):
+            other = match(below)
+            if other[0].share > report.share:
+                found, (report, chosen) = below, other
     report.source = source
     report.passed_over |= {f"{name} (whole)": "another part of the file" for name in others}
     report.passed_over |= {name: "renamed or dropped by the backbone's library" for name in sorted(names - set(state))}
-    report.passed_over |= {name: "of the head, which starts anew: MODEL.WEIGHTS_HEAD is false" for name in held_back}
     _check(report, min_share, backbone, found)
     model.load_state_dict(chosen, strict=False)
     _log.info("%s", report)
@@ -116,24 +121,28 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9, head:
 
 def _check(report: WeightReport, min_share: float, backbone: Any, found: NamedWeights) -> None:
     """Refuse what would leave a part of the network random although the file has something of its name."""
+    where = f"MODEL.WEIGHTS {report.source}"
+    broken = [name for name in report.mismatched if name.endswith(("values", "quantised"))]
+    if broken:
+        raise InvalidState(
+            f"{where}: {len(broken):,} of its tensors cannot be used, such as {broken[0]}; finite numbers are needed. "
+            f"Take an earlier file of that training, or convert it where it was made."
+        )
     wrong = [name for name in report.mismatched if name.startswith("backbone.")]
     head = [name for name in report.mismatched if not name.startswith("backbone.")]
-    if report.share < min_share:
+    if report.share < min_share or wrong:
         what = f"{report.share:.1%} of the backbone's tensors are in the file; at least {min_share:.0%} are needed"
-    elif wrong:
-        what = f"{len(wrong)} tensors of the backbone have another shape in the file, such as {wrong[0]}"
-    elif head:
+        if report.share >= min_share:
+            what = f"{len(wrong)} tensors of the backbone have another shape in the file, such as {wrong[0]}"
         raise InvalidState(
-            f"MODEL.WEIGHTS {report.source}: {len(head)} tensors of the head have another shape in the file, such as "
-            f"{head[0]}. Set MODEL.HEAD to that of the file, or MODEL.WEIGHTS_HEAD to false, and the head starts anew."
-            f"\n{report}"
+            f"{where}: {what}.{_other_options(backbone, found)} Set MODEL.BACKBONE to the network that the weights "
+            f"were made for, or MODEL.WEIGHTS to weights of {type(backbone).__name__}.\n{report}"
         )
-    else:
-        return
-    raise InvalidState(
-        f"MODEL.WEIGHTS {report.source}: {what}.{_other_options(backbone, found)} Set MODEL.BACKBONE to the network "
-        f"that the weights were made for, or MODEL.WEIGHTS to weights of {type(backbone).__name__}.\n{report}"
-    )
+    if head:
+        raise InvalidState(
+            f"{where}: {len(head)} tensors of the head have another shape in the file, such as {head[0]}. Set "
+            f"MODEL.HEAD to that of the file, or MODEL.WEIGHTS_HEAD to false, and the head starts anew.\n{report}"
+        )
 
 
 def _other_options(backbone: Any, found: NamedWeights) -> str:
@@ -157,9 +166,18 @@ def _without_head(found: NamedWeights) -> list[str]:
 
 
 def _match(
-    state: Mapping[str, Tensor], targets: Mapping[str, str], found: NamedWeights, fit: Callable[..., Tensor] | None
+    state: Mapping[str, Tensor],
+    targets: Mapping[str, str],
+    found: NamedWeights,
+    fit: Callable[..., Tensor] | None,
+    head: bool,
 ) -> tuple[WeightReport, dict[str, Tensor]]:
+    if not any(".domains." in name for name in targets):
+        found.tensors = {name.replace(".domains.0.", "."): value for name, value in found.tensors.items()}
+        found.origin = {name.replace(".domains.0.", "."): value for name, value in found.origin.items()}
     report = WeightReport("", found.family)
+    if not head:
+        report.passed_over = dict.fromkeys(_without_head(found), "of the head; MODEL.WEIGHTS_HEAD is false")
     chosen: dict[str, Tensor] = {}
     for name, target in targets.items():
         value = found.tensors.get(name)
@@ -167,6 +185,9 @@ def _match(
             report.missing.append(name)
             continue
         want = state[target].shape
+        if flaw := _flaw_of(value, state[target]):
+            report.mismatched.append(f"{name} {flaw}")
+            continue
         if fit is not None and name == "backbone.pos_embed" and value.dim() == 3:
             fitted = fit(value, want[1])
             if fitted is not value:
@@ -187,6 +208,17 @@ def _match(
         else:
             report.passed_over[old] = why
     return report, chosen
+
+
+def _flaw_of(value: Tensor, model: Tensor) -> str:
+    """Why a tensor of a file cannot become that of a model, whatever its shape; empty if it can."""
+    if value.device.type == "meta":
+        return "without values"
+    if value.layout != torch.strided or value.is_quantized:
+        return "sparse or quantised"
+    if value.is_floating_point() != model.is_floating_point():
+        return f"{value.dtype} for {model.dtype}"
+    return "with NaN or infinite values" if value.is_floating_point() and not value.isfinite().all() else ""
 
 
 def _counts(name: str) -> bool:

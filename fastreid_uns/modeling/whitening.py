@@ -74,7 +74,7 @@ def _mean(rows: Tensor) -> Tensor:
 
 def _covariance(rows: Tensor, mean: Tensor) -> Tensor:
     """(C, C) float64."""
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
     for part in rows.split(_BLOCK):
         centred = part.float() - mean.float()
         total += centred.T @ centred
@@ -86,15 +86,20 @@ def _main_directions(covariance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     from scipy.linalg import eigh
 
     width = len(covariance)
-    variance, directions = eigh(covariance.numpy(), subset_by_index=[max(width - dim, 0), width - 1])
+    variance, directions = eigh(covariance.cpu().numpy(), subset_by_index=[max(width - dim, 0), width - 1])
     variance, directions = variance[::-1].copy(), directions[:, ::-1].copy()
     kept = variance > max(variance[0], 0) * 1e-9
     kept[0] = True
-    return torch.from_numpy(directions[:, kept]), torch.from_numpy(np.maximum(variance[kept], 1e-12))
+    device = covariance.device
+    return (
+        torch.from_numpy(directions[:, kept]).to(device),
+        torch.from_numpy(np.maximum(variance[kept], 1e-12)).to(device),
+    )
 
 
 def _inverse_root(covariance: Tensor) -> Tensor:
     """Inverse square root of a covariance with `RIDGE` of its mean variance added to each direction."""
     ridge = RIDGE * covariance.diagonal().mean().clamp(min=1e-12)
-    variance, directions = torch.linalg.eigh(covariance + ridge * torch.eye(len(covariance), dtype=torch.float64))
+    identity = torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
+    variance, directions = torch.linalg.eigh(covariance + ridge * identity)
     return (directions * variance.rsqrt()) @ directions.T

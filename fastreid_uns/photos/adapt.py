@@ -17,8 +17,10 @@ from torch import Tensor
 
 from fastreid_uns.modeling.losses import instance_contrast
 from fastreid_uns.modeling.whitening import ViewWhitening
-from fastreid_uns.photos.embed import Activations, Stages, Told
+from fastreid_uns.photos.embed import Stages, Told
+from fastreid_uns.photos.view_store import ViewStore
 from fastreid_uns.pseudo_labels.constraints import Constraints
+from fastreid_uns.utils.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Adaptation:
 
 def adapt(
     stages: Stages,
-    kept: Activations,
+    kept: ViewStore,
     space: ViewWhitening,
     how: Adaptation,
     *,
@@ -71,10 +73,11 @@ def adapt(
     losses = []
     for photos in _batches(len(kept), how, generator):
         chosen = torch.rand(len(photos), kept.number, generator=generator).argsort(1)[:, :2]
+        same = to_device(unit[photos], stages.device)
         values = kept.take(photos, chosen)
         pooled = stages.pooled(values.flatten(0, 1))
         feats = F.normalize(space(pooled)).unflatten(0, values.shape[:2])
-        loss = instance_contrast(feats[:, 0], feats[:, -1], unit[photos], how.temperature)
+        loss = instance_contrast(feats[:, 0], feats[:, -1], same, how.temperature)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,9 +17,10 @@ from fastreid_uns.errors import InvalidState
 from fastreid_uns.photos.album import Album, read_album
 from fastreid_uns.photos.group import Grouping, Settings, cluster, features, for_count
 from fastreid_uns.photos.known import Known
+from fastreid_uns.photos.members import Member
 from fastreid_uns.photos.outcome import members_of, present_groups, write_outcome
 from fastreid_uns.photos.road import finish
-from fastreid_uns.photos.store import Member, PhotoRun
+from fastreid_uns.photos.store import PhotoRun
 from fastreid_uns.photos.teller import Teller
 from fastreid_uns.photos.verdict import draw
 from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
@@ -33,8 +35,11 @@ class Addition(NamedTuple):
     founded: int  # new groups
 
 
-def add_photos(run: PhotoRun, folder: str | Path, teller: Teller | None = None) -> Addition:
+def add_photos(run: PhotoRun, folder: str | Path, teller: Teller | None = None, *, device: str = "auto") -> Addition:
     """Assign the photos of another folder; groups that are known keep their numbers and their photos.
+
+    Args:
+        device: see `Known`.
 
     Raises:
         MissingFile: no such folder, or no photo in it.
@@ -46,10 +51,11 @@ def add_photos(run: PhotoRun, folder: str | Path, teller: Teller | None = None) 
         if not run.about.get("finished"):
             raise InvalidState(f"{run.folder}: the groups are not finished. Run `fastreid-uns group` to its end first.")
         album, _ = read_album({"": folder}, teller.line, sized=False)
-        known = Known(run)
+        known = Known(run, device)
         _leave_out_known(run, album, known)
         images = album.images(known.network.size, run.folder / "state", teller.line)
         feats = features(images, known.network.encoder, known.settings)
+        known.network.model.cpu()
         old = present_groups(run)
         prefix = run.add_folder(folder)
         names = [*known.index.paths, *(prefix + name for name in album.names)]
@@ -60,7 +66,9 @@ def add_photos(run: PhotoRun, folder: str | Path, teller: Teller | None = None) 
         scan = {key: run.about["scan"].get(key, 0) + count for key, count in album.facts.items()}
         about = {"audit": draw(members, known.settings.seed), "scan": scan}
         copy = bool(run.about.get("asked", {}).get("copy"))
-        write_outcome(run, members, grouping, known.network, settings, constraints, copy=copy, about=about)
+        least = known.index.thresholds["known"]
+        least = least if math.isfinite(least) else -math.inf  # there were too few photos to say
+        write_outcome(run, members, grouping, known.network, settings, constraints, copy=copy, about=about, least=least)
         finish(run)
         return _counted(members[len(known.index) :], set(old.values()))
 

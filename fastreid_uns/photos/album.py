@@ -80,9 +80,7 @@ class Album:
             MissingFile: none is left.
             InvalidState: the disk is full.
         """
-        workers = 0 if len(self) < _FEW else os.cpu_count() or 1
-        source = ImageSet([Record(file, -1, -1) for file in self.files], size, workers=workers)
-        images = CachedImageSet(source, where="disk", folder=folder, what="photos")
+        images = CachedImageSet(images_of(self.files, size), where="disk", folder=folder, what="photos")
         errors = images.check()
         if errors:
             told = [f"{printable(self.names[at])}: {reason(error)}" for at, error in list(errors.items())[:_SHOWN]]
@@ -94,6 +92,12 @@ class Album:
             refuse_nothing(self, "photos")
             images.keep(kept)
         return images
+
+
+def images_of(files: Sequence[str], size: tuple[int, int]) -> ImageSet:
+    """Photos as pixels; of many, all cores decode."""
+    workers = 0 if len(files) < _FEW else os.cpu_count() or 1
+    return ImageSet([Record(file, -1, -1) for file in files], size, workers=workers)
 
 
 def read_album(folders: Mapping[str, str | Path], say: Say, *, sized: bool = True) -> tuple[Album, Scan]:

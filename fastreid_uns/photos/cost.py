@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from fastreid_uns.photos.embed import IN_MEMORY, Stages
+from fastreid_uns.engine.solver import precision
+from fastreid_uns.photos.embed import BATCH, Stages
 from fastreid_uns.photos.group import Settings
 from fastreid_uns.photos.network import Network
 from fastreid_uns.photos.teller import duration
+from fastreid_uns.photos.view_store import on_device
 
-_TRIED = 16  # views whose time is taken
+_TRIED = 16  # views whose time is taken on a CPU; on a GPU as many as one pass has
 _REST = 1.5  # work of everything, with that of the views through the network as 1: reading, changing, training
 _BASE = 0.7e9  # bytes of Python, torch and the network
-_READ = 0.02  # seconds to read a photo
+_READ = 0.04  # seconds of one core to read a photo
 
 
 class Cost(NamedTuple):
@@ -33,22 +36,31 @@ class Cost(NamedTuple):
 
 @torch.no_grad()
 def estimate(count: int, network: Network, settings: Settings) -> Cost:
-    """What grouping so many photos takes; a second of work."""
-    stages = Stages.of(network.encoder, trained=settings.adaptation.steps > 0)
-    views = torch.rand(_TRIED, 3, *network.size)
-    stages.activations(views[:1])
-    begin = time.monotonic()
+    """What grouping so many photos takes on the device of the network; a second of work."""
+    device, training = network.encoder.mean.device, settings.adaptation.steps > 0
+    amp = precision(settings.amp, device)
+    stages = Stages.of(network.encoder, trained=training, amp=amp)
+    tried = _TRIED if device.type == "cpu" else BATCH * settings.views
+    views = torch.rand(tried, 3, *network.size, device=device)
+    stages.pooled(stages.activations(views[:1] if device.type == "cpu" else views))
+    begin = _now(device)
     kept = stages.activations(views)
     pooled = stages.pooled(kept)
-    each = (time.monotonic() - begin) / _TRIED
+    each = (_now(device) - begin) / tried
     number = count * settings.views
-    activations = 2.0 * number * np.prod(kept.shape[1:]) if settings.adaptation.steps else 0.0
     features = 4.0 * number * pooled.shape[1]
+    stored = 2.0 * number * np.prod(kept.shape[1:]) if training else features
     pixels = 3.0 * count * np.prod(network.size)
-    held = activations if activations <= IN_MEMORY else 0.0
     trained = 2 * settings.adaptation.steps * min(settings.adaptation.batch, count) * each
     return Cost(
-        _READ * count + _REST * number * each + trained,
-        _BASE + held + 2 * features,
-        pixels + activations - held,
+        _READ * count / (os.cpu_count() or 1) + _REST * number * each + trained,
+        _BASE + 2 * features,
+        pixels + (0.0 if on_device(int(stored), device) else stored),
     )
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()

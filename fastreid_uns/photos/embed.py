@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,10 +16,12 @@ from fastreid_uns.modeling.backbones.base import feature_map
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.heads import PooledHead
 from fastreid_uns.modeling.whitening import ViewWhitening
+from fastreid_uns.photos.view_store import ViewStore
+from fastreid_uns.utils.transfer import to_device
 
 BATCH = 32  # photos that are read at a time
-_PASS = 16  # images that go through the trunk at a time
-IN_MEMORY = 2**30  # bytes of activations above which they go to a file
+_PASS = 16  # images that go through the trunk at a time on a CPU; on a GPU all of a batch
+_LARGEST = 65504  # of float16
 _ASPECT = 0.85  # smallest width / height of a crop, with that of the photo as 1
 
 Told = Callable[[float], None]  # takes how many units of work are done since the last call
@@ -49,23 +47,30 @@ def view_augment(size: tuple[int, int]) -> Augment:
     )
 
 
-def views(images: ImageSet, number: int, seed: int) -> Iterator[tuple[slice, Tensor]]:
+def views(
+    images: ImageSet, number: int, seed: int, *, device: torch.device | str = "cpu", first: int = 0
+) -> Iterator[tuple[slice, Tensor]]:
     """Each photo as it is and `number` - 1 views of it.
 
-    The views of a photo follow from its pixels and the seed, so they are the same whatever other photos there are.
+    The views of a photo follow from its pixels and the seed, so they are the same whatever other photos there are, and
+    on another device but for rounding.
+
+    Args:
+        first: photo to begin with.
 
     Yields:
-        Rows of the set, and their views (B, V, 3, H, W) float32 in 0..1, on the CPU.
+        Rows of the set, and their views (B, V, 3, H, W) float32 in 0..1, on the device.
     """
     augment = view_augment(images.size)
-    starts = range(0, len(images), BATCH)
+    starts = range(first, len(images), BATCH)
     batches = [range(start, min(start + BATCH, len(images))) for start in starts]
     for start, pixels in zip(starts, images.stream(batches, "cpu"), strict=True):
-        made = pixels[:, None].float() / 255
+        placed = to_device(pixels, torch.device(device))
+        made = placed[:, None].float() / 255
         if number > 1:
             drawn = [augment.sample_parameters(number - 1, images.size, _generator(photo, seed)) for photo in pixels]
             parameters = {name: torch.cat([one[name] for one in drawn]) for name in drawn[0]}
-            others = augment(pixels.repeat_interleave(number - 1, dim=0), parameters)
+            others = augment(placed.repeat_interleave(number - 1, dim=0), parameters)
             made = torch.cat([made, others.unflatten(0, (len(pixels), number - 1))], dim=1)
         yield slice(start, start + len(pixels)), made
 
@@ -76,7 +81,7 @@ def _generator(photo: Tensor, seed: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Stages:
-    """An encoder in two parts: what stays as it is, and what may be trained.
+    """An encoder in two parts, on its device: what stays as it is, and what may be trained.
 
     Attributes:
         trunk: normalised images → activations.
@@ -106,10 +111,16 @@ class Stages:
         encoder.eval().to(memory_format=torch.channels_last)  # half as long on the CPU
         return cls(encoder, trunk, top, encoder.head, amp)  # type: ignore[arg-type]
 
+    @property
+    def device(self) -> torch.device:
+        """That of the encoder."""
+        return self.encoder.mean.device
+
     def activations(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in 0..1 → what the trunk gives; a few images at a time, whose maps fit into memory."""
-        parts = ((part - self.encoder.mean) / self.encoder.std for part in images.split(_PASS))
-        with torch.autocast("cpu", self.amp, enabled=self.amp is not None):
+        """(B, 3, H, W) in 0..1 → what the trunk gives; on a CPU a few images at a time, whose maps fit into memory."""
+        some = _PASS if self.device.type == "cpu" else len(images)
+        parts = ((part - self.encoder.mean) / self.encoder.std for part in images.split(some))
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             return torch.cat([feature_map(self.trunk(_channels_last(part))).float() for part in parts])
 
     def pooled(self, activations: Tensor) -> Tensor:
@@ -121,84 +132,31 @@ def _channels_last(maps: Tensor) -> Tensor:
     return maps.contiguous(memory_format=torch.channels_last)
 
 
-class Activations:
-    """What the trunk gave for all views of all photos, in half precision: in memory, or in a file if it is large.
+def cache_activations(
+    stages: Stages,
+    images: ImageSet,
+    number: int,
+    seed: int,
+    kept: ViewStore | None = None,
+    told: Told = lambda done: None,
+) -> ViewStore:
+    """What the trunk gives for `number` views of each photo, in half precision; `told` counts views.
 
     Args:
-        photos, number: N and V.
-        shape: (C, h, w) of one view.
-        folder: of the file, which ends with this object; None = the system's folder for such files.
+        kept: where it goes; what is there already is not computed again.
 
     Memory: 2 * N * V * C * h * w bytes; EfficientNet-Lite0 at 224 pixels has 44 kB a view.
     """
 
-    def __init__(self, photos: int, number: int, shape: torch.Size, folder: Path | None = None) -> None:
-        whole = (photos, number, *shape)
-        if 2 * np.prod(whole, dtype=np.int64) <= IN_MEMORY:
-            self.values: np.ndarray = np.empty(whole, np.float16)
-        else:
-            with tempfile.TemporaryFile(dir=folder) as file:  # the mapping keeps it
-                _reserve(file.fileno(), 2 * int(np.prod(whole, dtype=np.int64)), folder)
-                self.values = np.memmap(file, np.float16, "w+", shape=whole)
+    def compute(made: Tensor) -> Tensor:
+        return stages.activations(made).clamp(-_LARGEST, _LARGEST).half()
 
-    def put(self, rows: slice, values: Tensor) -> None:
-        """Keep (B, V, C, h, w) as those of some photos."""
-        self.values[rows] = values.clamp(-65504, 65504).to(torch.float16).numpy()
-
-    def take(self, photos: slice | Tensor, chosen: Tensor | None = None) -> Tensor:
-        """float32 activations of some photos: (B, V, C, h, w), or (B, n, C, h, w) of the (B, n) chosen views."""
-        rows = photos if isinstance(photos, slice) else photos.numpy()
-        found = self.values[rows]
-        if chosen is not None:
-            found = found[np.arange(len(found))[:, None], chosen.numpy()]
-        return torch.from_numpy(found.astype(np.float32))
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    @property
-    def number(self) -> int:
-        """V."""
-        return self.values.shape[1]
-
-
-def _reserve(descriptor: int, size: int, folder: Path | None) -> None:
-    """Take the space of a file: a mapping would end the process where the disk is full.
-
-    Raises:
-        InvalidState: there is too little.
-    """
-    if not hasattr(os, "posix_fallocate"):  # no POSIX
-        return
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        raise InvalidState(
-            f"{folder or tempfile.gettempdir()}: {size / 1e9:.1f} GB are needed there while photos are grouped "
-            f"({error.strerror}). Free some space, choose another output folder, or group without training."
-        ) from error
+    return _by_block(compute, stages.device, images, number, seed, kept, told)
 
 
 @torch.no_grad()
-def cache_activations(
-    stages: Stages, images: ImageSet, number: int, seed: int, folder: Path | None = None, told: Told = lambda done: None
-) -> Activations:
-    """What the trunk gives for `number` views of each photo; `told` counts views."""
-    kept: Activations | None = None
-    for rows, made in views(images, number, seed):
-        found = stages.activations(made.flatten(0, 1)).unflatten(0, made.shape[:2])
-        if kept is None:
-            kept = Activations(len(images), number, found.shape[2:], folder)
-        kept.put(rows, found)
-        told(made.shape[0] * made.shape[1])
-    if kept is None:
-        raise _no_photo()
-    return kept
-
-
-@torch.no_grad()
-def pooled_features(stages: Stages, kept: Activations, told: Told = lambda done: None) -> Tensor:
-    """(N, V, 2C) float32 pooled features of activations; `told` counts views."""
+def pooled_features(stages: Stages, kept: ViewStore, told: Told = lambda done: None) -> Tensor:
+    """(N, V, 2C) float32 pooled features of activations, on the device; `told` counts views."""
     parts = []
     for start in range(0, len(kept), BATCH):
         values = kept.take(slice(start, start + BATCH))
@@ -207,22 +165,43 @@ def pooled_features(stages: Stages, kept: Activations, told: Told = lambda done:
     return torch.cat(parts)
 
 
+def direct_features(
+    stages: Stages,
+    images: ImageSet,
+    number: int,
+    seed: int,
+    kept: ViewStore | None = None,
+    told: Told = lambda done: None,
+) -> Tensor:
+    """The same without keeping activations: (N, V, 2C) float32; `told` counts views, `kept` takes the features."""
+
+    def compute(made: Tensor) -> Tensor:
+        return stages.pooled(stages.activations(made))
+
+    return _by_block(compute, stages.device, images, number, seed, kept, told).values.to(stages.device)
+
+
 @torch.no_grad()
-def direct_features(stages: Stages, images: ImageSet, number: int, seed: int, told: Told = lambda done: None) -> Tensor:
-    """The same without keeping activations: (N, V, 2C) float32; `told` counts views."""
-    parts = []
-    for _, made in views(images, number, seed):
-        found = stages.pooled(stages.activations(made.flatten(0, 1)))
-        parts.append(found.unflatten(0, made.shape[:2]))
+def _by_block(
+    compute: Callable[[Tensor], Tensor],
+    device: torch.device,
+    images: ImageSet,
+    number: int,
+    seed: int,
+    kept: ViewStore | None,
+    told: Told,
+) -> ViewStore:
+    """What `compute` gives for the views of each photo, (B * V, 3, H, W), block by block."""
+    if len(images) == 0:
+        raise InvalidValue("photos: there is none; at least one is needed. Name another folder.")
+    kept = ViewStore() if kept is None else kept
+    kept.device = device
+    for rows, made in views(images, number, seed, device=device, first=kept.done):
+        found = compute(made.flatten(0, 1)).unflatten(0, made.shape[:2])
+        kept.begin((len(images), number, *found.shape[2:]), found.dtype)
+        kept.put(rows, found)
         told(made.shape[0] * made.shape[1])
-    if not parts:
-        raise _no_photo()
-    return torch.cat(parts)
-
-
-def _no_photo() -> InvalidValue:
-    """What is raised for an empty set."""
-    return InvalidValue("photos: there is none; at least one is needed. Name another folder.")
+    return kept
 
 
 def whitened(head: PooledHead, pooled: Tensor) -> Tensor:
@@ -232,7 +211,7 @@ def whitened(head: PooledHead, pooled: Tensor) -> Tensor:
     """
     found = whitening_of(head)(pooled.mean(1))
     length = found.norm(dim=1, keepdim=True)
-    first = torch.eye(1, found.shape[1])
+    first = torch.eye(1, found.shape[1], device=found.device)
     return torch.where(length > 1e-6, found / length.clamp(min=1e-6), first)
 
 

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,10 +24,12 @@ from fastreid_uns.photos.embed import (
     whitened,
     whitening_of,
 )
+from fastreid_uns.photos.view_store import ViewStore
 from fastreid_uns.pseudo_labels.base import centroids
 from fastreid_uns.pseudo_labels.constraints import Constraints
 from fastreid_uns.pseudo_labels.jaccard import jaccard_distance
 from fastreid_uns.pseudo_labels.linkage import Dendrogram, average_linkage
+from fastreid_uns.utils.precision import full_precision
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,13 @@ def for_count(settings: Settings, count: int) -> Settings:
     return replace(settings, k1=k1, k2=min(settings.k2, max(k1 // 3, 1)))
 
 
+class Features(NamedTuple):
+    """Features of N photos: (N, D) float32, unit length, on the CPU."""
+
+    feats: Tensor
+    before: Tensor  # the same photos before training; `feats` without any
+
+
 class Grouping(NamedTuple):
     """Groups of N photos, and how sure each place in them is."""
 
@@ -108,31 +116,42 @@ def embed(
     settings: Settings,
     *,
     constraints: Constraints | None = None,
-    folder: Path | None = None,
+    kept: ViewStore | None = None,
     told: Told = _silent,
-) -> Tensor:
+) -> Features:
     """Features of photos; the encoder is trained and its whitening fitted on the way, in place.
 
     Args:
         images: at least one photo.
-        encoder: with a `PooledHead` that whitens, on the CPU, its weights as they were published.
+        encoder: with a `PooledHead` that whitens, its weights as they were published; its device computes.
         constraints: used in training.
-        folder: where activations may be kept meanwhile.
+        kept: what the network gives for the views goes there; what is there already is not computed again.
         told: see `Clock`.
-
-    Returns:
-        (N, D) float32, unit length.
     """
+    with full_precision(encoder.mean.device):
+        return _embed(images, encoder, settings, constraints, ViewStore() if kept is None else kept, told)
+
+
+def _embed(
+    images: ImageSet,
+    encoder: Encoder,
+    settings: Settings,
+    constraints: Constraints | None,
+    kept: ViewStore,
+    told: Told,
+) -> Features:
     how, number, count = settings.adaptation, settings.views, len(images)
     training = how.steps > 0 and count > 1
-    stages = Stages.of(encoder, trained=training, amp=precision(settings.amp, torch.device("cpu")))
+    stages = Stages.of(encoder, trained=training, amp=precision(settings.amp, encoder.mean.device))
     trained = 2 * how.steps * min(how.batch, count) * _TRAINED_VIEW if training else 0
-    clock = Clock(count * number * (1 + (2 * _TOP_VIEW if training else 0)) + trained, told)
+    left = count - kept.done
+    clock = Clock(left * number + (2 * count * number * _TOP_VIEW if training else 0) + trained, told)
     clock.stage = "read photos"
     if not training:
-        return _fitted(stages, direct_features(stages, images, number, settings.seed, clock.add))
-    kept = cache_activations(stages, images, number, settings.seed, folder, clock.add)
-    _fitted(stages, pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW)))
+        feats = _fitted(stages, direct_features(stages, images, number, settings.seed, kept, clock.add))
+        return Features(feats, feats)
+    kept = cache_activations(stages, images, number, settings.seed, kept, clock.add)
+    before = _fitted(stages, pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW)))
     clock.stage = "train"
     losses = adapt(
         stages,
@@ -145,14 +164,15 @@ def embed(
     )
     logger.info("trained %d steps: loss %.2f to %.2f", len(losses), losses[0], losses[-1])
     clock.stage = "features"
-    return _fitted(stages, pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW)))
+    feats = _fitted(stages, pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW)))
+    return Features(feats, before)
 
 
 def _fitted(stages: Stages, pooled: Tensor) -> Tensor:
     """Features of photos by a whitening that is fitted to them; one photo alone has nothing to be fitted to."""
     if len(pooled) > 1:
         whitening_of(stages.head).fit(pooled)
-    return whitened(stages.head, pooled)
+    return whitened(stages.head, pooled).cpu()
 
 
 def cluster(feats: Tensor, settings: Settings, constraints: Constraints | None = None) -> Grouping:
@@ -218,15 +238,18 @@ def group(
     settings: Settings,
     *,
     constraints: Constraints | None = None,
-    folder: Path | None = None,
     told: Told = _silent,
 ) -> Grouping:
     """`embed` and `cluster`: from any number of photos, at least one, to groups."""
-    feats = embed(images, encoder, settings, constraints=constraints, folder=folder, told=told)
+    feats = embed(images, encoder, settings, constraints=constraints, told=told).feats
     return cluster(feats, settings, constraints)
 
 
 def features(images: ImageSet, encoder: Encoder, settings: Settings) -> Tensor:
-    """(M, D) features of further photos, by an encoder that `group` has trained and whose whitening it has fitted."""
-    stages = Stages.of(encoder, trained=False, amp=precision(settings.amp, torch.device("cpu")))
-    return whitened(stages.head, direct_features(stages, images, settings.views, settings.seed))
+    """(M, D) features of further photos, by an encoder that `group` has trained and whose whitening it has fitted.
+
+    The device of the encoder computes; the features are on the CPU.
+    """
+    with full_precision(encoder.mean.device):
+        stages = Stages.of(encoder, trained=False, amp=precision(settings.amp, encoder.mean.device))
+        return whitened(stages.head, direct_features(stages, images, settings.views, settings.seed)).cpu()

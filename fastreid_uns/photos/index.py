@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile
-from fastreid_uns.photos.atomic import write_file
+from fastreid_uns.photos.files import write_file
 from fastreid_uns.utils.fingerprint import weights_fingerprint
 
 FORMAT = 1

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from fastreid_uns.photos.decisions import Decisions, regrouped
 from fastreid_uns.photos.group import Grouping, Settings
-from fastreid_uns.photos.identify import STRICT, fit_thresholds
+from fastreid_uns.photos.identify import STRICT, Thresholds, fit_thresholds
 from fastreid_uns.photos.index import Index, weights_fingerprint
 from fastreid_uns.photos.informative import informative_pairs
+from fastreid_uns.photos.members import Member
 from fastreid_uns.photos.network import Network
 from fastreid_uns.photos.numbers import ABSENT, stable_numbers
-from fastreid_uns.photos.store import Member, PhotoRun
+from fastreid_uns.photos.store import PhotoRun
 from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
 
 QUESTIONS = 200  # that are kept for the review page
@@ -83,6 +84,7 @@ def write_outcome(
     *,
     copy: bool,
     about: Mapping[str, Any],
+    least: float,
 ) -> None:
     """Write all that follows from a grouping but the report.
 
@@ -90,13 +92,17 @@ def write_outcome(
         members: rows of the photos, see `members_of`.
         copy: of the photos in groups/, not links.
         about: entries of run.json.
+        least: what the threshold `known` is raised to, such as that before training: training pushes apart the photos
+            that it sees, so that they are less like other groups than photos of new individuals are.
     """
     decided = len(Decisions(run.folder / "decisions.csv").rows())
     run.write_groups(members, decisions=decided, **about)
     names = [member.path for member in members]
     pairs = informative_pairs(grouping.dendrogram, grouping.feats, settings.threshold, QUESTIONS, constraints)
     run.save_questions([(names[pair.first], names[pair.second], pair.weight) for pair in pairs])
-    index = index_of(network, grouping.feats, members, settings, strict_groups(grouping, constraints))
+    thresholds = fit_thresholds(grouping.feats, strict_groups(grouping, constraints))
+    thresholds = thresholds._replace(known=max(thresholds.known, least))
+    index = index_of(network, grouping.feats, members, settings, thresholds)
     index.save(run.folder / "index.safetensors", overwrite=True)
     network.save(run.folder, run.version)
     run.link_groups(copy)
@@ -107,7 +113,9 @@ def strict_groups(grouping: Grouping, constraints: Constraints) -> Tensor:
     return constraints.apply(torch.from_numpy(grouping.dendrogram.cut(STRICT)), grouping.feats)
 
 
-def index_of(network: Network, feats: Tensor, members: Sequence[Member], settings: Settings, strict: Tensor) -> Index:
+def index_of(
+    network: Network, feats: Tensor, members: Sequence[Member], settings: Settings, thresholds: Thresholds
+) -> Index:
     """All that is needed to recognise the individuals of a run."""
     weights = {name: value.detach().clone() for name, value in network.encoder.state_dict().items()}
     return Index(
@@ -117,6 +125,6 @@ def index_of(network: Network, feats: Tensor, members: Sequence[Member], setting
         network.preprocessing(),
         weights_fingerprint(weights),
         weights,
-        thresholds=fit_thresholds(feats, strict)._asdict(),
+        thresholds=thresholds._asdict(),
         about={**network.about(), "views": settings.views, "seed": settings.seed},
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fastreid_uns.photos.store import Member
+from fastreid_uns.photos.members import Member
 
 
 class Question(NamedTuple):

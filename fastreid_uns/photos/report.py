@@ -30,9 +30,10 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from fastreid_uns.errors import InvalidValue
-from fastreid_uns.photos.atomic import write_file
+from fastreid_uns.photos.files import write_file
+from fastreid_uns.photos.members import Member
 from fastreid_uns.photos.review import Group
-from fastreid_uns.photos.store import Member, PhotoRun, resolve
+from fastreid_uns.photos.store import PhotoRun, resolve
 from fastreid_uns.photos.teller import duration
 from fastreid_uns.photos.thumbnails import Thumbnails, photo_id
 from fastreid_uns.utils.paths import printable

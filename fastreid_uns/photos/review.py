@@ -17,8 +17,9 @@ from typing import Any
 
 from fastreid_uns.errors import InvalidState, InvalidValue, UnknownName
 from fastreid_uns.photos.decisions import Decision, Decisions, Relations, regrouped
+from fastreid_uns.photos.members import Member
 from fastreid_uns.photos.questions import Question, doubtful_pairs
-from fastreid_uns.photos.store import Member, PhotoRun
+from fastreid_uns.photos.store import PhotoRun
 from fastreid_uns.photos.thumbnails import Thumbnails, photo_id, picture
 from fastreid_uns.utils.paths import printable
 

@@ -22,15 +22,18 @@ from fastreid_uns.photos.adapt import Adaptation
 from fastreid_uns.photos.album import Album, read_album
 from fastreid_uns.photos.cost import estimate
 from fastreid_uns.photos.decisions import Decisions
-from fastreid_uns.photos.group import Settings, cluster, embed, for_count
+from fastreid_uns.photos.group import Features, Settings, cluster, embed, for_count
+from fastreid_uns.photos.identify import fit_thresholds
 from fastreid_uns.photos.informative import meeting_heights, refitted_threshold
 from fastreid_uns.photos.network import Network, Origin, describe, start
-from fastreid_uns.photos.outcome import constraints_of, members_of, write_outcome
+from fastreid_uns.photos.outcome import constraints_of, members_of, strict_groups, write_outcome
 from fastreid_uns.photos.report import write_report
 from fastreid_uns.photos.store import PhotoRun
-from fastreid_uns.photos.teller import Teller
+from fastreid_uns.photos.teller import Teller, plural
 from fastreid_uns.photos.verdict import calibrate, draw, judge
+from fastreid_uns.photos.view_store import ViewStore
 from fastreid_uns.pseudo_labels.constraints import Constraints
+from fastreid_uns.utils.comm import choose_device
 from fastreid_uns.utils.environment import commit
 
 MANY = 500  # photos from which on time and memory are stated before the work begins
@@ -77,6 +80,7 @@ def group_photos(
     output: str | Path,
     *,
     resume: bool = False,
+    device: str | None = None,
     ask: Ask | None = None,
     teller: Teller | None = None,
     **wishes: Any,
@@ -89,6 +93,8 @@ def group_photos(
         photos: the folder, read at any depth; None with `resume` takes that of the run.
         output: folder of the results, see `store`; it may be inside of `photos`.
         resume: group a finished run again under the decisions that were made since; individuals keep their numbers.
+        device: `auto` (CUDA where there is one), `cpu` or `cuda`; None takes `MODEL.DEVICE`, which is `auto` unless
+            the YAML of the network says otherwise.
         ask: is called when the groups are written, so that someone can answer `verdict.open_pairs`.
         teller: gets what there is to say; by default the log.
         wishes: fields of `Wishes`.
@@ -98,10 +104,12 @@ def group_photos(
 
     Raises:
         MissingFile: no such folder, or no photo in it.
-        InvalidState: the output folder is finished, is of other photos, is in use, or cannot be written.
+        InvalidState: the output folder is finished, is of other photos, is in use, or cannot be written; or there is
+            no such device.
         InvalidValue: a wish or a size that the network does not accept, or decisions that contradict each other.
     """
     teller, watch, output = teller or Teller(), _Watch(), Path(output)
+    choose_device(device or "auto")  # before anything is written
     before = PhotoRun(output) if resume else None
     place = Path(os.path.realpath(before.photos if before and photos is None else _given(photos)))
     _refuse_same(place, output)
@@ -114,6 +122,7 @@ def group_photos(
         asked = _wishes(run, resume, wishes)
         cfg = describe(place, output, asked.size or found.size, asked.weights, asked.config_file)
         network, origin = start(cfg, len(album))
+        network.model.to(choose_device(device or cfg.MODEL.DEVICE))
         run.update(finished=False, asked=asdict(asked))
         with watch.step("read the photos"):
             images = album.images(network.size, output / "state", teller.line)
@@ -158,7 +167,8 @@ def _group(
     decisions = Decisions(run.folder / "decisions.csv")
     constraints = constraints_of(album.names, album.equal, decisions)
     with watch.step("features and training"):
-        feats = _features(run, album, images, network, settings, constraints, teller)
+        feats, before = _features(run, album, images, network, settings, constraints, teller)
+        network.model.cpu()
     with watch.step("group"):
         settings = _refitted(feats, settings, album.names, decisions)
         grouping = cluster(feats, settings, constraints)
@@ -174,7 +184,9 @@ def _group(
         "commit": commit(Path(__file__).resolve().parents[2]),
     }
     with watch.step("write the groups"):
-        write_outcome(run, members, grouping, network, settings, constraints, copy=asked.copy, about=about)
+        strict = strict_groups(grouping, constraints)
+        least = fit_thresholds(before, strict).known
+        write_outcome(run, members, grouping, network, settings, constraints, copy=asked.copy, about=about, least=least)
 
 
 def _given(photos: str | Path | None) -> str | Path:
@@ -242,32 +254,29 @@ def _features(
     settings: Settings,
     constraints: Constraints,
     teller: Teller,
-) -> Tensor:
+) -> Features:
     """Features of the photos; the network is trained on the way, or takes the weights of an earlier command."""
     mark = _mark(album, network, settings, constraints)
-    kept = run.state("features", mark)
-    if kept is not None:
+    earlier = run.state("features", mark)
+    if earlier is not None:
         teller.line("features and weights are those of an earlier command; nothing that they depend on has changed")
-        found = {name: torch.from_numpy(value) for name, value in kept.items()}
-        feats = found.pop("feats")
+        found = {name: torch.from_numpy(value) for name, value in earlier.items()}
+        features = Features(found.pop("feats"), found.pop("before"))
         network.encoder.load_state_dict(found)
-        return feats
-    feats = embed(
-        images,
-        network.encoder,
-        settings,
-        constraints=constraints,
-        folder=run.folder / "state",
-        told=teller.share,
-    )
-    state = {name: value.numpy() for name, value in network.encoder.state_dict().items()}
-    run.save_state("features", mark, {"feats": feats.numpy(), **state})
-    return feats
+        return features
+    kept = ViewStore(run.folder / "state" / "unfinished.bin", mark)
+    if kept.done:
+        teller.line(f"{kept.done:,} of {plural(len(album), 'photo')} were done by an earlier command")
+    features = embed(images, network.encoder, settings, constraints=constraints, kept=kept, told=teller.share)
+    state = {name: value.cpu().numpy() for name, value in network.encoder.state_dict().items()}
+    run.save_state("features", mark, {**{name: value.numpy() for name, value in features._asdict().items()}, **state})
+    kept.remove()
+    return features
 
 
 def _mark(album: Album, network: Network, settings: Settings, constraints: Constraints) -> str:
     """Fingerprint of all that features depend on."""
-    whole = hashlib.sha256(repr((__version__, network.config, settings)).encode())
+    whole = hashlib.sha256(repr((__version__, Features._fields, network.config, settings)).encode())
     for file in album.files:
         found = os.stat(file)
         stamp = f"{file}\0{found.st_size}\0{found.st_mtime_ns}\n"

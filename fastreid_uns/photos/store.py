@@ -13,17 +13,15 @@ folder in front; `run.json` says where it is. Bytes of a name that are no UTF-8 
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import json
 import os
 import re
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,21 +29,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile
-from fastreid_uns.photos.atomic import replacement, write_file
-from fastreid_uns.photos.rows import decode_rows, encode_row
-
-HEADER = ("path", "group", "confidence", "nearest", "similarity")
-GROUP_FOLDER = re.compile(r"\d{4,}")
-
-
-class Member(NamedTuple):
-    """One photo and the group that it belongs to: a row of groups.csv."""
-
-    path: str
-    group: int
-    confidence: float  # 0 to 1 that the photo belongs to its group
-    nearest: int | None = None  # the nearest other group
-    similarity: float | None = None  # cosine to it
+from fastreid_uns.photos.files import own_folder, write_file, write_json
+from fastreid_uns.photos.group_folders import arrange, layout, variants
+from fastreid_uns.photos.members import Member, groups_text, read_groups
 
 
 class PhotoRun:
@@ -79,7 +65,7 @@ class PhotoRun:
         except OSError as error:
             raise InvalidState(f"{folder}: the output folder cannot be made ({error}). Choose another.") from error
         if not (folder / "run.json").exists():
-            _write_json(folder / "run.json", {"version": 0, "photos": str(photos), "added": {}, "last_number": 0})
+            write_json(folder / "run.json", {"version": 0, "photos": str(photos), "added": {}, "last_number": 0})
         run = cls(folder)
         if run.photos != photos:
             raise InvalidState(
@@ -111,7 +97,7 @@ class PhotoRun:
 
     def update(self, **about: Any) -> None:
         """Set entries of run.json; the others stay."""
-        _write_json(self._about_file, {**self.about, **about})
+        write_json(self._about_file, {**self.about, **about})
 
     @property
     def version(self) -> int:
@@ -144,7 +130,7 @@ class PhotoRun:
                 return "".join(f"{part}/" for part in (prefix, *folder.relative_to(known).parts) if part)
         taken = {*about.get("added", {}), *(member.path.split("/")[0] for member in self.groups())}
         taken |= set(os.listdir(about["photos"])) if Path(about["photos"]).is_dir() else set()
-        name = next(name for name in _variants(folder.name or "photos") if name not in taken)
+        name = next(name for name in variants(folder.name or "photos") if name not in taken)
         self.update(added={**about.get("added", {}), name: str(folder)})
         return f"{name}/"
 
@@ -198,10 +184,10 @@ class PhotoRun:
             resolve(known, path)
             if times > 1:
                 raise InvalidValue(f"groups: {path!r} occurs {times} times; each photo once is accepted.")
-        content = _groups_text(members)
+        content = groups_text(members)
         if self.groups_file.is_file():
             earlier = self._history_file(self.version)
-            _own_folder(earlier.parent)
+            own_folder(earlier.parent)
             write_file(earlier, self.groups_file.read_bytes())
         write_file(self.groups_file, content)
         last = max(self.last_number, *(member.group for member in members), 0)
@@ -218,7 +204,7 @@ class PhotoRun:
     # folders of links
 
     def link_groups(self, copy: bool = False) -> None:
-        """Bring groups/NNNN/ in line with groups.csv. Files that somebody else put there stay.
+        """Bring groups/NNNN/ in line with groups.csv; see `group_folders.arrange`.
 
         Args:
             copy: write copies of the photos, not links to them.
@@ -226,36 +212,17 @@ class PhotoRun:
         Raises:
             InvalidState: `groups` is a link or a file, or the disk does not allow it.
         """
-        root, about = self.folder / "groups", self.about
-        _own_folder(root)
+        about, copies = self.about, self.folder / "state" / "copies.json"
         wanted = {place: resolve(about, path) for path, place in layout(self.groups()).items()}
-        former = set(self._copied())
-        try:
-            for file in _files(root):
-                place = file.relative_to(root).as_posix()
-                if (file.is_symlink() or place in former) and not _is_in_place(file, wanted.get(place), copy):
-                    file.unlink()
-            for place, photo in wanted.items():
-                _own_folder((root / place).parent)
-                if not os.path.lexists(root / place):
-                    _copy(photo, root / place) if copy else (root / place).symlink_to(photo)
-            for folder in root.iterdir():
-                if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
-                    folder.rmdir()
-        except OSError as error:
-            raise InvalidState(f"{root}: the folders of the groups could not be written ({error}).") from error
-        _write_json(self.folder / "state" / "copies.json", sorted(wanted) if copy else [])
-
-    def _copied(self) -> list[str]:
-        """Copies that the last call of `link_groups` made: only these are ever deleted."""
-        file = self.folder / "state" / "copies.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        former = json.loads(copies.read_text(encoding="utf-8")) if copies.is_file() else []
+        arrange(self.folder / "groups", wanted, copy, set(former))
+        write_json(copies, sorted(wanted) if copy else [])
 
     # what the review page asks
 
     def save_questions(self, pairs: Sequence[tuple[str, str, float]]) -> None:
         """Keep (photo, photo, weight) of pairs whose answers would tell most about the present groups."""
-        _write_json(self.folder / "state" / "questions.json", {"version": self.version, "pairs": pairs})
+        write_json(self.folder / "state" / "questions.json", {"version": self.version, "pairs": pairs})
 
     def questions(self) -> list[tuple[str, str, float]] | None:
         """The pairs that were kept; None if there are none for the present groups."""
@@ -299,7 +266,7 @@ class PhotoRun:
         Args:
             fingerprint: of all that the arrays depend on; a state with another one is never read.
         """
-        _own_folder(self.folder / "state")
+        own_folder(self.folder / "state")
         contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
         write_file(self._state_file(name), save(contiguous, metadata={"fingerprint": fingerprint}))
 
@@ -332,124 +299,3 @@ def resolve(about: Mapping[str, Any], path: str) -> Path:
     if parts[0] in added and len(parts) > 1:
         return Path(added[parts[0]], *parts[1:])
     return Path(about["photos"], *parts)
-
-
-def read_groups(file: Path) -> list[Member]:
-    """Rows of a groups.csv.
-
-    Raises:
-        InvalidValue: header or row cannot be read; the message names the row (from 1, after the header).
-    """
-    members: list[Member] = []
-    try:
-        rows = decode_rows(file.read_bytes())
-        if tuple(next(rows, ())) != HEADER:
-            raise ValueError(f"the header is not {','.join(HEADER)}")
-        for values in rows:
-            members.append(_member(values))
-    except (ValueError, csv.Error) as error:
-        raise InvalidValue(
-            f"{file}: row {len(members) + 1} cannot be read: {error}. Mend the row, or take the file from history/."
-        ) from error
-    return members
-
-
-def layout(members: Iterable[Member]) -> dict[str, str]:
-    """Place of each photo below groups/: `0007/IMG 3.jpg`; `IMG 3-2.jpg` where two photos share a name."""
-    taken: set[str] = set()
-    places = {}
-    for member in members:
-        name = PurePosixPath(member.path)
-        folder = f"{member.group:04d}"
-        variants = (f"{folder}/{stem}{name.suffix}" for stem in _variants(name.stem))
-        place = next(place for place in variants if place.lower() not in taken)
-        taken.add(place.lower())  # some disks do not tell a.jpg from A.jpg
-        places[member.path] = place
-    return places
-
-
-def _member(values: Sequence[str]) -> Member:
-    if len(values) != len(HEADER):
-        raise ValueError(f"{len(values)} fields were found, {len(HEADER)} are accepted")
-    path, group, confidence, nearest, similarity = values
-    number, certain = int(group), float(confidence)
-    if number < 1 or not 0 <= certain <= 1:
-        raise ValueError(f"group {group}, confidence {confidence}: numbers from 1 and 0 to 1 are accepted")
-    return Member(
-        path,
-        number,
-        certain,
-        int(nearest) if nearest else None,
-        float(similarity) if similarity else None,
-    )
-
-
-def _groups_text(members: Iterable[Member]) -> bytes:
-    rows = [encode_row(HEADER)]
-    for path, group, confidence, nearest, similarity in members:
-        if group < 1 or not 0 <= confidence <= 1:
-            raise InvalidValue(
-                f"groups: {path!r} has group {group} and confidence {confidence}; numbers from 1 and a confidence "
-                f"from 0 to 1 are accepted."
-            )
-        near = ("", "") if nearest is None or similarity is None else (nearest, f"{similarity:.3f}")
-        rows.append(encode_row((path, group, f"{confidence:.2f}", *near)))
-    return b"".join(rows)
-
-
-def _variants(name: str) -> Iterator[str]:
-    """The name, then name-2, name-3, ..."""
-    yield name
-    number = 2
-    while True:
-        yield f"{name}-{number}"
-        number += 1
-
-
-def _own_folder(folder: Path) -> None:
-    """Make a folder of the run.
-
-    Raises:
-        InvalidState: it is a symbolic link or a file, or the disk does not allow it.
-    """
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InvalidState(f"{folder}: the folder could not be made ({error}). Move away what is there.") from error
-    if folder.is_symlink():
-        raise InvalidState(f"{folder}: is a symbolic link; nothing is written through it. Remove the link.")
-
-
-def _files(root: Path) -> list[Path]:
-    """Files and links in the folders of the groups, and links among these folders themselves."""
-    found = []
-    for folder in root.iterdir():
-        if folder.is_symlink():
-            found.append(folder)
-        elif folder.is_dir() and GROUP_FOLDER.fullmatch(folder.name):
-            found += [file for file in folder.iterdir() if file.is_symlink() or file.is_file()]
-    return found
-
-
-def _is_in_place(file: Path, photo: Path | None, copy: bool) -> bool:
-    if photo is None:
-        return False
-    if copy:
-        return not file.is_symlink() and _same_content(file, photo)
-    return file.is_symlink() and file.readlink() == photo
-
-
-def _same_content(file: Path, photo: Path) -> bool:
-    one, other = file.stat(), photo.stat()
-    return (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)  # copy2 keeps the time
-
-
-def _copy(photo: Path, file: Path) -> None:
-    with replacement(file) as stream, photo.open("rb") as original:
-        shutil.copyfileobj(original, stream)
-    shutil.copystat(photo, file)
-
-
-def _write_json(file: Path, content: Any) -> None:
-    _own_folder(file.parent)
-    write_file(file, f"{json.dumps(content, indent=2)}\n".encode())

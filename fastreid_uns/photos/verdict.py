@@ -18,8 +18,9 @@ from fastreid_uns.photos.audit import (
     rough_estimate,
 )
 from fastreid_uns.photos.decisions import Decisions
+from fastreid_uns.photos.members import Member
 from fastreid_uns.photos.questions import Question
-from fastreid_uns.photos.store import Member, PhotoRun
+from fastreid_uns.photos.store import PhotoRun
 
 _URGENT = 1e12  # weight of a question of the audit on the review page, above that of every other
 

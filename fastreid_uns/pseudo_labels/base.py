@@ -18,10 +18,13 @@ class PseudoLabelGenerator:
     """Clusters the images once per epoch.
 
     `seconds` holds the wall time of the stages of the last call: `neighbours` (until the distance is known) and
-    `cluster`. `order_free` says that images in another order get the same clusters, up to their numbering.
+    `cluster`. `order_free` says that images in another order get the same clusters, up to their numbering. `shared`
+    says that all processes may call it on the same bank at once, so that they share its loops (`utils.sharing`); the
+    first alone calls it otherwise. Labels are those of the first process.
     """
 
     order_free: bool = True
+    shared: bool = False
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

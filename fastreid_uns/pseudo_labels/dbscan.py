@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from fastreid_uns.pseudo_labels.search.approximate import APPROXIMATE, approxima
 from fastreid_uns.pseudo_labels.search.exact import nearest_neighbours
 from fastreid_uns.registry import PSEUDO_LABEL_REGISTRY
 from fastreid_uns.structures import FeatureBank, NoClusters, PseudoLabels
+from fastreid_uns.utils import sharing
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -36,8 +38,14 @@ def dbscan(distance: csr_matrix, eps: float, min_samples: int) -> np.ndarray:
         (N,) int64, clusters 0..K-1 in order of their first core point, -1 for outliers; a border point belongs to the
         lowest of the clusters that reach it. The same labels as scikit-learn's DBSCAN on the dense matrix.
 
+    Of the processes that share loops, the first clusters; the others get its labels, whatever their distance is.
+
     Source: Ester et al. 1996. Time: O(stored pairs).
     """
+    return sharing.from_first(lambda: _clusters(distance, eps, min_samples))
+
+
+def _clusters(distance: csr_matrix, eps: float, min_samples: int) -> np.ndarray:
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import connected_components
 
@@ -84,6 +92,8 @@ class DBSCANLabels(PseudoLabelGenerator):
         tensor([0, 0, 0, 1, 1, 1])
     """
 
+    shared = True
+
     def __init__(
         self,
         *,
@@ -120,7 +130,8 @@ class DBSCANLabels(PseudoLabelGenerator):
         """What `nearest_neighbours` gives, with the neighbours that SEARCH finds; on the CPU if it is approximate."""
         if self.search == "exact":
             return nearest_neighbours(feats, k)
-        return approximate_neighbours(feats, k, search=self.search, effort=self.search_effort)
+        found = partial(approximate_neighbours, feats, k, search=self.search, effort=self.search_effort)
+        return sharing.from_first(found)
 
     def encoding(self, bank: FeatureBank, epoch: int) -> csr_matrix:
         """`reciprocal_encoding` of the features, with the neighbours that SEARCH finds."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.pseudo_labels.search.exact import check_finite, nearest_neighbours, nearest_of_others
 from fastreid_uns.pseudo_labels.search.gpu import pair_distances
+from fastreid_uns.utils import sharing
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -252,7 +253,7 @@ def reciprocal_sets(feats: Tensor, sq: Tensor, index: Tensor, k1: int) -> tuple[
     half = min(round(k1 / 2) + 1, k)
     with Workers() as workers:
         workers.over_rows(jaccard_kernels.place_in_return, n, near, back)
-        parts = workers.over_rows(jaccard_kernels.expanded_sets, n, near, near_sq, back, half)
+        parts = workers.over_shared_rows(jaccard_kernels.expanded_sets, n, near, near_sq, back, half)
         del near_sq, back
         sizes, members, distances = workers.joined(parts)
         starts = _starts(sizes)
@@ -261,8 +262,10 @@ def reciprocal_sets(feats: Tensor, sq: Tensor, index: Tensor, k1: int) -> tuple[
         pairs = np.repeat(order, counts), order[members[unlisted]]
         if feats.device.type == "cpu":
             array, missing = feats.detach().float().contiguous().numpy(), np.empty(len(unlisted), np.float32)
-            workers.over_rows(jaccard_kernels.pair_distances, len(missing), array, *pairs, missing)
-            distances[unlisted] = missing
+            own = sharing.own_rows(len(missing))
+            part = tuple(side[own.start : own.stop] for side in pairs)
+            workers.over_rows(jaccard_kernels.pair_distances, len(own), array, *part, missing[own.start : own.stop])
+            distances[unlisted] = np.concatenate(sharing.from_all(missing[own.start : own.stop]))
         else:
             first, second = (torch.from_numpy(side).to(feats.device) for side in pairs)
             distances[unlisted] = pair_distances(feats.float(), first, second).cpu().numpy()
@@ -312,7 +315,7 @@ def average_rows(sets: ReciprocalSets, weights: np.ndarray, k2: int) -> csr_matr
     n, k = sets.near.shape
     lists = (sets.near, min(k2, k), sets.starts, sets.members, weights)
     with Workers() as workers:
-        rows = workers.over_rows(jaccard_kernels.averaged_rows, n, sets.order, sets.place, *lists)
+        rows = workers.over_shared_rows(jaccard_kernels.averaged_rows, n, sets.order, sets.place, *lists)
         sizes, members, averaged = workers.joined(rows)
     return csr_matrix((averaged, members, _starts(sizes)), shape=(n, n))
 
@@ -326,7 +329,8 @@ def encoding_distance(rows: csr_matrix, columns: csr_matrix | None = None, *, ma
         max_distance: pairs farther apart are left out.
 
     Returns:
-        (M, N) CSR float32 in [0, 1), as in `jaccard_distance`.
+        (M, N) CSR float32 in [0, 1), as in `jaccard_distance`. Of the processes that share loops, only the first gets
+        the distances of rows among themselves, for `dbscan`; the others get an empty matrix.
     """
     from scipy.sparse import csr_matrix
 
@@ -363,9 +367,12 @@ def _near_distance(rows: csr_matrix, max_distance: float) -> csr_matrix:
     with Workers() as workers:
         workers.over_rows(jaccard_kernels.lists_of_columns, width, begin, *entries, bits, lists, slabs=1)
         limit = np.float32(max_distance)
-        near = workers.over_rows(jaccard_kernels.near_rows, n, *entries, begin, lists, bits, limit, slabs=32)
+        args = (*entries, begin, lists, bits, limit)
+        near = workers.over_shared_rows(jaccard_kernels.near_rows, n, *args, slabs=32, first_only=True)
+        if not sharing.first():
+            return csr_matrix((n, n), dtype=np.float32)
         sizes, found, distances = workers.joined(near)
-    del lists
+    del lists, args
     half = csr_matrix((distances, found, _starts(sizes)), shape=(n, n)).tocoo()
     row, col = order[half.row], order[half.col]
     off = row != col

@@ -11,12 +11,10 @@ from fastreid_uns.errors import InvalidValue
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
 from fastreid_uns.pseudo_labels.jaccard import jaccard_distance
 from fastreid_uns.registry import PSEUDO_LABEL_REGISTRY
-from fastreid_uns.structures import FeatureBank, NoClusters, PseudoLabels
+from fastreid_uns.structures import FeatureBank, NoClusters, PairAnswers, PseudoLabels
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
-
-    from fastreid_uns.pseudo_labels.constraints import Constraints
 
 _UNIT = 2**20  # of similarities, which are integers: their sums are exact, so no order of images shows
 
@@ -62,7 +60,7 @@ def in_order(labels: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(first, kind="stable"), kind="stable")[inverse].astype(np.int64)
 
 
-def average_linkage(distance: csr_matrix, constraints: Constraints | None = None) -> Dendrogram:
+def average_linkage(distance: csr_matrix, constraints: PairAnswers | None = None) -> Dendrogram:
     """Hierarchical clustering in which two clusters are as far apart as their images are on average.
 
     Args:

@@ -29,6 +29,17 @@ BEST = "best.pth"
 
 _SEAL = b"fastreid_uns sha256 "  # before the digest, at the end of a checkpoint
 _SEAL_LENGTH = len(_SEAL) + 64
+_KINDS: dict[str, Any] = {  # of what a checkpoint may hold
+    "model": Mapping,
+    "config": str,
+    "num_images": int,
+    "epochs_done": int,
+    "iter": int,
+    "optimizer": Mapping,
+    "hooks": Mapping,
+    "history": list,
+    "random": list,
+}
 _DAMAGED = "Delete it to go on from an earlier one of its folder, or copy it again."
 
 
@@ -126,6 +137,15 @@ def load_checkpoint(file: str | Path) -> dict[str, Any]:
             f"checkpoint: {file} is not a checkpoint of this framework (it lacks 'model' or 'config'). To start from "
             f"foreign weights set MODEL.WEIGHTS; `fastreid-uns convert` converts them."
         )
+    wrong = [
+        f"{name} is {type(content[name]).__name__}"
+        for name, kind in _KINDS.items()
+        if name in content and (not isinstance(content[name], kind) or isinstance(content[name], bool))
+    ]
+    if wrong:
+        raise InvalidValue(
+            f"checkpoint: {file} is not a checkpoint of this framework ({', '.join(wrong)}). Take one that it wrote."
+        )
     return content
 
 
@@ -198,7 +218,7 @@ def load_model(model: nn.Module, content: Mapping[str, Any], file: str | Path) -
     """
     try:
         model.load_state_dict(content["model"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:  # the latter two: a name or a value of another type
         detail = " ".join(str(error).split())
         raise InvalidValue(
             f"checkpoint: {file} was made with another model: {detail[:400]}. Use the config.yaml beside it."

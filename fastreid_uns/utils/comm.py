@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastreid_uns.errors import FailedElsewhere, InvalidState, UserError
+from fastreid_uns.errors import FailedElsewhere, InvalidState, InvalidValue, UserError
 from fastreid_uns.utils.watch import Watch
 
 T = TypeVar("T")
@@ -33,19 +33,28 @@ def init_from_environment(device: str, timeout_minutes: float = 30.0) -> torch.d
     Raises:
         RuntimeError: CUDA was asked for and there is none, or fewer devices than processes.
     """
-    place = _device(device)
+    place = choose_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         _join(place, timeout_minutes)
     return place
 
 
-def _device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
+    """The device that `MODEL.DEVICE` or `--device` names: `auto` is CUDA where there is one.
+
+    Raises:
+        InvalidState: CUDA was asked for and there is none, or fewer devices than processes.
+        InvalidValue: there is no such kind of device.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not device.startswith("cuda"):
-        return torch.device(device)
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise InvalidValue(f"device: {device!r} is unknown; choose one of auto, cpu and cuda.") from error
     if not torch.cuda.is_available():
-        raise InvalidState(f"MODEL.DEVICE is {device} but torch finds no CUDA device; set MODEL.DEVICE cpu or auto.")
+        raise InvalidState(f"device: {device} was asked for, but torch finds no CUDA device; set it to cpu or auto.")
     place = torch.device(device) if ":" in device else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if place.index >= torch.cuda.device_count():
         raise InvalidState(
@@ -143,6 +152,15 @@ def gather_objects(value: T) -> list[T]:
         return [value]
     box: list[Any] = [None] * world()
     dist.all_gather_object(box, value, group=_objects)
+    return box
+
+
+def gather_on(target: int, value: T) -> list[T] | None:
+    """The values of all ranks on one of them, None on the others."""
+    if world() == 1:
+        return [value]
+    box: list[Any] | None = [None] * world() if rank() == target else None
+    dist.gather_object(value, box, dst=target, group=_objects)
     return box
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numba
 import numpy as np
 import torch
+
+from fastreid_uns.utils import sharing
 
 
 def compiled(function: Callable, *allowed: str) -> Any:
@@ -53,6 +56,22 @@ class Workers:
             return [kernel(0, rows, *args)]
         cuts = np.linspace(0, rows, min(slabs * self.count, rows) + 1).astype(np.int64).tolist()
         return list(self.pool.map(lambda a, b: kernel(a, b, *args), cuts[:-1], cuts[1:]))
+
+    def over_shared_rows(
+        self, kernel: Callable, rows: int, *args: Any, slabs: int = 8, first_only: bool = False
+    ) -> list[Any]:
+        """As `over_rows`, with the rows dealt out to the processes that share loops; each gets the results of all.
+
+        Args:
+            first_only: the others get nothing.
+        """
+        if sharing.ranks() == 1:
+            return self.over_rows(kernel, rows, *args, slabs=slabs)
+        cuts = np.linspace(0, rows, min(4 * slabs * sharing.ranks(), rows) + 1).astype(np.int64).tolist()
+        own = sharing.dealt(list(pairwise(cuts)))
+        found = list(self.pool.map(lambda cut: kernel(*cut, *args), own))
+        every = sharing.on_first(found) if first_only else sharing.from_all(found)
+        return sharing.in_order(every) if every else []
 
     def joined(self, parts: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
         """The arrays of all parts, one after the other; `parts` are given up, so that memory holds them once."""

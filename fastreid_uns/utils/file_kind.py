@@ -27,19 +27,23 @@ def foreign_kind(path: Path) -> str | None:
         start = file.read(_START)
     if not start:
         return "an empty file. Download it again."
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer: the repository was cloned without its large files. Run: git lfs pull"
     if start[:1] == b"\x80" or start.startswith(b"PK\x03\x04") or is_safetensors(path):
         return None
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith((b"<!doctype html", b"<html")):
-        return "an HTML page, perhaps of a login or a download. Open the address in a browser and save the file."
-    for begin, kind in _FOREIGN.items():
-        if start.startswith(begin):
-            return kind if "." in kind else f"{kind}. Check the path."
+    if known := known_kind(start):
+        return known
     if _is_text(start):
         return f"text that begins with {start[:40].decode('utf-8', 'replace')!r}. Check the path or download it again."
     return f"bytes of an unknown kind, beginning with {start[:8].hex(' ')}. Check the path or download it again."
+
+
+def known_kind(start: bytes) -> str | None:
+    """What the first bytes of a file say that it is, as the end of a sentence and what to do; None if they do not."""
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer: the repository was cloned without its large files. Run: git lfs pull"
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html")):
+        return "an HTML page, perhaps of a login or a download. Open the address in a browser and save the file."
+    found = next((kind for begin, kind in _FOREIGN.items() if start.startswith(begin)), None)
+    return found if found is None or "." in found else f"{found}. Check the path."
 
 
 def is_safetensors(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Matrix products in true float32."""
+"""Matrix products and convolutions in true float32."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ import torch
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products in true float32, whatever training has chosen: rounding to TF32 would reorder neighbours."""
-    places: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    """Matrix products and, from torch 2.9 on, convolutions in true float32, whatever training has chosen.
+
+    Rounding to TF32 would reorder neighbours.
+    """
+    places: tuple[Any, ...] = (
+        torch.backends.cuda.matmul,
+        getattr(torch.backends.mkldnn, "matmul", None),
+        getattr(torch.backends.cudnn, "conv", None),
+    )
     backends = [place for place in places if hasattr(place, "fp32_precision")]
     kept = [b.fp32_precision for b in backends] if backends else torch.get_float32_matmul_precision()
     _set_precision(backends, ["ieee"] * len(backends) if backends else "highest")

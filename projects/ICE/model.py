@@ -1,7 +1,8 @@
-"""The model of ICE: three views, two of them through the momentum encoder."""
+"""The model of ICE: a query view through the online encoder, and all views through the momentum encoder."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class ICEModel(Baseline):
     """Queries of the online encoder against centroids, against keys of the momentum encoder and against camera proxies.
 
     The views of a batch are the query, the key (where there is no second view: the first again) and the weak view. The
-    momentum encoder clusters, is evaluated and deployed, and gathers norm statistics of its own from the keys.
+    momentum encoder clusters, is evaluated and deployed, and gathers norm statistics of its own from every view in
+    order; of the query it needs nothing else.
 
     Losses are offered what `Baseline` offers but `teacher_logits`, and: `teacher_feats` (B,D) of the key; `weak_feats`
     (B,D) if a loss wants them; `proxies` if a loss wants them, which needs camera labels.
@@ -84,9 +86,10 @@ class ICEModel(Baseline):
             )
         out = self.encoder(batch.views[0])
         inputs: dict[str, Any] = named_loss_inputs(out, batch)
-        inputs["teacher_feats"] = self.keys(batch.views[min(1, len(batch.views) - 1)])
+        keys = self.keys(batch.views)
+        inputs["teacher_feats"] = keys[min(1, len(keys) - 1)]
         if self.wants_weak:
-            inputs["weak_feats"] = self.keys(batch.views[2])
+            inputs["weak_feats"] = keys[2]
         if self.proxies is not None:
             inputs["proxies"] = self.proxies
         inputs["labels"] = self.memory.rows(batch)
@@ -96,16 +99,17 @@ class ICEModel(Baseline):
         return inputs
 
     @torch.no_grad()
-    def keys(self, images: Tensor) -> Tensor:
-        """(B,D) unit features of the momentum encoder; images (B,3,H,W).
+    def keys(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Unit features (B,D) of the momentum encoder for each view (B,3,H,W), which go through it one by one.
 
         The images of all processes change places before its norm layers, so that a key does not share statistics with
-        those that its query shared them with (shuffled batch norm).
+        those that its query shared them with (shuffled batch norm); all views of a batch change places alike.
         """
-        count = len(images)
-        every = comm.all_gather(images, equal=True)
-        order = to_device(torch.randperm(len(every)), images.device)
-        order = comm.all_gather(order, equal=True)[: len(every)]  # that of rank 0 everywhere
+        count = len(views[0])
+        total = count * comm.world()
+        order = to_device(torch.randperm(total), views[0].device)
+        order = comm.all_gather(order, equal=True)[:total]  # that of rank 0 everywhere
         own = slice(comm.rank() * count, (comm.rank() + 1) * count)
-        feats = comm.all_gather(self.teacher(every[order[own]]).feats, equal=True)
-        return feats[order.argsort()[own]]
+        back = order.argsort()[own]
+        shuffled = (comm.all_gather(images, equal=True)[order[own]] for images in views)
+        return [comm.all_gather(self.teacher(images).feats, equal=True)[back] for images in shuffled]

@@ -5,37 +5,30 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-from fastreid_uns import experiments
 from fastreid_uns.commands import compare
+from fastreid_uns.experiments import runs, tables
 
 ROOT = compare.ROOT
 
 
 def record(config: str, kind: str, seed: int, score: float) -> dict:
     results = {"zoo": {"mAP": score, "rank1": 2 * score}}
-    return {"config": config, "kind": kind, "seed": seed, "results": results, "seconds": 10.0 * seed}
-
-
-def test_every_real_set_of_every_project_is_compared():
-    configs = compare.default_configs()
-    assert configs[:2] == ["configs/omniglot.yaml", "configs/grocery.yaml"]
-    projects = {path.parents[1].name for path in ROOT.glob("projects/*/configs/omniglot.yaml")}
-    assert {Path(config).parts[1] for config in configs[2:]} == projects
+    about = {"config": config, "kind": kind, "seed": seed, "hold_out": 0.0}
+    return {**about, "results": results, "seconds": 10.0 * seed}
 
 
 def test_seeds_are_run_one_after_the_other_and_only_the_core_with_true_labels():
-    plan = list(experiments.planned(["configs/a.yaml", "projects/P/configs/a.yaml"], [1, 2], None))
-    assert [(config, kind) for config, kind, seed in plan if seed == 1] == [
+    plan = list(runs.planned(["configs/a.yaml", "projects/P/configs/a.yaml"], [1, 2], None))
+    assert [(job.config, job.kind) for job in plan if job.seed == 1] == [
         ("configs/a.yaml", "untrained"),
         ("configs/a.yaml", "unsupervised"),
         ("configs/a.yaml", "supervised"),
         ("projects/P/configs/a.yaml", "unsupervised"),
     ]
-    assert [seed for _, _, seed in plan] == [1] * 4 + [2] * 4
+    assert [job.seed for job in plan] == [1] * 4 + [2] * 4
 
 
 def test_validation_identities_leave_training_and_the_test_part_is_not_read(tmp_path):
@@ -43,7 +36,7 @@ def test_validation_identities_leave_training_and_the_test_part_is_not_read(tmp_
     rows = [(f"{i}_{n}.png", i, n, "train") for i in range(10) for n in range(5)] + [("t.png", 99, 0, "gallery")]
     with manifest.open("w", newline="") as file:
         csv.writer(file).writerows([("path", "identity", "camera", "split"), *rows])
-    with experiments.validation_manifest(manifest, 0.2, tmp_path / "validation.csv").open(newline="") as file:
+    with runs.validation_manifest(manifest, 0.2, tmp_path / "validation.csv").open(newline="") as file:
         new = list(csv.DictReader(file))
     assert Counter(row["split"] for row in new) == {"train": 40, "query": 4, "gallery": 6}
     trained = {row["identity"] for row in new if row["split"] == "train"}
@@ -60,9 +53,9 @@ def test_table_shows_mean_and_spread_between_the_untrained_and_the_true_labels()
         record("configs/zoo.yaml", "unsupervised", 2, 23.0),
         record("configs/zoo.yaml", "untrained", 1, 5.0),
     ]
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in experiments.table(records).splitlines()]
-    assert lines[0][0] == "config, tested on zoo"
-    assert lines[2:] == [
+    (table,) = tables.tables(records)
+    assert table.headers == ["config, tested on zoo", "labels", "seeds", "mAP", "rank-1", "seconds"]
+    assert table.rows == [
         ["configs/zoo.yaml", "untrained", "1", "5.00", "10.00", "10"],
         ["configs/zoo.yaml", "unsupervised", "2", "21.50 ± 2.12", "43.00 ± 4.24", "15"],  # 3/sqrt(2) and 6/sqrt(2)
         ["projects/P/configs/zoo.yaml", "unsupervised", "1", "30.00", "60.00", "10"],
@@ -87,7 +80,7 @@ def test_a_project_is_shown_beside_the_core_on_its_own_sets():
         record("projects/P/configs/zoo.yaml", "unsupervised", 1, 30.0),
         record("projects/Pike/configs/zoo.yaml", "unsupervised", 1, 40.0),
     ]
-    assert experiments.of_one_project(records, "P") == [records[0], records[2]]
+    assert tables.of_one_project(records, "P") == [records[0], records[2]]
 
 
 def test_provenance_names_seeds_keys_hardware_and_commits():
@@ -96,27 +89,29 @@ def test_provenance_names_seeds_keys_hardware_and_commits():
         {**record("a", "unsupervised", seed, 1.0), "environment": place, "overrides": ["A=1"]} for seed in (2, 1, 2)
     ]
     runs[2]["environment"] = {**place, "commit": "def"}
-    assert experiments.provenance(runs) == "Seeds 1, 2; Abacus, torch 2.0; commit abc, def; `A=1`."
+    assert tables.provenance(runs) == "Seeds 1, 2; Abacus, torch 2.0; commit abc, def; `A=1`."
 
 
 def test_the_guide_and_each_project_show_the_committed_results():
     records = [json.loads(line) for line in (ROOT / "projects/results.jsonl").read_text().splitlines()]
-    expected = {ROOT / "projects/README.md": records}
+    expected = {ROOT / "projects/README.md": ""}
     for path in ROOT.glob("projects/*/configs/omniglot.yaml"):
-        expected[path.parents[1] / "README.md"] = experiments.of_one_project(records, path.parents[1].name)
-    for file, part in expected.items():
+        expected[path.parents[1] / "README.md"] = path.parents[1].name
+    for file, project in expected.items():
         shown = file.read_text().partition(compare.BEGIN)[2].partition(compare.END)[0]
-        assert shown.strip() == experiments.report(part), file
+        assert shown.strip() == tables.report(records, project), file
 
 
 def test_runs_once_and_outlives_a_run_that_fails(tiny, tmp_path):
     overrides = [value for value in tiny if not value.startswith("OUTPUT_DIR")]
     command = [sys.executable, "tools/compare.py", "configs/quickstart.yaml", "configs/absent.yaml", "--seeds", "1"]
-    command += ["--kinds", "untrained", "--jobs", "2", "--output", str(tmp_path), "--set", *overrides]
+    command += ["--kinds", "untrained", "--jobs", "2", "--output", str(tmp_path)]
+    command += ["--tables", str(tmp_path), "--set", *overrides]
     for _ in range(2):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 1
-        assert "failed: ('configs/absent.yaml', 'untrained', 1)" in done.stderr
+        assert "failed: ('configs/absent.yaml', 'untrained', 1): MissingFile" in done.stderr
         (line,) = (tmp_path / "runs.jsonl").read_text().splitlines()
         assert json.loads(line)["config"] == "configs/quickstart.yaml"
     assert "configs/quickstart.yaml" in done.stdout
+    assert {"tables.md", "tables.csv", "tables.tex"} <= {path.name for path in tmp_path.iterdir()}

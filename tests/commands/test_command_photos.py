@@ -120,10 +120,13 @@ def test_identify(place, tmp_path, capsys):
     assert code == 2  # one of them could not be read
     assert lines[0]["photo"] == str(photo)
     assert lines[0]["answer"] in ("unsure", "new")  # the groups are unverified
+    assert ("note" in lines[0]) == (lines[0]["answer"] == "unsure")
     assert lines[1]["answer"] == "unreadable"
-    code, printed, _ = said(capsys, "identify", place / "out", place / "photos")
+    code, printed, errors = said(capsys, "identify", place / "out", place / "photos")
     assert code == 0
     assert len(printed.splitlines()) == 24
+    assert "unsure" in printed
+    assert f"the groups were not checked; answer 15 questions with `fastreid-uns review {place / 'out'}`" in errors
     assert said(capsys, "identify", tmp_path, photo)[0] == 2
 
 

@@ -271,6 +271,7 @@ def test_a_crop_that_never_fits_is_the_largest_in_the_middle():
         ({"erase_aspect": (0.3,)}, r"ERASE_ASPECT is \[0.3\]"),
         ({"resized_crop": (0.5, 1.5)}, "RESIZED_CROP is"),
         ({"blur_sigma": (0.0, 2.0)}, "BLUR_SIGMA is"),
+        ({"resized_crop_aspect": (0.0,)}, "RESIZED_CROP_ASPECT is"),  # without RESIZED_CROP as well
         ({"erase_fill": "noise"}, "ERASE_FILL is 'noise'; one of mean, zero is accepted"),
     ],
 )

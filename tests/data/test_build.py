@@ -13,8 +13,10 @@ from PIL import Image
 
 from fastreid_uns.config import load_config
 from fastreid_uns.data import image_check, image_set
-from fastreid_uns.data.build import build_test_loader, build_train_set
+from fastreid_uns.data.build import build_test_loader, build_train_loader, build_train_set
+from fastreid_uns.data.pixel_cache import CachedImageSet
 from fastreid_uns.engine.default import DefaultTrainer
+from fastreid_uns.errors import InvalidValue
 
 CPU = torch.device("cpu")
 IMAGES = 12
@@ -98,6 +100,15 @@ def test_without_a_cache_every_evaluation_decodes(tiny, photos, decoded):
     assert decoded == {name: 2 for name in TEST}
 
 
+@pytest.mark.parametrize(("period", "again"), [(0, False), (1, True), (2, False), (9, False)])
+@pytest.mark.parametrize("cache", ["device", "host", "disk"])
+def test_images_of_a_single_evaluation_fill_no_memory(tiny, photos, cache, period, again):
+    """Of two epochs. A file is for later runs as well."""
+    cfg = config(tiny, photos, cache, **{"TEST.PERIOD": period})
+    _, images = build_test_loader(cfg, "mine", CPU)
+    assert isinstance(images, CachedImageSet) == (again or cache == "disk")
+
+
 @CACHES
 def test_an_image_that_cannot_be_read_stops_the_start_with_a_count(tiny, photos, decoded, cache):
     (photos / "3.png").write_bytes((photos / "3.png").read_bytes()[:60])
@@ -142,3 +153,10 @@ def test_too_few_images_are_left(tiny, photos):
         (photos / f"{i}.png").write_text("no image")
     with pytest.raises(ValueError, match=r"csv_file has 1 training image\(s\); clustering needs at least two"):
         build_train_set(config(tiny, photos, "host", **{"INPUT.ON_BAD_IMAGE": "skip"}), CPU)
+
+
+def test_a_sampler_of_sources_that_are_not_there_is_held_to_what_it_accepts(tiny, photos):
+    for key, value in (("BATCH_SIZE", -7000), ("NUM_INSTANCES", 0)):
+        cfg = config(tiny, photos, "none", **{f"DATALOADER.SOURCE_SAMPLER.{key}": value})
+        with pytest.raises(InvalidValue, match=rf"^DATALOADER\.SOURCE_SAMPLER\.{key} (is )?{value}"):
+            build_train_loader(cfg, build_train_set(cfg, CPU), CPU)

@@ -576,7 +576,19 @@ def test_csv_lists_no_file_twice(tmp_path):
         (b"PK\x03\x04\0\0", r"this is a workbook, no CSV\. Save the sheet as CSV"),
         (b"path,split,identity\na.png,train,-2\n", r"line 2 has the identity -2; accepted are -1 \(junk\), 0, 1"),
         (b"path,split,camera\na.png,train,-3.0\n", r"line 2 has the camera -3; accepted are -1 \(unknown\)"),
-        (b"", r"there is a header but no line below it"),
+        (b"path,split\n", r"there is a header but no line below it"),
+        (b"", r"the file is empty; a header line and a line for each image"),
+        (b" \n\n", r"the file is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"this is no CSV, but a Git LFS pointer"),
+        (b"\n<!DOCTYPE html><html>", r"this is no CSV, but an HTML page"),
+        (b"\x1f\x8b\x08\0\0", r"this is no CSV, but an archive \(gzip\)"),
+        ("path,split\na.png,train\n".encode("utf-16-le"), r"line 1 holds a zero byte"),
+        (b"path,split,identity\na.png,train,1\0\n", r"line 2 holds a zero byte"),
+        (
+            b"path,split,identity\na.png,train,1.23457E+11\n",
+            r"line 2 has the identity 1\.23457E\+11, a number that was",
+        ),
+        (b"path;split;camera\na.png;train;1,2e3\n", r"line 2 has the camera 1,2e3, a number that was shortened"),
     ],
 )
 def test_csv_files_that_are_none(tmp_path, content, message):
@@ -584,6 +596,22 @@ def test_csv_files_that_are_none(tmp_path, content, message):
     (tmp_path / "m.csv").write_bytes(content)
     with pytest.raises(UserError, match=rf"m\.csv: {message}"):
         read(str(tmp_path / "m.csv"))
+
+
+def test_csv_words_that_look_alike_are_one(tmp_path):
+    words = ["caf\u00e9", "cafe\u0301", "caf\u00e9\u200b", "\u2060 caf\u00e9 ", "Caf\u00e9"]
+    lines = [f"{i}.png,{word},0,train" for i, word in enumerate(words)]
+    assert [record.identity for record in read(manifest(tmp_path, *lines)).train] == [1, 1, 1, 1, 0]
+
+
+def test_csv_says_which_column_may_be_meant(tmp_path, caplog):
+    path = manifest(tmp_path, "a.png,1,2,train", header="path,pid,CamID,split")
+    assert short(read(path).train, tmp_path) == [("a.png", -1, -1)]
+    assert "there is no column identity, so it is not known; the column pid is passed over" in caplog.text
+    assert "there is no column camera, so it is not known; the column camid is passed over" in caplog.text
+    caplog.clear()
+    read(manifest(tmp_path, "a.png,1,2,9,train", header="path,identity,camera,label,split"))
+    assert "passed over" not in caplog.text
 
 
 def test_csv_with_an_endless_cell(tmp_path):

@@ -6,6 +6,8 @@ import io
 import os
 import pickle
 import socket
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -239,7 +241,8 @@ def test_grey_and_colour_of_sixteen_bits_agree():
         ([0, 1, 255], np.uint16, [0, 1, 255]),
         ([0, 1, 255], np.int64, [0, 1, 255]),
         ([0, 16, 256, 4095], np.uint16, [0, 1, 16, 255]),  # 12 bits: value // 16
-        ([0, 255, 256, 4096, 65535], np.uint16, [0, 0, 1, 16, 255]),  # 16 bits: value // 256
+        ([0, 64, 4096, 16383], np.uint16, [0, 1, 64, 255]),  # 14 bits: value // 64
+        ([0, 255, 256, 16384, 65535], np.uint16, [0, 0, 1, 64, 255]),  # 16 bits: value // 256
         ([0, 4096, 65535], np.int32, [0, 16, 255]),
         ([0, 65536, 131071], np.int32, [0, 128, 255]),  # 17 bits: value // 512
         ([0, 2**31, 2**32 - 1], np.uint32, [0, 128, 255]),
@@ -266,6 +269,55 @@ def test_deep_tiff_files_follow_the_same_rule(dtype):
     deep = noise(6, 4, high=4096, dtype=dtype)
     deep[0, 0] = 4095
     assert np.array_equal(read(encoded(Image.fromarray(deep), "TIFF"))[..., 0], deep.astype(int) // 16)
+
+
+def png_of_sixteen_bits(values):
+    """Pillow cannot write colour of 16 bits; values (H,W,C), big endian, no filter."""
+    height, width, channels = values.shape
+    kind = {2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    chunks = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts.items()
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def tiff_of_sixteen_bits(values):
+    """Little endian, one strip, not compressed; values (H,W,3)."""
+    height, width, _ = values.shape
+    data = values.astype("<u2").tobytes()
+    short, long = 3, 4
+    count = 9
+    after = 8 + 2 + 12 * count + 4
+    tags = [
+        (256, short, 1, width),
+        (257, short, 1, height),
+        (258, short, 3, after),
+        (259, short, 1, 1),
+        (262, short, 1, 2),
+        (273, long, 1, after + 6),
+        (277, short, 1, 3),
+        (278, short, 1, height),
+        (279, long, 1, len(data)),
+    ]
+    table = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<IH", 8, count) + table + bytes(4) + struct.pack("<HHH", 16, 16, 16) + data
+
+
+@pytest.mark.parametrize("encode", [png_of_sixteen_bits, tiff_of_sixteen_bits])
+def test_colour_of_sixteen_bits(encode):
+    deep = noise(5, 4, 3, high=2**16, dtype=np.uint16)
+    deep[0, 0, 0] = 65535
+    assert np.array_equal(read(encode(deep)), deep >> 8)
+    for bits in (12, 14):
+        with pytest.raises(UnreadableImage, match=rf"16 bits of which the lower {bits} alone .*Convert it to 8 bits"):
+            read(encode(deep >> (16 - bits)))
 
 
 def test_one_transparent_value_of_sixteen_bits():

@@ -22,9 +22,10 @@ pytest.importorskip("starlette", reason="needs the extra `review`")
 import httpx
 
 from fastreid_uns.photos.identify import Thresholds, identify
+from fastreid_uns.photos.members import Member
 from fastreid_uns.photos.review import Review
 from fastreid_uns.photos.server import Server
-from fastreid_uns.photos.store import Member, PhotoRun
+from fastreid_uns.photos.store import PhotoRun
 from fastreid_uns.predictor import FeatureExtractor
 
 PAGE = Path(__file__).parents[2] / "DEPLOY.md"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastreid_uns.evaluation.extract import evaluation_mode, extract_features, share
+from fastreid_uns.evaluation.extract import _filled, evaluation_mode, extract_features, share
 
 sys.path.insert(0, str(Path(__file__).parent))
 from evaluation_stubs import Images, Model, reid_task
@@ -27,6 +27,29 @@ def test_rows_in_order_of_the_set_whatever_the_batch():
         torch.testing.assert_close(value, torch.cat([row[name] for row in single]))
         assert not value.requires_grad
     (found["feats"].requires_grad_() ** 2).sum().backward()  # no inference tensor: a memory may take it up
+
+
+def test_a_gpu_sees_batches_of_one_size(device):
+    """The last of 32 images in batches of 5 come with black ones, of which nothing is kept."""
+    images = reid_task()[1]
+    model, sizes = Model().to(device), []
+    model.conv.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    found = extract_features(model, images, batch_size=5)
+    assert sizes == [5] * 6 + ([5] if device.type == "cuda" else [2])
+    model.eval()
+    with torch.no_grad():
+        single = [model.extract(images.pixels[i : i + 1].to(device))["feats"] for i in range(32)]
+    torch.testing.assert_close(found["feats"], torch.cat(single), rtol=1e-3, atol=1e-4)
+
+
+def test_a_short_batch_is_filled_with_black():
+    pixels = torch.randint(1, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    filled = _filled(pixels, 5)
+    assert filled.dtype == torch.uint8
+    assert torch.equal(filled[:2], pixels)
+    assert filled.shape == (5, 3, 4, 5)
+    assert not filled[2:].any()
+    assert _filled(pixels, 2) is _filled(pixels, 0) is pixels
 
 
 def test_mode_is_restored_after_an_error():

@@ -16,6 +16,7 @@ from fastreid_uns.modeling.norm import (
     DomainBatchNorm,
     GhostBatchNorm,
     domain_batch_norm,
+    evaluated_domain,
     frozen_statistics,
     ghost_batch_norm,
     rows_of_domains,
@@ -61,6 +62,52 @@ def test_groups_equal_separate_layers(shape: tuple[int, ...], flat: bool, group:
     for a, b in zip(grads, wanted_grads, strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(grouped.state_dict(), first.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("shape", "flat"), [((12, 5, 3, 7), False), ((12, 5), True), ((12, 5, 1, 1), False), ((12, 5, 9), True)]
+)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_the_compiled_form_equals_separate_layers(shape: tuple[int, ...], flat: bool, momentum: float | None) -> None:
+    norm = a_norm(flat=flat)
+    norm.momentum = momentum
+    x = (torch.randn(shape, dtype=torch.float64) * 3 + 1).requires_grad_()
+    upstream = torch.randn(shape, dtype=torch.float64)
+    wanted, first = slow_groups(norm, x, 4)
+    wanted_grads = torch.autograd.grad((wanted * upstream).sum(), (x, norm.weight, norm.bias))
+
+    grouped = ghost_batch_norm(copy.deepcopy(norm), 4)
+    torch._dynamo.reset()
+    got = torch.compile(grouped, backend="eager", fullgraph=True)(x)
+    grads = torch.autograd.grad((got * upstream).sum(), (x, grouped.weight, grouped.bias))
+
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(grads, wanted_grads)
+    torch.testing.assert_close(grouped.state_dict(), first.state_dict())
+
+
+def test_the_compiled_form_computes_half_precision_in_float32() -> None:
+    """A mean of 100 and a deviation of 1 are lost if sums are kept in bfloat16."""
+    x = (torch.randn(8, 3, 16, 16) + 100).to(torch.bfloat16)
+    got = torch.compile(GhostBatchNorm(nn.BatchNorm2d(3), 4), backend="eager", fullgraph=True)(x)
+    assert got.dtype == torch.bfloat16
+    wanted = torch.cat([nn.BatchNorm2d(3).double()(part.double()) for part in x.split(4)])
+    torch.testing.assert_close(got.double(), wanted, rtol=0.01, atol=0.01)
+
+
+def test_the_compiled_form_keeps_channels_last() -> None:
+    x = torch.randn(6, 4, 5, 3).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    out = torch.compile(GhostBatchNorm(nn.BatchNorm2d(4), 2), backend="aot_eager", fullgraph=True)(x)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, GhostBatchNorm(nn.BatchNorm2d(4), 2)(x), rtol=0.02, atol=0.02)
+
+
+def test_the_compiled_form_of_a_layer_without_parameters_or_statistics() -> None:
+    norm = nn.BatchNorm2d(3, affine=False, track_running_stats=False)
+    x = torch.randn(6, 3, 4, 4)
+    got = torch.compile(GhostBatchNorm(norm, 3), backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(got, torch.cat([norm(x[:3]), norm(x[3:])]))
 
 
 def test_evaluation_is_plain_batch_norm_of_any_size() -> None:
@@ -189,6 +236,19 @@ def test_each_domain_starts_from_the_given_layer_and_keeps_its_flags() -> None:
             torch.testing.assert_close(norm.state_dict(), plain[i].state_dict())
             assert norm.bias.requires_grad == (i == 1)
     assert model[1].domains[0].weight is not model[1].domains[1].weight
+
+
+def test_another_domain_can_be_evaluated() -> None:
+    model = domain_batch_norm(nn.Sequential(a_norm()), 3).eval()
+    for number, norm in enumerate(model[0].domains):
+        nn.init.constant_(norm.running_mean, number)
+        nn.init.constant_(norm.running_var, 4.0)
+        nn.init.constant_(norm.weight, 2.0 + number)
+        nn.init.zeros_(norm.bias)
+    x = torch.full((2, 5, 1, 1), 7.0, dtype=torch.float64)
+    with evaluated_domain(model, 2):
+        torch.testing.assert_close(model(x), torch.full_like(x, (7 - 2) / 2 * 4), rtol=1e-4, atol=0)
+    torch.testing.assert_close(model(x), torch.full_like(x, 7 / 2 * 2), rtol=1e-4, atol=0)
 
 
 def test_evaluation_and_unnamed_rows_use_the_target() -> None:

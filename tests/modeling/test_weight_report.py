@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastreid_uns.errors import InvalidState
 from fastreid_uns.modeling.backbones.base import Backbone
 from fastreid_uns.modeling.backbones.osnet import OSNet
 from fastreid_uns.modeling.backbones.small_net import SmallNet
@@ -79,6 +80,70 @@ def test_wrappers_are_taken_off_until_nothing_changes(
     torch.testing.assert_close(dict((encoder if whole else encoder.backbone).state_dict()), wanted)
     assert report.unexpected == []
     assert_all_accounted(report, encoder, state)
+
+
+UNKNOWN = ["encoder.", "visual.", "teacher.", "student.module.backbone.", "net.feature_extractor.", "model.trunk.net."]
+
+
+@pytest.mark.parametrize("prefix", UNKNOWN)
+def test_a_prefix_that_nobody_knows_is_found(prefix: str, tmp_path: Path) -> None:
+    encoder = encoder_of(SmallNet(SIZE, width=4))
+    wanted = other_values(encoder.backbone.state_dict())
+    state = {"projector.weight": torch.ones(2, 2), **renamed(wanted, prefix)}
+    report = load(encoder, state, tmp_path)
+    torch.testing.assert_close(dict(encoder.backbone.state_dict()), wanted)
+    assert report.unexpected == ["projector.weight"]
+    assert_all_accounted(report, encoder, state)
+
+
+@pytest.mark.parametrize("key", ["params_ema", "ema_state_dict", "backbone", "net_state_dict"])
+def test_a_part_of_a_checkpoint_that_nobody_knows_is_found(key: str, tmp_path: Path) -> None:
+    encoder = encoder_of(SmallNet(SIZE, width=4))
+    wanted = other_values(encoder.backbone.state_dict())
+    optimiser = {"state": {0: {"exp_avg": torch.ones(2)}}}
+    report = load(encoder, {"optimizer": optimiser, key: renamed(wanted, "module."), "epoch": 3}, tmp_path)
+    torch.testing.assert_close(dict(encoder.backbone.state_dict()), wanted)
+    assert report.unexpected == ["optimizer.state.0.exp_avg"]
+
+
+@pytest.mark.parametrize("first", ["student", "teacher"])
+def test_of_teacher_and_student_the_teacher_counts(first: str, tmp_path: Path) -> None:
+    encoder = encoder_of(SmallNet(SIZE, width=4))
+    teacher = other_values(encoder.backbone.state_dict())
+    parts = {
+        "teacher": renamed(teacher, "teacher.net1."),
+        "student": renamed(dict(encoder.backbone.state_dict()), "student.net1."),
+    }
+    second = "teacher" if first == "student" else "student"
+    load(encoder, {**parts[first], **parts[second]}, tmp_path)
+    torch.testing.assert_close(dict(encoder.backbone.state_dict()), teacher)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda value: value * float("nan"), "with NaN or infinite values"),
+        (lambda value: value / 0, "with NaN or infinite values"),
+        (lambda value: value.to("meta"), "without values"),
+        (lambda value: value.to_sparse(), "sparse or quantised"),
+    ],
+)
+def test_one_tensor_without_finite_numbers_is_refused(change, what: str, tmp_path: Path) -> None:
+    encoder = encoder_of(SmallNet(SIZE, width=4))
+    before = other_values(encoder.state_dict())
+    encoder.load_state_dict(before)
+    state = other_values(encoder.backbone.state_dict())
+    name = next(name for name, value in state.items() if value.dim() == 4)
+    with pytest.raises(InvalidState, match=f"1 of its tensors cannot be used, such as backbone.{name} {what}; finite"):
+        load(encoder, {**state, name: change(state[name])}, tmp_path)
+    torch.testing.assert_close(dict(encoder.state_dict()), before)
+
+
+def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
+    encoder = encoder_of(SmallNet(SIZE, width=4))
+    state = {name: value.to(torch.int8) for name, value in other_values(encoder.backbone.state_dict()).items()}
+    with pytest.raises(InvalidState, match=r"torch.int8 for torch.float32"):
+        load(encoder, state, tmp_path)
 
 
 def test_lightning_with_an_optimiser_and_a_loss_beside_the_model(tmp_path: Path) -> None:

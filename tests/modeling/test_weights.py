@@ -300,7 +300,7 @@ def test_part_tokens_that_are_not_complete(absent: str, tmp_path: Path) -> None:
     state |= {f"part{i}_pos": torch.ones(1, 1, 48) for i in (1, 2, 3)}
     del state[absent]
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(RuntimeError, match=rf"it has part_token1 but no {absent}; part tokens are accepted with"):
+    with pytest.raises(RuntimeError, match=rf"the file has part_token1 but no {absent}; part tokens are accepted with"):
         load_weights(a_vit((64, 32), part_tokens=3), str(tmp_path / "w.pth"))
 
 

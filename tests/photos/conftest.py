@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from fastreid_uns.photos.store import Member, PhotoRun
+from fastreid_uns.photos.members import Member
+from fastreid_uns.photos.store import PhotoRun
 
 HOSTILE = "<img src=x onerror=document.title='owned'>.png"
 COLORS = {1: "#c0392b", 2: "#2471a3", 3: "#7d3c98", 4: "#229954"}

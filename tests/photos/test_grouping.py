@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +17,20 @@ from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.modeling.backbones.timm_net import TimmBackbone
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.heads import PooledHead
-from fastreid_uns.photos import embed
+from fastreid_uns.photos import view_store
 from fastreid_uns.photos.adapt import Adaptation, adapt
-from fastreid_uns.photos.embed import Activations, Stages, cache_activations, direct_features, pooled_features, views
-from fastreid_uns.photos.group import Clock, Settings, cluster, for_count, group
+from fastreid_uns.photos.cost import estimate
+from fastreid_uns.photos.embed import (
+    Stages,
+    cache_activations,
+    direct_features,
+    pooled_features,
+    view_augment,
+    views,
+    whitened,
+)
+from fastreid_uns.photos.group import Clock, Settings, cluster, embed, features, for_count, group
+from fastreid_uns.photos.view_store import ViewStore
 from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
 from fastreid_uns.structures import Record
 
@@ -75,35 +88,33 @@ def test_the_parts_of_a_network_are_the_network(encoder):
         TimmBackbone(SIZE, model="convnext_atto").split()
 
 
-def test_cached_activations_give_the_features_of_the_network(encoder, photos, monkeypatch, tmp_path):
+def test_cached_activations_give_the_features_of_the_network(encoder, photos, tmp_path):
     stages, whole = Stages.of(encoder, trained=True), Stages.of(encoder, trained=False)
     expected = direct_features(whole, image_set(photos), 2, 0)
     kept = cache_activations(stages, image_set(photos), 2, 0)
     assert (len(kept), kept.number) == (20, 2)
     found = pooled_features(stages, kept)
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)  # activations are kept in half precision
-    monkeypatch.setattr(embed, "IN_MEMORY", 0)
-    on_disk = cache_activations(stages, image_set(photos), 2, 0, tmp_path)
-    assert isinstance(on_disk.values, np.memmap)
+    on_disk = cache_activations(stages, image_set(photos), 2, 0, ViewStore(tmp_path / "kept.bin"))
+    assert (tmp_path / "kept.bin").stat().st_size == 4096 + 2 * kept.values.numel()
     assert torch.equal(pooled_features(stages, on_disk), found)
-    assert not list(tmp_path.iterdir())  # the file has no name, so nothing is left behind
 
 
-def test_a_disk_without_space_for_activations_is_named(monkeypatch, tmp_path):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(embed, "IN_MEMORY", 0)
-    monkeypatch.setattr(embed.os, "posix_fallocate", full)
-    with pytest.raises(RuntimeError, match=r"0\.0 GB are needed there .* \(No space left on device\)"):
-        Activations(2, 2, torch.Size([1, 1, 1]), tmp_path)
-
-
-def test_activations_are_taken_by_photo_and_view():
-    kept = Activations(3, 2, torch.Size([1, 1, 1]))
-    kept.put(slice(0, 3), torch.arange(6.0).view(3, 2, 1, 1, 1))
-    assert kept.take(slice(1, 3)).flatten().tolist() == [2, 3, 4, 5]
-    assert kept.take(torch.tensor([2, 0]), torch.tensor([[1], [0]])).flatten().tolist() == [5, 0]
+@torch.no_grad()
+def test_features_are_those_of_a_loop_over_single_views(encoder, photos):
+    own = copy.deepcopy(encoder).eval()
+    pooled, augment = [], view_augment(SIZE)
+    for pixels in (image_set(photos)[at] for at in range(20)):
+        made = [pixels[None] / 255]
+        draw = torch.Generator().manual_seed(zlib.crc32(pixels.numpy().tobytes(), START.seed))
+        drawn = augment.sample_parameters(START.views - 1, SIZE, draw)
+        for view in range(START.views - 1):
+            made.append(augment(pixels[None], {name: values[view : view + 1] for name, values in drawn.items()}))
+        pooled.append(torch.cat([own.head(own.backbone((one - own.mean) / own.std)).pooled for one in made]))
+    own.head.whitening.fit(torch.stack(pooled))
+    expected = whitened(own.head, torch.stack(pooled))
+    found = embed(image_set(photos), copy.deepcopy(encoder), dataclasses.replace(START, amp="none")).feats
+    torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-4, rtol=0)  # axes may be mirrored
 
 
 def test_training_moves_the_last_stages_only(encoder, photos):
@@ -186,6 +197,19 @@ def test_confidence_by_hand():
     assert found.confidence[:4].tolist() == [1] * 4
 
 
+def test_what_grouping_takes(encoder):
+    network = SimpleNamespace(encoder=copy.deepcopy(encoder), size=SIZE)
+    trained, start = (estimate(1000, network, settings) for settings in (FEW, START))
+    pixels = 1000 * 3 * 32 * 32
+    assert trained.disk == pixels + 2 * 3000 * 112 * 2 * 2  # the stage before the last two: 112 channels, stride 16
+    assert start.disk == pixels + 4 * 3000 * 2560  # average and GeM pooling of 1280 channels
+    assert trained.memory == start.memory > 2 * 4 * 3000 * 2560
+    assert trained.seconds > 0
+    assert str(start._replace(seconds=90, memory=1.24e9)) == (
+        "this will take about 1 min 30 s, 1.2 GB of memory and 0.0 GB of disk"
+    )
+
+
 def test_time_left():
     told = []
     clock = Clock(4, lambda *values: told.append(values))
@@ -207,3 +231,45 @@ def test_a_transformer_gives_features_without_training(photos):
     torch.testing.assert_close(found.feats.norm(dim=1), torch.ones(6))
     with pytest.raises(RuntimeError, match="cannot be trained apart"):
         group(images, vit, FEW)
+
+
+def cosines(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Of rows, after the turn that brings them together best: axes of a whitening may be mirrored."""
+    left, _, right = torch.linalg.svd(found.double().T @ expected.double())
+    return (found.double() @ left @ right * expected.double()).sum(1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_sees_the_same_views(photos):
+    (_, host), *_ = views(image_set(photos), 3, seed=1)
+    (_, device), *_ = views(image_set(photos), 3, seed=1, device="cuda")
+    torch.testing.assert_close(device.cpu(), host, rtol=0, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("settings", [START, FEW])
+def test_a_gpu_gives_the_features_and_groups_of_the_cpu(encoder, photos, settings):
+    exact = dataclasses.replace(settings, amp="none")
+    host, device = copy.deepcopy(encoder), copy.deepcopy(encoder).cuda()
+    expected, found = (group(image_set(photos), own, exact) for own in (host, device))
+    assert found.feats.device.type == "cpu"
+    assert cosines(found.feats, expected.feats).min() > 0.9999
+    assert found.labels.tolist() == expected.labels.tolist()
+    more, others = (features(image_set(photos), own, exact) for own in (device, host))
+    assert cosines(more, others).min() > 0.9999
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_gpu_trains_on_activations_wherever_they_are(encoder, photos, share, monkeypatch, tmp_path):
+    monkeypatch.setattr(view_store, "_SHARE", share)
+    stages = Stages.of(copy.deepcopy(encoder).cuda(), trained=True)
+    kept = cache_activations(stages, image_set(photos), 3, 0, ViewStore(tmp_path / "kept.bin"))
+    assert kept.values.device.type == ("cuda" if share else "cpu")
+    assert (tmp_path / "kept.bin").exists() == (not share)
+    stages.head.whitening.fit(pooled_features(stages, kept))
+    losses = adapt(stages, kept, stages.head.whitening, Adaptation(steps=5, batch=10))
+    assert losses[-1] < losses[0]

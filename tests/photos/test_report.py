@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from fastreid_uns.errors import InvalidValue
+from fastreid_uns.photos.members import Member
 from fastreid_uns.photos.report import PHOTOS_A_PAGE, project, write_report
-from fastreid_uns.photos.store import Member, PhotoRun
+from fastreid_uns.photos.store import PhotoRun
 from fastreid_uns.photos.teller import duration
 from fastreid_uns.utils.paths import printable
 

@@ -6,9 +6,10 @@ import pytest
 
 from fastreid_uns.errors import InvalidState, InvalidValue, UnknownName
 from fastreid_uns.photos.decisions import Contradiction
+from fastreid_uns.photos.members import Member
 from fastreid_uns.photos.questions import doubtful_pairs
 from fastreid_uns.photos.review import Review, Stale
-from fastreid_uns.photos.store import Member, PhotoRun
+from fastreid_uns.photos.store import PhotoRun
 from fastreid_uns.photos.thumbnails import photo_id
 
 

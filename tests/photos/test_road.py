@@ -13,14 +13,15 @@ from PIL import Image
 
 from fastreid_uns import group_photos
 from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile
-from fastreid_uns.photos import road
+from fastreid_uns.photos import embed, road
 from fastreid_uns.photos.adapt import Adaptation
 from fastreid_uns.photos.addition import _extended, add_photos
 from fastreid_uns.photos.album import read_album
 from fastreid_uns.photos.decisions import Contradiction, Decisions
-from fastreid_uns.photos.group import Settings
+from fastreid_uns.photos.group import Features, Settings
+from fastreid_uns.photos.identify import Identity
 from fastreid_uns.photos.index import Index
-from fastreid_uns.photos.known import Known
+from fastreid_uns.photos.known import Known, said
 from fastreid_uns.photos.store import PhotoRun
 from fastreid_uns.photos.teller import Teller
 from fastreid_uns.photos.verdict import judge, open_pairs, questions
@@ -169,6 +170,40 @@ def test_the_same_call_goes_on_after_an_interruption(tmp_path, network, monkeypa
     )
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_what_was_computed_before_an_interruption_is_not_computed_again(tmp_path, network, monkeypatch, training):
+    draw_things(tmp_path / "photos", range(3), range(3))
+    monkeypatch.setattr(road, "Adaptation", few_steps)
+    monkeypatch.setattr(embed, "BATCH", 2)
+    seen, limit = [], 3
+    activations = embed.Stages.activations
+
+    def counted(stages, images):
+        seen.append(len(images))
+        if len(seen) > limit:
+            raise KeyboardInterrupt
+        return activations(stages, images)
+
+    monkeypatch.setattr(embed.Stages, "activations", counted)
+    with pytest.raises(KeyboardInterrupt):
+        grouped(tmp_path / "photos", tmp_path / "out", network, training=training)
+    assert seen == [8, 8, 8, 8]  # two photos in four views; the fourth block was interrupted
+    seen.clear()
+    heard = Heard()
+    run = grouped(tmp_path / "photos", tmp_path / "out", network, training=training, teller=heard)
+    assert seen == [8, 4]  # photos 7 and 8, then the ninth
+    assert "6 of 9 photos were done by an earlier command" in heard.lines
+    assert heard.shares[-1] == pytest.approx(1)
+    assert not (run.folder / "state" / "unfinished.bin").exists()
+    limit = 9
+    seen.clear()
+    whole = grouped(tmp_path / "photos", tmp_path / "whole", network, training=training)
+    assert parts(run) == parts(whole)
+    one, other = (Index.load(made.folder / "index.safetensors") for made in (run, whole))
+    assert torch.equal(one.features, other.features)
+    assert one.fingerprint == other.fingerprint
+
+
 def grouped_anew(tmp_path, network, monkeypatch) -> PhotoRun:
     from fastreid_uns.photos.group import embed
 
@@ -252,6 +287,10 @@ def test_no_photo_leaves_nothing_behind(tmp_path, network):
         grouped(photos, photos, network)
     with pytest.raises(InvalidValue, match="no folder of photos is named"):
         group_photos(None, tmp_path / "out")
+    for device in ("gpu", *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises((InvalidState, InvalidValue), match=f"device: '?{device}"):
+            grouped(photos, tmp_path / "out", network, device=device)
+    assert not (tmp_path / "out").exists()
 
 
 def test_photos_of_all_kinds(tmp_path, network):
@@ -442,3 +481,37 @@ def test_identify(run):
     one, other = (sorted(path for path in before if before[path] == who.group) for who in found)
     Decisions(run.folder / "decisions.csv").merge(one, other)
     assert len({who.group for who in known.identify(files)}) == 1
+
+
+def test_thresholds_are_those_before_training_where_training_pushed_the_photos_apart(tmp_path, network, monkeypatch):
+    """Photos that training has not seen are not pushed apart, so what it did to the others must not count."""
+    draw_things(tmp_path / "photos", range(5), range(5))
+    things = torch.eye(5).repeat_interleave(5, 0)
+    near = torch.nn.functional.normalize(things + 1)  # cosine of two things: (2 + 5) / (1 + 2 + 5)
+    for before, expected in ((things, 0), (near, 7 / 8)):
+        monkeypatch.setattr(road, "embed", lambda *_, before=before, **__: Features(things, before))
+        run = grouped(tmp_path / "photos", tmp_path / str(expected), network, training=True)
+        index = Index.load(run.folder / "index.safetensors")
+        assert index.thresholds["known"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_why_no_photo_is_called_known_is_said(run):
+    known = Known(run)
+    assert "were not checked; answer 15 questions" in known.caveat()
+    audit = run.about["audit"]
+    run.update(audit={**audit, "answers": 14})
+    assert "answer 1 question with" in known.caveat()
+    run.update(audit={**audit, "answers": 15, "verified": True, "precision": 0.79})
+    assert "different individuals; mend the groups" in known.caveat()
+    run.update(audit={**audit, "answers": 15, "verified": True, "precision": 0.8})
+    known.index.thresholds["known"] = 0.9
+    assert known.caveat() == ""
+    known.index.thresholds["known"] = float("inf")
+    assert "too few" in known.caveat()
+    assert said(Identity("unsure", 1, 0.5), "because") == {
+        "answer": "unsure",
+        "group": 1,
+        "similarity": 0.5,
+        "note": "because",
+    }
+    assert "note" not in said(Identity("new", 1, 0.5), "because")

@@ -18,9 +18,10 @@ pytest.importorskip("httpx", reason="needs httpx, which Starlette's test client 
 from starlette.testclient import TestClient
 
 from fastreid_uns.errors import InvalidState, InvalidValue, MissingPackage
+from fastreid_uns.photos.members import Member
 from fastreid_uns.photos.review import Review
 from fastreid_uns.photos.server import LARGEST_IMAGE, WEB, Server, create_app
-from fastreid_uns.photos.store import Member, PhotoRun
+from fastreid_uns.photos.store import PhotoRun
 from fastreid_uns.photos.thumbnails import photo_id
 
 TOKEN = "a-random-token"

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile
-from fastreid_uns.photos.atomic import replacement, write_file
-from fastreid_uns.photos.store import Member, PhotoRun, layout
+from fastreid_uns.photos.files import replacement, write_file
+from fastreid_uns.photos.group_folders import layout
+from fastreid_uns.photos.members import Member
+from fastreid_uns.photos.store import PhotoRun
 
 STRANGE = (
     "plain.jpg",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools/benchmark"))
+import fault_commands
 import faults
 
 FOLDER = Path(faults.__file__).parent
@@ -36,7 +37,7 @@ def test_two_records_differ_where_they_do():
     ],
 )
 def test_only_exit_code_two_with_a_message_is_a_refusal(code, text, fault):
-    found = faults.Ended(code, text).refusal
+    found = fault_commands.Ended(code, text).refusal
     assert found.startswith(fault)
     assert bool(found) == bool(fault)
 
@@ -48,15 +49,35 @@ def test_a_command_is_killed_before_the_line_that_is_asked_for(tmp_path):
         "import sys; from pathlib import Path; from fastreid_uns.utils.atomic import append\n"
         "append(Path(sys.argv[1]), b'a'); append(Path(sys.argv[1]), b'b')\n"
     )
-    counted = faults.traced([sys.executable, str(program), str(tmp_path / "counted")], 0)
+    counted = fault_commands.run([str(program), str(tmp_path / "counted")], line=0)
     assert counted.code == 0
     total = int(counted.text.split()[-1])
     written = {}
     for line in (1, total, total + 1):
         file = tmp_path / str(line)
-        code = faults.traced([sys.executable, str(program), str(file)], line).code
+        code = fault_commands.run([str(program), str(file)], line=line).code
         written[line] = (code, file.read_bytes() if file.is_file() else b"")
     assert written == {1: (-signal.SIGKILL, b""), total: (-signal.SIGKILL, b"ab"), total + 1: (0, b"ab")}
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_a_command_says_how_it_ended(tmp_path, cold):
+    program = tmp_path / "program.py"
+    program.write_text("import sys, time\nprint(sys.argv[1:])\nif sys.argv[1] == 'wait': time.sleep(60)\nsys.exit(3)\n")
+    assert fault_commands.run([str(program), "a", "b"], cold=cold) == (3, "['a', 'b']\n")
+    command = fault_commands.Command([str(program), "wait"], cold=cold)
+    assert command.runs()
+    command.kill()
+    assert command.wait().code == -signal.SIGKILL
+    assert not command.runs()
+    assert fault_commands.Command([str(program), "wait"], cold=cold).wait(seconds=0.2).code is None
+    program.write_text("open('/dev/null/x')\n")
+    ended = fault_commands.run([str(program)], cold=cold)
+    assert ended.code == 1
+    assert ended.text.endswith("NotADirectoryError: [Errno 20] Not a directory: '/dev/null/x'\n")
+    program.write_text(f"open({str(tmp_path / 'big')!r}, 'wb', buffering=0).write(bytes(20))\n")
+    fault_commands.run([str(program)], cold=cold, limit=5)
+    assert (tmp_path / "big").stat().st_size == 5
 
 
 def test_the_table_counts_cases_and_faults():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.utils import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -198,3 +199,19 @@ def test_no_file_and_no_checkpoint_in_a_folder(tmp_path):
 def test_weights_of_another_model(tmp_path):
     with pytest.raises(ValueError, match=r"x\.pth was made with another model:.*size mismatch"):
         checkpoint.load_model(nn.Linear(3, 2, bias=False), content(), "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [("config", 5, "int"), ("model", [1], "list"), ("num_images", "x", "str"), ("epochs_done", True, "bool")],
+)
+def test_a_part_of_another_kind_is_named(tmp_path, name, value, kind):
+    content = {"model": {}, "config": "", "num_images": 3, "epochs_done": 1, name: value}
+    checkpoint.save_checkpoint(content, tmp_path / "a.pth")
+    with pytest.raises(InvalidValue, match=rf"a\.pth is not a checkpoint of this framework \({name} is {kind}\)"):
+        checkpoint.load_checkpoint(tmp_path / "a.pth")
+
+
+def test_weights_that_are_no_tensors_are_those_of_another_model():
+    with pytest.raises(InvalidValue, match=r"a\.pth was made with another model"):
+        checkpoint.load_model(nn.Linear(2, 2), {"model": {"weight": 5, "bias": "x"}}, "a.pth")

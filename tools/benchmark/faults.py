@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -27,41 +26,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from measuring import FOLDER, ROOT
+from fault_commands import EPOCHS, PLACE, THREADS, Command, arguments_of, run, warm_up
+from fault_inputs import wrong_files, wrong_keys
+from measuring import FOLDER
 
-PLACE = FOLDER / "faults"
 METHODS = ("core", "SpCL", "ICE", "PPLR")
-IMAGES = {
-    "NAME": "synthetic",
-    "ROOT": str(FOLDER / "images"),
-    "TRAIN_IDENTITIES": 12,
-    "TRAIN_IMAGES": 96,
-    "TEST_IDENTITIES": 6,
-    "QUERY_IMAGES": 12,
-    "GALLERY_IMAGES": 36,
-    "DISTRACTORS": 4,
-    "JUNK": 2,
-    "CAMERAS": 3,
-    "DIFFICULTY": 0.2,
-    "SIZE": [48, 24],
-}
-KEYS = {
-    "DATASETS.TRAIN": IMAGES,
-    "DATASETS.TESTS.synthetic": IMAGES,
-    "INPUT.SIZE": [48, 24],
-    "DATALOADER.WORKERS": 0,
-    "DATALOADER.SAMPLER.BATCH_SIZE": 16,
-    "DATALOADER.SAMPLER.NUM_INSTANCES": 4,
-    "MODEL.BACKBONE.WIDTH": 8,
-    "MODEL.DEVICE": "cpu",
-    "PSEUDO_LABELS.K1": 8,
-    "SOLVER.EPOCHS": 4,
-    "SOLVER.ITERS_PER_EPOCH": 4,
-    "SOLVER.AMP": "none",
-    "TEST.PERIOD": 1,
-    "LOG.WRITERS": ["text", "json"],
-}
-TIMEOUT = 300  # seconds after which a command counts as hanging
 
 
 class Outcome(NamedTuple):
@@ -70,81 +39,6 @@ class Outcome(NamedTuple):
     trial: str
     case: str
     fault: str
-
-
-class Ended(NamedTuple):
-    """A command that has ended: its exit code (None = it hung and was killed) and what it said."""
-
-    code: int | None
-    text: str
-
-    @property
-    def refusal(self) -> str:
-        """Why this is no clean refusal; empty if it is one."""
-        if self.code is None:
-            return f"hung for {TIMEOUT} s"
-        if "Traceback" in self.text:
-            return f"traceback: {self.text.strip().splitlines()[-1][:150]}"
-        if self.code == 0:
-            return "silent: it went on with exit code 0"
-        return "" if self.code == 2 and "error: " in self.text else f"exit code {self.code}: {self.text[-150:]!r}"
-
-
-# --- commands --------------------------------------------------------------------------------------------------------
-
-
-def arguments_of(method: str, folder: Path, *more: str, processes: int = 1) -> list[str]:
-    """The training command of a method on few images."""
-    config = ROOT / ("configs/quickstart.yaml" if method == "core" else f"projects/{method}/configs/synthetic.yaml")
-    keys = [f"{key}={json.dumps(value)}" for key, value in KEYS.items()]
-    return [
-        *(sys.executable, str(ROOT / "tools/train_net.py"), "--config-file", str(config)),
-        *(["--num-gpus", str(processes)] if processes > 1 else []),
-        *(*keys, f"OUTPUT_DIR={folder}", *more),
-    ]
-
-
-def start(command: Sequence[str], limit: int | None = None, **keys: Any) -> subprocess.Popen[str]:
-    """The command in a process group of its own; no file may grow beyond `limit` bytes."""
-
-    def before() -> None:
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **threads},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        preexec_fn=before,
-        **keys,
-    )
-
-
-def wait(process: subprocess.Popen[str], seconds: float = TIMEOUT) -> Ended:
-    """The end of a process; one that does not end is killed with its group."""
-    try:
-        text = process.communicate(timeout=seconds)[0]
-        return Ended(process.returncode, text)
-    except subprocess.TimeoutExpired:
-        kill_group(process)
-        return Ended(None, process.communicate()[0])
-
-
-def kill_group(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to a process and all that it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def run(command: Sequence[str], **keys: Any) -> Ended:
-    """Start and wait."""
-    return wait(start(command, **keys))
 
 
 def fresh(name: str) -> Path:
@@ -194,32 +88,47 @@ def difference(one: Any, two: Any, where: str = "") -> str:
     return "" if one == two or (one != one and two != two) else f"{where}: {one!r} and {two!r}"
 
 
+class Straight(NamedTuple):
+    """A run without harm: its record, the seconds until its first line, and those of an epoch after it."""
+
+    record: dict[str, Any]
+    first: float
+    epoch: float
+
+
 @cache
-def straight(method: str, processes: int = 1) -> tuple[dict[str, Any], float, float]:
-    """The record of a run without harm, the seconds until its first line, and those until its end.
+def straight(method: str, processes: int = 1) -> Straight:
+    """The run without harm of a method.
 
     Raises:
         SystemExit: it fails, so that no trial would mean anything.
     """
     folder = fresh(f"straight-{method}-{processes}")
     began, first = time.perf_counter(), 0.0
-    process = start(arguments_of(method, folder, processes=processes))
-    while process.poll() is None and not first:
-        time.sleep(0.05)
-        if (folder / "metrics.jsonl").is_file():
+    command = Command(arguments_of(method, folder, processes=processes), cold=processes > 1)
+    while command.runs() and not first:
+        time.sleep(0.01)
+        if lines_in(folder):
             first = time.perf_counter() - began
-    ended = wait(process)
+    ended = command.wait()
     if ended.code != 0:
         raise SystemExit(f"faults: {method} without harm ended with {ended.code}: {ended.text[-2000:]}")
-    return record_of(folder), first, time.perf_counter() - began
+    return Straight(record_of(folder), first, (time.perf_counter() - began - first) / EPOCHS)
+
+
+def lines_in(folder: Path) -> int:
+    """How many epochs a run has written down."""
+    with contextlib.suppress(FileNotFoundError):
+        return (folder / "metrics.jsonl").read_bytes().count(b"\n")
+    return 0
 
 
 def goes_on(method: str, folder: Path, processes: int = 1) -> str:
     """Resume until the end; what is then different from a run without harm, or why it does not resume."""
-    ended = run(arguments_of(method, folder, "--resume", processes=processes))
+    ended = run(arguments_of(method, folder, "--resume", processes=processes), cold=processes > 1)
     if ended.code != 0:
         return f"--resume ended with {ended.code}: {ended.text.strip()[-200:]}"
-    return difference(record_of(folder), straight(method, processes)[0])
+    return difference(record_of(folder), straight(method, processes).record)
 
 
 # --- trials ----------------------------------------------------------------------------------------------------------
@@ -227,82 +136,43 @@ def goes_on(method: str, folder: Path, processes: int = 1) -> str:
 
 def kills(options: argparse.Namespace) -> Iterator[Outcome]:
     """SIGKILL at random moments, up to four times in the life of one run."""
-    rng, left = random.Random(options.seed), options.kills
+    rng, left, number = random.Random(options.seed), options.kills, 0
     of_one_run = max(1, min(4, options.kills // len(options.methods)))
-    for number in range(3 * options.kills):  # a run that ends before its moment is made again
-        if left <= 0:
-            break
+    while left > 0 and number < 3 * options.kills:  # a run that ends before all its moments is followed by another one
         method = options.methods[number % len(options.methods)]
+        number += 1
         folder = fresh(f"kills-{method}")
         moments = killed_at(method, folder, min(of_one_run, left), rng)
         left -= len(moments)
         if moments:
-            yield Outcome("kills", f"{method}, after {' s, '.join(moments)} s", goes_on(method, folder))
+            fault = goes_on(method, folder)
+            for moment in moments:
+                yield Outcome("kills", f"{method}, killed in epoch {moment}", fault)
 
 
 def killed_at(method: str, folder: Path, count: int, rng: random.Random) -> list[str]:
-    """Start and resume a run, kill it each time; the seconds after which it was killed, fewer if it ended before."""
-    _, first, whole = straight(method)
-    moments: list[str] = []
-    while len(moments) < count:
-        process = start(arguments_of(method, folder, "--resume"))
-        moment = rng.uniform(0.7 * first, whole)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=moment)
-            break
-        kill_group(process)
-        process.communicate()
-        moments.append(f"{moment:.2f}")
-    return moments
+    """Start and resume a run, and kill it each time at a random place between its start and its end.
 
-
-TRACED = {  # where the record is written: file → its functions, None = all
-    "utils/atomic.py": None,
-    "utils/checkpoint.py": None,
-    "engine/hooks.py": ("_save", "after_epoch"),
-    "engine/log.py": ("epoch", "resume"),
-}
-
-
-def die_at_line(number: int) -> None:
-    """SIGKILL this process before the line of that number, counted over those of `TRACED`; 0 only counts them.
-
-    The count is the last line of stdout.
+    Returns:
+        The places, in epochs; fewer than `count` if it ended before.
     """
-    count = 0
-    files = {str(ROOT / "fastreid_uns" / name): functions for name, functions in TRACED.items()}
-
-    def line(frame: Any, event: str, _: Any) -> Callable[..., Any]:
-        nonlocal count
-        if event == "line":
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return line
-
-    def call(frame: Any, event: str, _: Any) -> Callable[..., Any] | None:
-        code = frame.f_code
-        if code.co_filename not in files:
-            return None
-        functions = files[code.co_filename]
-        return line if functions is None or code.co_name in functions else None
-
-    import runpy
-
-    sys.settrace(call)
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    finally:
-        sys.settrace(None)
-        print(f"\n{count}")
-
-
-def traced(command: Sequence[str], number: int) -> Ended:
-    """A training command that kills itself at a line, see `die_at_line`."""
-    python, program, *rest = command
-    code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(ROOT)]!r}; "
-    code += f"sys.argv = [{program!r}, *sys.argv[1:]]; import faults; faults.die_at_line({number})"
-    return run([python, "-c", code, *rest])
+    places = sorted(rng.uniform(0, EPOCHS + 0.2) for _ in range(count))
+    struck: list[str] = []
+    usual = straight(method)
+    for place in places:
+        began = time.perf_counter()
+        command = Command(arguments_of(method, folder, "--resume"))
+        while command.runs() and lines_in(folder) < int(place):
+            time.sleep(0.002)
+        here = time.perf_counter()
+        starts = lines_in(folder) == 0 or here - began < 0.1  # it imports and reads first
+        until = here + place % 1 * (usual.first if starts else usual.epoch)
+        while command.runs() and time.perf_counter() < until:
+            time.sleep(0.002)
+        command.kill()
+        if command.wait().code == -signal.SIGKILL:
+            struck.append(f"{place:.2f}")
+    return struck
 
 
 def lines(options: argparse.Namespace) -> Iterator[Outcome]:
@@ -310,14 +180,16 @@ def lines(options: argparse.Namespace) -> Iterator[Outcome]:
     share = -(-options.lines // len(options.methods))
     left = options.lines
     for method in options.methods:
-        ended = traced(arguments_of(method, fresh("lines")), 0)
+        if left <= 0:
+            break
+        ended = run(arguments_of(method, fresh("lines")), line=0)
         if ended.code != 0:
             raise SystemExit(f"faults: {method} under trace ended with {ended.code}: {ended.text[-2000:]}")
         total = int(ended.text.split()[-1])
         for number in range(min(share, left)):
             line = round((number + 0.5) * total / share) + 1
             folder = fresh("lines")
-            ended = traced(arguments_of(method, folder), line)
+            ended = run(arguments_of(method, folder), line=line)
             fault = "" if ended.code == -signal.SIGKILL else f"it was not killed but ended with {ended.code}"
             yield Outcome("lines", f"{method}, line {line} of {total}", fault or goes_on(method, folder))
         left -= share
@@ -362,7 +234,7 @@ def truncations(options: argparse.Namespace) -> Iterator[Outcome]:
             break
         copy = fresh("truncated")
         shutil.copytree(folder, copy)
-        if name == "best.pth" and straight("core")[0]["best epochs"] != straight("core")[0]["last epochs"]:
+        if name == "best.pth" and straight("core").record["best epochs"] != straight("core").record["last epochs"]:
             continue  # an earlier epoch, which the newest checkpoint does not hold
         data = (copy / name).read_bytes()
         (copy / name).write_bytes(data[: int(share * len(data))])
@@ -382,24 +254,62 @@ def flips(options: argparse.Namespace) -> Iterator[Outcome]:
 
 
 def disk(options: argparse.Namespace) -> Iterator[Outcome]:
-    """A folder that cannot be written, and files that may not grow, as on a full disk."""
-    locked = PLACE / "locked"
-    locked.mkdir(parents=True, exist_ok=True)
-    locked.chmod(0o500)
-    for folder in [Path("/proc/faults"), *([locked / "run"] if os.geteuid() else [])]:
-        yield Outcome("disk", f"not writable: {folder.name}", run(arguments_of("core", folder)).refusal)
+    """A folder that cannot be written, files that may not grow, and a disk that is full at once or on the way."""
+    for place in ("/proc/faults", "/dev/null/run"):
+        yield Outcome("disk", f"not writable: {place}", run(arguments_of("core", Path(place))).refusal)
     size = (finished_run() / "best.pth").stat().st_size
     for limit in (1, 300, 2_000, 20_000, size // 2, size - 1):
         folder = fresh("full")
         ended = run(arguments_of("core", folder), limit=limit)
         yield Outcome("disk", f"full after {limit:,} bytes a file", ended.refusal or goes_on("core", folder))
+    for kilobytes in (4, 16, size // 1024):
+        with small_disk(kilobytes) as folder:
+            if folder is None:  # only root may mount one
+                return
+            ended = run(arguments_of("core", folder / "run"))
+            mount("-o", f"remount,size={16 * size}", folder)
+            fault = ended.refusal or goes_on("core", folder / "run")
+            yield Outcome("disk", f"a disk of {kilobytes:,} kB", fault)
+    with small_disk(16 * size // 1024) as folder:
+        command = Command(arguments_of("core", folder / "run"))
+        while command.runs() and not lines_in(folder / "run"):
+            time.sleep(0.005)
+        with contextlib.suppress(OSError), (folder / "other").open("wb") as stream:
+            while True:
+                stream.write(bytes(4096))
+                stream.flush()
+        ended = command.wait()
+        (folder / "other").unlink()
+        yield Outcome("disk", "filled up in the second epoch", ended.refusal or goes_on("core", folder / "run"))
+        mount("-o", "remount,ro", folder)
+        ended = run(arguments_of("core", folder / "other"))
+        yield Outcome("disk", "a disk that is read-only", ended.refusal)
+
+
+def mount(*words: str | Path) -> bool:
+    """Whether `mount` has done it."""
+    return subprocess.run(["mount", *map(str, words)], capture_output=True).returncode == 0
+
+
+@contextlib.contextmanager
+def small_disk(kilobytes: int) -> Iterator[Path | None]:
+    """The folder of a disk in memory of that size; None where none may be mounted."""
+    folder = PLACE / "disk"
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.geteuid() or not mount("-t", "tmpfs", "-o", f"size={kilobytes}k", "faults", folder):
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def two(options: argparse.Namespace) -> Iterator[Outcome]:
     """Two commands in one folder at the same time: one trains, the other is refused."""
     folder = fresh("two")
-    both = [start(arguments_of("core", folder)) for _ in range(2)]
-    ends = sorted((wait(process) for process in both), key=lambda ended: ended.code or 0)
+    both = [Command(arguments_of("core", folder)) for _ in range(2)]
+    ends = sorted((command.wait() for command in both), key=lambda ended: ended.code or 0)
     fault = "" if ends[0].code == 0 else f"none went on: {ends[0].text[-200:]}"
     yield Outcome("two", "two processes in a folder: the one that trains", fault or goes_on("core", folder))
     yield Outcome("two", "two processes in a folder: the other one", ends[1].refusal)
@@ -421,13 +331,14 @@ def ranks(options: argparse.Namespace) -> Iterator[Outcome]:
     for name, number in (("killed", signal.SIGKILL), ("frozen", signal.SIGSTOP)):
         for rank in (0, 1):
             folder = fresh("ranks")
-            process = start(arguments_of("core", folder, "DISTRIBUTED.TIMEOUT_MINUTES=0.5", processes=2))
-            while process.poll() is None and not (folder / "metrics.jsonl").is_file():
+            words = arguments_of("core", folder, "DISTRIBUTED.TIMEOUT_MINUTES=0.5", processes=2)
+            command = Command(words, cold=True)
+            while command.runs() and not lines_in(folder):
                 time.sleep(0.05)
             victim = process_of_rank(folder, rank)
             if victim is not None:
                 os.kill(victim, number)
-            ended = wait(process)
+            ended = command.wait()
             if victim is None:
                 yield Outcome("ranks", f"rank {rank} {name}", f"it was not found: {ended.text[-150:]!r}")
                 continue
@@ -438,103 +349,13 @@ def ranks(options: argparse.Namespace) -> Iterator[Outcome]:
             yield Outcome("ranks", f"rank {rank} {name}", fault or goes_on("core", folder, processes=2))
 
 
-# --- wrong input -----------------------------------------------------------------------------------------------------
-
-
-def flat(tree: dict[str, Any], where: str = "") -> dict[str, Any]:
-    """Keys with dots → values."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{where}.{key}".lstrip(".")
-        found |= flat(value, path) if isinstance(value, dict) and value else {path: value}
-    return found
-
-
-def wrong_keys() -> Iterator[tuple[str, list[str]]]:
-    """For each key of a config: a value of another kind, and a name that is nearly right."""
-    import yaml
-
-    config = yaml.safe_load((finished_run() / "config.yaml").read_text())
-    wrong = {
-        bool: ["perhaps", "[1]"],
-        int: ["many", "[1]", "-7000"],
-        float: ["much", "{a: 1}", ".nan"],
-        str: ["no such thing"],
-        list: ["5", "{a: 1}"],
-        dict: ["5", "{a: 1}"],
-    }
-    free = ("SEED", "ROOT", "FOLDER", "DIR", "FILE", "OPTIMIZER_ARGS", "PLUGINS")  # take any text or number
-    for key, value in flat(config).items():
-        if key.startswith(("PAPER", "DATALOADER.SOURCE_SAMPLER")) or key.endswith(free):  # not read here
-            continue
-        for text in wrong.get(type(value), []):
-            yield f"{key} {text}", [key, text]
-        yield f"{key}X", [f"{key}X", "1"]
-    for key in flat(config):
-        if key.endswith(".NAME") and not key.startswith("PAPER"):
-            yield f"{key} unknown", [key, "NoSuchThing"]
-
-
-def wrong_files() -> Iterator[tuple[str, list[str]]]:
-    """Files and folders that are not what they should be."""
-    place = fresh("inputs")
-    place.mkdir(parents=True)
-    texts = {
-        "empty.yaml": b"",
-        "list.yaml": b"- 1\n- 2\n",
-        "broken.yaml": b"SOLVER: {EPOCHS: 3\n",
-        "binary.yaml": bytes(range(256)) * 4,
-        "null.yaml": b"MODEL:\n",
-        "base.yaml": b"_BASE_: 5\n",
-        "circle.yaml": b"_BASE_: circle.yaml\n",
-        "twice.yaml": b"SEED: 1\nSEED: 2\n",
-        "plugin.yaml": b"PLUGINS: [no_such_plugin]\n",
-        "file": b"a file",
-        "lfs.pth": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
-        "page.pth": b"<!DOCTYPE html><html></html>",
-        "text.pth": b"weights\n",
-        "nothing.pth": b"",
-        "cut.pth": (finished_run() / "best.pth").read_bytes()[:20_000],
-        "picture/a.jpg": b"\xff\xd8\xff and nothing more",
-        "picture/b.jpg": b"no picture",
-        "images/a.txt": b"no image",
-        "table.csv": b"path,identity\nmissing.jpg,1\n",
-        "header.csv": b"\x00\x01\x02",
-    }
-    for name, data in texts.items():
-        (place / name).parent.mkdir(exist_ok=True)
-        (place / name).write_bytes(data)
-    for name in [*(name for name in texts if name.endswith(".yaml")), "missing.yaml", "file", "images", "lfs.pth"]:
-        if name not in ("empty.yaml",):
-            yield f"config {name}", ["--config-file", str(place / name)]
-    for name in ["lfs.pth", "page.pth", "text.pth", "nothing.pth", "cut.pth", "missing.pth", "images", "picture/a.jpg"]:
-        yield f"weights {name}", ["MODEL.WEIGHTS", str(place / name)]
-    for name in ["images", "picture", "missing", "file"]:
-        yield f"folder {name}", ["DATASETS.TRAIN", f"{{NAME: folder, ROOT: {place / name}}}"]
-    for name in ["table.csv", "header.csv", "missing.csv", "images"]:
-        yield f"table {name}", ["DATASETS.TRAIN", f"{{NAME: csv_file, FILE: {place / name}}}"]
-    for name in ["file", "file/run"]:
-        yield f"output {name}", [f"OUTPUT_DIR={place / name}"]
-    yield "output of another run", [f"OUTPUT_DIR={finished_run()}"]
-    yield "another config resumed", ["--resume", f"OUTPUT_DIR={finished_run()}", "SOLVER.BASE_LR", "0.5"]
-    yield "fewer epochs resumed", ["--resume", f"OUTPUT_DIR={finished_run()}", "SOLVER.EPOCHS", "1"]
-    yield "nothing to evaluate", ["--eval-only"]
-    for flags in (
-        ["--no-such-flag"],
-        ["--num-gpus", "0"],
-        ["--num-gpus", "two"],
-        ["SOLVER.EPOCHS"],
-        ["=", "="],
-        ["--config-file"],
-    ):
-        yield f"arguments {' '.join(flags)}", flags
-
-
 def inputs(options: argparse.Namespace) -> Iterator[Outcome]:
     """Wrong input on the command line; a random choice of all that are known."""
     if not options.inputs:
         return
-    known = [*wrong_files(), *wrong_keys()]
+    run_folder = finished_run()
+    place = fresh("inputs")
+    known = [*wrong_files(place, run_folder), *wrong_keys(run_folder / "config.yaml")]
     chosen = random.Random(options.seed).sample(known, min(options.inputs, len(known)))
     for name, arguments in chosen:
         ended = run([*arguments_of("core", fresh("wrong")), *arguments])
@@ -584,16 +405,19 @@ def main() -> int:
 
     options = parse()
     PLACE.mkdir(parents=True, exist_ok=True)
+    warm_up()
+    machine = environment(torch.device("cpu"))
     outcomes: list[Outcome] = []
     for name in options.only:
         for outcome in TRIALS[name](options):
             outcomes.append(outcome)
             print(f"{outcome.trial}: {outcome.case}: {outcome.fault or 'as it should be'}", flush=True)
-            record = {"environment": environment(torch.device("cpu")), "outcomes": [o._asdict() for o in outcomes]}
+            record = {"environment": machine, "outcomes": [o._asdict() for o in outcomes]}
             options.output.write_text(json.dumps(record, indent=1) + "\n")
     print(table(outcomes))
     return int(any(outcome.fault for outcome in outcomes))
 
 
 if __name__ == "__main__":
+    os.environ.update(THREADS)
     sys.exit(main())

@@ -18,6 +18,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # no POSIX: nothing runs side by side
+    fcntl = None  # type: ignore[assignment]
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "output/benchmark"  # images, runs, and results at the small size
 sys.path.insert(0, str(ROOT))
@@ -100,12 +105,39 @@ def _in_own_process(file: str, case: Case) -> dict[str, Any]:
     from fastreid_uns.utils.environment import environment
 
     load = f"{os.getloadavg()[0]:.1f}"  # what else the machine had to do
-    done = subprocess.run([sys.executable, file, "--one", json.dumps(case)], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command(file, case), stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{Path(file).name}: the case {case} ended with {done.returncode}; its message stands above.")
     hardware = environment(torch.device(case.get("device", "cpu")))
     hardware |= {"threads": str(torch.get_num_threads()), "load_before": load}
     return {"result": json.loads(done.stdout.splitlines()[-1]), "environment": hardware}
+
+
+def command(file: str | Path, case: Case) -> list[str]:
+    """What measures one case in a process of its own; the last line of its output is the result."""
+    return [sys.executable, str(file), "--one", json.dumps(case)]
+
+
+@contextmanager
+def beside_others() -> Iterator[None]:
+    """Work that several cases may do at the same time; it waits while one is measured `alone`."""
+    with _lock(alone=False):
+        yield
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Work whose time counts: it begins when no case works `beside_others`, and others wait for its end."""
+    with _lock(alone=True):
+        yield
+
+
+@contextmanager
+def _lock(alone: bool) -> Iterator[None]:
+    with open(FOLDER / "lock", "w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """How well photos are grouped, labels hidden and names scrambled; one line of photos.jsonl for each row of a run.
 
     python tools/benchmark/photos.py --data my/sets --sets cattely grocery omniglot person vehicle --seeds 1 2 3 4 5
+    python tools/benchmark/photos.py --data my/sets --device cuda --jobs 4 --output output/gpu/photos.jsonl
     python tools/benchmark/photos.py --data my/sets --table
 
 A set is a folder of `--data` with a manifest.csv (path, identity, ...), all of whose photos are taken, or a generated
@@ -15,7 +16,9 @@ set (person, vehicle). A seed changes names, views, training and questions. Rows
     identify    half of the individuals known, without labels: photos of the others that are called known, and photos of
                 these that are found
 
-`trained` also has what 15 audit answers say about its pair precision. Lines that are there are not measured again.
+`trained` also has what 15 audit answers say about its pair precision. `stages` are the seconds of `views` (reading,
+views, and the stages that are not trained; once for all rows), `features`, `training` and `clustering`. Lines that are
+there are not measured again.
 """
 
 from __future__ import annotations
@@ -24,11 +27,16 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +46,7 @@ from measuring import FOLDER, ROOT
 SETS = ("cattely", "grocery", "omniglot", "person", "vehicle")
 ROWS = ("today", "start", "trained", "answers15", "answers50", "supervised", "identify")
 GENERATED = {"TRAIN_IDENTITIES": 60, "TRAIN_IMAGES": 1200, "TEST_IDENTITIES": 2, "QUERY_IMAGES": 2, "GALLERY_IMAGES": 4}
+GENERATED_SETS = {"person", "vehicle"}
 ROUND = 5  # answers after which the groups are made again
 
 
@@ -47,12 +56,17 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=SETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--identities", type=int, default=0, help="take every n-th identity only; 0 = all photos")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--weights", default="imagenet", help="of the network, or a file of them (default: %(default)s)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time, which share the cores")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--table", action="store_true", help="print the results, measure nothing")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        print(json.dumps(measure(given.data, **json.loads(given.one))))
+        print(json.dumps(measure(given.data, given.device, given.weights, **json.loads(given.one))))
     elif given.table:
         print(table(read_lines(given.output)))
     else:
@@ -60,112 +74,179 @@ def main() -> None:
 
 
 def run_all(given: argparse.Namespace) -> None:
-    """Each set and seed that has no lines yet, in a process of its own."""
-    for seed in given.seeds:
-        for name in given.sets:
-            case = {"name": name, "seed": seed, "identities": given.identities}
-            if any(case.items() <= line["case"].items() for line in read_lines(given.output)):
+    """Each set and seed that has no lines yet, in a process of its own; only this process writes.
+
+    Raises:
+        SystemExit: a case failed; the others are done and written.
+    """
+    done = [line["case"] for line in read_lines(given.output)]
+    cases = [
+        {"name": name, "seed": seed, "identities": given.identities} for seed in given.seeds for name in given.sets
+    ]
+    cases = [case for case in cases if not any(case.items() <= earlier.items() for earlier in done)]
+    for name in GENERATED_SETS.intersection(case["name"] for case in cases):
+        photos_of(given.data, name, 0)  # processes at the same time must not generate it
+    failed = []
+    with ThreadPoolExecutor(given.jobs) as pool:
+        running = {pool.submit(run_one, given, case): case for case in cases}
+        for future in as_completed(running):
+            if future.result() is None:
+                failed.append(running[future])
                 continue
-            command = [sys.executable, __file__, "--data", str(given.data), "--one", json.dumps(case)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                raise SystemExit(f"photos: {case} ended with {done.returncode}; its message is above.")
-            for row, result in json.loads(done.stdout.splitlines()[-1]).items():
-                line = {"case": {**case, "row": row}, "result": result, "environment": about()}
+            found = future.result()
+            for row, result in found["rows"].items():
+                line = {"case": {**running[future], "row": row}, "result": result, "environment": found["environment"]}
                 with given.output.open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 print(json.dumps({**line["case"], **result}), flush=True)
+    if failed:
+        raise SystemExit(f"photos: {len(failed)} of {len(cases)} cases failed, such as {failed[0]}; see above.")
 
 
-def about() -> dict[str, str]:
-    import torch
-
-    from fastreid_uns.utils.environment import environment
-
-    return {**environment(torch.device("cpu")), "threads": str(torch.get_num_threads())}
+def run_one(given: argparse.Namespace, case: dict[str, Any]) -> dict[str, Any] | None:
+    """What `measure` gives in a process that has its share of the cores; None if it failed."""
+    share = str(max((os.cpu_count() or 1) // given.jobs, 1))
+    variables = {name: os.environ.get(name, share) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
+    command = [sys.executable, __file__, "--data", str(given.data), "--device", given.device]
+    command += ["--weights", given.weights, "--one", json.dumps(case)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **variables})
+    return None if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def measure(data: Path, name: str, seed: int, identities: int) -> dict[str, dict[str, Any]]:
-    """The numbers of each row; what rows share is computed once, and counted in the seconds of each of them."""
+def measure(data: Path, device: str, weights: str, name: str, seed: int, identities: int) -> dict[str, Any]:
+    """The numbers of each row, and what they were measured on.
+
+    What rows share is computed once, and counted in the seconds of each of them.
+    """
     import numpy as np
+    import torch
 
     from fastreid_uns.photos.scan import scan
+    from fastreid_uns.utils.comm import choose_device
+    from fastreid_uns.utils.environment import environment, processor
+    from fastreid_uns.utils.precision import full_precision
 
     sources, truth = photos_of(data, name, identities)
-    with tempfile.TemporaryDirectory() as folder:
+    place = choose_device(device)
+    with tempfile.TemporaryDirectory() as folder, full_precision(place):
         hidden = scramble(sources, Path(folder), seed)
         found = scan(folder)
         labels = np.array([truth[hidden[Path(photo).resolve()]] for photo in found.photos])
         shared: dict[str, Any] = {"photos": len(labels), "individuals": len(set(labels.tolist())), "size": found.size}
         with measuring.measured(shared):
-            photos = Photos(found, seed)
+            photos = Photos(found, seed, place, weights)
+        once = dict(photos.seconds)
         results: dict[str, dict[str, Any]] = {}
         for row in ROWS:
             own: dict[str, Any] = {}
+            photos.seconds.clear()
             with measuring.measured(own):
                 numbers = ROW[row](photos, labels)
             base = results["trained"] if row.startswith("answers") else shared
             seconds = own["seconds"] + base["seconds"]
-            results[row] = {**shared, **own, **numbers, "seconds": seconds}
-    return results
+            results[row] = {**shared, **own, **numbers, "seconds": seconds, "stages": {**once, **photos.seconds}}
+    hardware = {**environment(place), "processor": processor(), "threads": str(torch.get_num_threads())}
+    return {"rows": results, "environment": {**hardware, "precision": str(photos.stages.amp or torch.float32)}}
 
 
 class Photos:
-    """Photos of a scan, with the activations of their views and the network that makes features of these."""
+    """Photos of a scan, with the activations of their views and the network that makes features of these.
 
-    def __init__(self, found: Any, seed: int) -> None:
+    `seconds` adds up the time of each stage.
+    """
+
+    def __init__(self, found: Any, seed: int, device: Any, weights: str) -> None:
+        import torch
+
         from fastreid_uns.data.image_set import ImageSet
+        from fastreid_uns.engine.solver import precision
         from fastreid_uns.photos.embed import Stages, cache_activations
         from fastreid_uns.photos.encoder import pretrained_encoder
         from fastreid_uns.photos.group import Settings, for_count
         from fastreid_uns.structures import Record
 
         self.seed, self.settings = seed, for_count(Settings(seed=seed), len(found.photos))
-        self.encoder = pretrained_encoder(found.size)
+        self.device, self.seconds = device, defaultdict(float)
+        self.encoder = pretrained_encoder(found.size, weights=weights).to(device)
         self.published = copy.deepcopy(self.encoder.state_dict())
-        self.stages = Stages.of(self.encoder, trained=True)
-        images = ImageSet([Record(photo, -1, -1) for photo in found.photos], found.size)
-        self.kept = cache_activations(self.stages, images, self.settings.views, seed)
+        self.stages = Stages.of(self.encoder, trained=True, amp=precision(self.settings.amp, device))
+        workers = torch.get_num_threads() if torch.get_num_threads() > 1 else 0
+        images = ImageSet([Record(photo, -1, -1) for photo in found.photos], found.size, workers=workers)
+        with self.timed("views"):
+            self.kept = cache_activations(self.stages, images, self.settings.views, seed)
         self.groups: Any = None
 
-    def features(self, rows: Any = None, *, steps: int | None = None, constraints: Any = None) -> Any:
-        """Features of some photos by a network that was trained on them, from the published weights."""
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds of the block to those of a stage."""
+        import torch
+
+        begin = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[stage] += time.perf_counter() - begin
+
+    def features(
+        self, rows: Any = None, *, steps: int | None = None, constraints: Any = None, trained_on: Any = None
+    ) -> Any:
+        """Features of some photos by a network that was trained on them, or on some of them, from published weights."""
+        import torch
+
         from fastreid_uns.photos.adapt import adapt
-        from fastreid_uns.photos.embed import pooled_features, whitened, whitening_of
+        from fastreid_uns.photos.embed import whitening_of
 
         self.encoder.load_state_dict(self.published, strict=False)
         kept = self.kept if rows is None else self.part(rows)
         how = self.settings.adaptation
         how = how if steps is None else dataclasses.replace(how, steps=steps)
-        whitening_of(self.stages.head).fit(pooled_features(self.stages, kept))
+        space = whitening_of(self.stages.head)
+        feats = self._fitted(kept)
         if how.steps:
-            adapt(self.stages, kept, whitening_of(self.stages.head), how, seed=self.seed, constraints=constraints)
-        pooled = pooled_features(self.stages, kept)
-        whitening_of(self.stages.head).fit(pooled)
-        return whitened(self.stages.head, pooled)
+            with self.timed("training"):
+                part = kept if trained_on is None else kept.part(torch.from_numpy(trained_on))
+                adapt(self.stages, part, space, how, seed=self.seed, constraints=constraints)
+            feats = self._fitted(kept)
+        return feats
+
+    def _fitted(self, kept: Any) -> Any:
+        from fastreid_uns.photos.embed import pooled_features, whitened, whitening_of
+
+        with self.timed("features"):
+            pooled = pooled_features(self.stages, kept)
+            whitening_of(self.stages.head).fit(pooled)
+            return whitened(self.stages.head, pooled).cpu()
 
     def more_features(self, rows: Any) -> Any:
         """Features of other photos by the network as it is now."""
         from fastreid_uns.photos.embed import pooled_features, whitened
 
-        return whitened(self.stages.head, pooled_features(self.stages, self.part(rows)))
+        with self.timed("features"):
+            return whitened(self.stages.head, pooled_features(self.stages, self.part(rows))).cpu()
+
+    def cluster(self, feats: Any, constraints: Any = None, **changes: Any) -> Any:
+        """Groups, with some settings changed."""
+        from fastreid_uns.photos.group import cluster
+
+        with self.timed("clustering"):
+            return cluster(feats, dataclasses.replace(self.settings, **changes), constraints)
 
     def part(self, rows: Any) -> Any:
         """The activations of some photos."""
-        part = copy.copy(self.kept)
-        part.values = self.kept.values[rows]
-        return part
+        import torch
+
+        return self.kept.part(torch.from_numpy(rows))
 
 
 def photos_of(data: Path, name: str, every: int) -> tuple[list[Path], list[int]]:
     """All photos of a set, and who they show."""
     import csv
 
-    if name in ("person", "vehicle"):
+    if name in GENERATED_SETS:
         from fastreid_uns import builtin  # noqa: F401
         from fastreid_uns.registry import DATASET_REGISTRY
 
@@ -199,37 +280,35 @@ def today(photos: Photos, truth) -> dict[str, Any]:
     from fastreid_uns.pseudo_labels.dbscan import DBSCANLabels
     from fastreid_uns.structures import FeatureBank, NoClusters
 
-    pooled = pooled_features(photos.stages, photos.kept)[:, 0]
-    feats = torch.nn.functional.normalize(pooled[:, : pooled.shape[1] // 2])
+    with photos.timed("features"):
+        pooled = pooled_features(photos.stages, photos.kept)[:, 0].cpu()
+        feats = torch.nn.functional.normalize(pooled[:, : pooled.shape[1] // 2])
     try:
-        labels = DBSCANLabels(outliers="singletons")(FeatureBank(feats, torch.zeros(len(feats))), 0).labels.numpy()
+        with photos.timed("clustering"):
+            bank = FeatureBank(feats, torch.zeros(len(feats)))
+            labels = DBSCANLabels(outliers="singletons")(bank, 0).labels.numpy()
     except NoClusters:
         labels = torch.arange(len(feats)).numpy()
     return scores(labels, truth)
 
 
 def start(photos: Photos, truth) -> dict[str, Any]:
-    from fastreid_uns.photos.group import cluster
-
-    groups = cluster(photos.features(steps=0), photos.settings)
+    groups = photos.cluster(photos.features(steps=0))
     return {**scores(groups.labels, truth), **audit(groups, truth, photos.seed)}
 
 
 def trained(photos: Photos, truth) -> dict[str, Any]:
-    from fastreid_uns.photos.group import cluster
-
-    photos.groups = cluster(photos.features(), photos.settings)
+    photos.groups = photos.cluster(photos.features())
     return {**scores(photos.groups.labels, truth), **audit(photos.groups, truth, photos.seed)}
 
 
 def supervised(photos: Photos, truth) -> dict[str, Any]:
-    from fastreid_uns.photos.group import cluster
     from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
 
     first: dict[int, int] = {}
     answers = [Answer(first.setdefault(who, photo), photo, True) for photo, who in enumerate(truth.tolist())]
     feats = photos.features(constraints=Constraints(len(truth), answers))
-    return scores(cluster(feats, photos.settings).labels, truth)
+    return scores(photos.cluster(feats).labels, truth)
 
 
 def answered(count: int):
@@ -238,24 +317,22 @@ def answered(count: int):
     def measure(photos: Photos, truth) -> dict[str, Any]:
         import numpy as np
 
-        from fastreid_uns.photos.group import cluster
         from fastreid_uns.photos.informative import informative_pairs, meeting_heights, refitted_threshold
         from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
 
-        settings, groups = photos.settings, photos.groups
+        threshold, groups = photos.settings.threshold, photos.groups
         free, answers = groups.dendrogram, []
         while len(answers) < count:
             constraints = Constraints(len(truth), answers)
             wanted = min(ROUND, count - len(answers))
-            pairs = informative_pairs(groups.dendrogram, groups.feats, settings.threshold, wanted, constraints)
+            pairs = informative_pairs(groups.dendrogram, groups.feats, threshold, wanted, constraints)
             if not pairs:
                 break
             answers += [Answer(p.first, p.second, bool(truth[p.first] == truth[p.second])) for p in pairs]
             heights = meeting_heights(free, np.array([answer[:2] for answer in answers]))
             threshold = refitted_threshold(photos.settings.threshold, heights, np.array([a.same for a in answers]))
-            settings = dataclasses.replace(settings, threshold=threshold)
-            groups = cluster(groups.feats, settings, Constraints(len(truth), answers))
-        return {**scores(groups.labels, truth), "threshold": settings.threshold, "answers": len(answers)}
+            groups = photos.cluster(groups.feats, Constraints(len(truth), answers), threshold=threshold)
+        return {**scores(groups.labels, truth), "threshold": threshold, "answers": len(answers)}
 
     return measure
 
@@ -276,7 +353,7 @@ def identified(photos: Photos, truth) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from fastreid_uns.photos.group import cluster, for_count
+    from fastreid_uns.photos.group import for_count
     from fastreid_uns.photos.identify import STRICT, fit_thresholds, identify
 
     draw = np.random.default_rng(photos.seed)
@@ -285,12 +362,13 @@ def identified(photos: Photos, truth) -> dict[str, Any]:
     inside = known & (draw.random(len(truth)) < 0.8)
     feats = photos.features(np.flatnonzero(inside))
     settings = for_count(photos.settings, int(inside.sum()))
-    strict = cluster(feats, dataclasses.replace(settings, threshold=STRICT)).labels
+    grouping = photos.cluster(feats, k1=settings.k1, k2=settings.k2)
+    groups, strict = grouping.labels, grouping.dendrogram.cut(STRICT)
     thresholds = fit_thresholds(feats, torch.from_numpy(strict))
     rest = np.flatnonzero(~inside)
-    said = identify(photos.more_features(rest), feats, torch.from_numpy(strict), thresholds, precision=1.0)
+    said = identify(photos.more_features(rest), feats, torch.from_numpy(groups), thresholds, precision=1.0)
     own = truth[inside]
-    who = {g: int(np.bincount(own[strict == g]).argmax()) for g in range(strict.max() + 1)}
+    who = {g: int(np.bincount(own[groups == g]).argmax()) for g in range(groups.max() + 1)}
     called = np.array([one.kind == "known" for one in said])
     right = np.array([who.get(one.group, -1) == truth[i] for one, i in zip(said, rest, strict=True)])
     old = known[rest]

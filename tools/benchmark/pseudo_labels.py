@@ -6,7 +6,8 @@
 A size is N or NxD; D is 2,048 up to 100,000 images and 256 above. Forms: `dense`, whole N x N matrices as in the
 textbook, up to 40,000 images; `float32`, the search by products in float32, up to 200,000; `exact`, what the generator
 does unless told otherwise: products in 8 bits where they are faster; `ivf:EFFORT` and `hnsw:EFFORT`, by faiss; `cuda`,
-the features on a GPU. Labels are compared with those of the dense form, or of an exact one where there is none.
+the features on a GPU. Labels are compared with those of the dense form, or of an exact one where there is none; up to
+50,000 images those of a GPU are compared with what its CPU finds, and the neighbours of some images at any number.
 """
 
 from __future__ import annotations
@@ -136,7 +137,10 @@ def measure(images: int, dim: int, form: str, device: str, gib: float = 0) -> di
     if form != "dense":
         run(make_features(600, dim).to(device), {})  # loads what is compiled
         search_of("exact")(make_features(candidates._SMALL, dim), K1)
-    feats = make_features(images, dim).to(device)
+    feats = make_features(images, dim)
+    if form == "cuda" and images <= REPEATED and not labels_file(images, dim, "exact").is_file():
+        np.save(labels_file(images, dim, "exact"), sparse_labels(feats, {}, search_of("exact")))
+    feats = feats.to(device)
     held = measuring.memory_gib("VmRSS")
     runs = []
     for _ in range(3 if images <= REPEATED and form != "dense" else 1):
@@ -151,8 +155,29 @@ def measure(images: int, dim: int, form: str, device: str, gib: float = 0) -> di
         result["int8"] = candidates._chosen(feats, K1).int8
     if device == "cuda":
         result["device_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        result |= checked_search(feats)
     np.save(labels_file(images, dim, form), labels)
     return result | agreement(labels, images, dim, form)
+
+
+def checked_search(feats, sample: int = 256) -> dict[str, Any]:
+    """Of a search on a GPU: images that were searched again, and images of a sample whose neighbours are wrong."""
+    from unittest import mock
+
+    import numpy as np
+
+    from fastreid_uns.pseudo_labels.search import gpu
+    from fastreid_uns.pseudo_labels.search.candidates import nearest_of_listed
+
+    again, search = [0], gpu.search_again
+    counted = lambda feats, images, *rest: again.append(len(images)) or search(feats, images, *rest)  # noqa: E731
+    with mock.patch.object(gpu, "search_again", counted):
+        sq, index = (found.cpu() for found in search_of("cuda")(feats, K1))
+    some = np.unique(np.linspace(0, len(feats) - 1, sample).astype(np.int64))
+    none = np.empty((len(some), 0), np.int32)
+    true_sq, true = nearest_of_listed(feats.cpu(), K1, some, np.full(len(some), -1, np.int32), none)
+    wrong = ((index[some] != true) | (sq[some] != true_sq)).any(1)
+    return {"searched_again": sum(again), "wrong_of_sample": int(wrong.sum()), "triton": gpu.triton_works()}
 
 
 def labels_file(images: int, dim: int, form: str):

@@ -69,12 +69,19 @@ def cases(size: str) -> list[measuring.Case]:
     return found + [case(project, "market1501", "cuda", epochs=3) for project in PROJECTS]
 
 
-def case(run: str, images: str, device: str, *, epochs: int, processes: int = 1) -> measuring.Case:
-    return {"run": run, "set": images, "device": device, "epochs": epochs, "processes": processes}
+def case(run: str, images: str, device: str, *, epochs: int, processes: int = 1, **more: Any) -> measuring.Case:
+    return {"run": run, "set": images, "device": device, "epochs": epochs, "processes": processes, **more}
 
 
-def measure(run: str, set: str, device: str, epochs: int, processes: int) -> dict[str, Any]:
-    """Wall seconds of the command, seconds of each stage over all epochs, and the numbers of the last epoch."""
+def measure(
+    run: str, set: str, device: str, epochs: int, processes: int, compile: bool = False, period: int = 0
+) -> dict[str, Any]:
+    """Wall seconds of the command, seconds of each stage over all epochs, and the numbers of the last epoch.
+
+    Args:
+        compile: compile the encoders.
+        period: epochs from one evaluation to the next, 0 = one after the last epoch.
+    """
     import yaml
 
     from fastreid_uns.registry import DATASET_REGISTRY
@@ -89,12 +96,13 @@ def measure(run: str, set: str, device: str, epochs: int, processes: int) -> dic
         "MODEL.DEVICE": device,
         "MODEL.WEIGHTS": "",
         "SOLVER.EPOCHS": epochs,
-        "TEST.PERIOD": 0,
+        "TEST.PERIOD": period,
+        "SOLVER.COMPILE": compile,
         "LOG.WRITERS": ["json"],
         "CHECKPOINT.PERIOD": 0,
         "OUTPUT_DIR": str(output),
         **KEYS[set],
-        **(SMALLER if device == "cpu" else {}),
+        **(SMALLER if device == "cpu" else {"DATALOADER.WORKERS": os.cpu_count()}),
         **({"INPUT.CAMERA_STYLE.KIND": "colors"} if run == "TMP" else {}),
     }
     __import__("fastreid_uns.builtin")
@@ -103,7 +111,7 @@ def measure(run: str, set: str, device: str, epochs: int, processes: int) -> dic
     start = time.perf_counter()
     train(config, keys, processes)
     seconds = time.perf_counter() - start
-    if run == "core" and processes == 1 and set != "small":
+    if run == "core" and processes == 1 and set != "small" and not compile:
         folder = f"tools/benchmark/profiles/{set}_{device}"
         profile = {"NAME": "ProfileHook", "ACTIVE": 1, "FOLDER": folder}
         short = {"SOLVER.EPOCHS": 1, "SOLVER.ITERS_PER_EPOCH": 10, "OUTPUT_DIR": f"{output}-profile"}
@@ -141,7 +149,9 @@ def summary(lines: list[dict[str, Any]], batch: int, solver: dict[str, Any]) -> 
     later = lines[1:] or lines
     train = statistics.median(line["seconds_train"] for line in later)
     last = {name: value for name, value in lines[-1].items() if name.endswith(("mAP", "rank1")) or name == "clusters"}
+    evaluations = [round(line["seconds_evaluate"], 2) for line in lines if "seconds_evaluate" in line]
     return {
+        **({"evaluations": evaluations} if len(evaluations) > 1 else {}),
         "stages": {name: round(value, 2) for name, value in stages.items()},
         "epoch_seconds": statistics.median(line["seconds_epoch"] for line in later),
         "images_per_second": batch * solver["ITERS_PER_EPOCH"] / train,

@@ -17,10 +17,15 @@ from fastreid_uns.data.datasets.layout import HELP, check_counts
 from fastreid_uns.errors import InvalidValue, MissingFile
 from fastreid_uns.registry import DATASET_REGISTRY, did_you_mean
 from fastreid_uns.structures import PROTOCOLS, Record, ReIDData
+from fastreid_uns.utils.file_kind import known_kind
 from fastreid_uns.utils.paths import path_manager, printable
 
 COLUMNS = ("path", "identity", "camera", "split")
 SPLITS = ("train", "query", "gallery")
+_OTHER_NAMES = {  # of columns in the tables of other projects
+    "identity": ("pid", "id", "label", "person", "person_id", "vehicle_id", "individual", "individual_id", "class"),
+    "camera": ("cam", "camid", "cam_id", "camera_id", "cameraid"),
+}
 ABSENT = ("", "nan", "NaN", "NA", "N/A", "n/a", "<NA>", "#N/A", "None", "null", "NULL")  # as pandas reads them
 
 logger = logging.getLogger(__name__)
@@ -43,7 +48,8 @@ def csv_file(*, path: str, root: str = "", protocol: str = "auto") -> ReIDData:
     Commas, semicolons or tabs separate them. Identity and camera may be empty or NaN, or their column absent, for
     training images: they become -1. Numbers stay as they are, 3.0 is 3; where one value of a column is no number, or
     where two are equal as numbers only (1 and 01), all its values are numbered 0, 1, 2, ... in sorted order, alike in
-    all splits. Identity -1 is junk in query and gallery, and is dropped there; camera -1 is unknown.
+    all splits. Words that look alike are one, apart from upper and lower case. Identity -1 is junk in query and
+    gallery, and is dropped there; camera -1 is unknown.
 
     Args:
         path: the manifest, in UTF-8; UTF-16 with its mark is read as well, and all else as Windows-1252.
@@ -100,6 +106,8 @@ def _read(path: str) -> list[_Row]:
         raise InvalidValue(
             f"{where}: line {lines.line_num} is no CSV ({error}). Save the table as CSV again."
         ) from error
+    if not header:
+        raise InvalidValue(f"{where}: the file is empty; a header line and a line for each image are needed. {HELP}")
     if not rows:
         raise InvalidValue(f"{where}: there is a header but no line below it; each image needs one. {HELP}")
     return rows
@@ -110,8 +118,16 @@ def _text(path: str) -> str:
         content = file.read()
     if content.startswith(b"PK\x03\x04"):
         raise InvalidValue(f"{printable(path)}: this is a workbook, no CSV. Save the sheet as CSV (UTF-8).")
+    if kind := known_kind(content[:512]):
+        raise InvalidValue(f"{printable(path)}: this is no CSV, but {kind}")
+    marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    if not marked and b"\0" in content:
+        line = content.count(b"\n", 0, content.index(b"\0")) + 1
+        raise InvalidValue(
+            f"{printable(path)}: line {line} holds a zero byte, as no CSV in UTF-8 does. Save the table as CSV (UTF-8)."
+        )
     try:
-        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        return content.decode("utf-16" if marked else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         logger.warning(
@@ -142,7 +158,9 @@ def _row(line: int, cells: dict[str, str], delimiter: str) -> _Row:
 
 
 def _value(cell: str, comma: bool) -> str:
-    """Identity or camera as text, alike for equal whole numbers: 3.0 is 3, and with a decimal comma 3,0 as well."""
+    """Identity or camera as text, alike for what looks alike: 3.0 is 3, and with a decimal comma 3,0 as well; one
+    form of a letter with an accent, and no character without width."""
+    cell = unicodedata.normalize("NFC", "".join(char for char in cell if unicodedata.category(char) != "Cf")).strip()
     number = re.fullmatch(r"(-?[0-9]+)[.,]0+" if comma else r"(-?[0-9]+)\.0+", cell)
     return number[1] if number else "" if cell in ABSENT else cell
 
@@ -167,6 +185,17 @@ def _check_header(where: str, line: int, header: list[str]) -> None:
             f"{', '.join(map(printable, header))}. path and split are needed, identity and camera are optional for "
             f"training images; write a header line."
         )
+    for name, others in _OTHER_NAMES.items():
+        taken = [other for other in header if other.replace(" ", "_") in others] if name in absent else []
+        if taken:
+            logger.warning(
+                "%s: there is no column %s, so it is not known; the column %s is passed over. Rename it to %s if that "
+                "is what it holds.",
+                where,
+                name,
+                printable(taken[0]),
+                name,
+            )
     for name in header:
         near = did_you_mean(name, absent) if name else "."
         if name not in COLUMNS and near != ".":
@@ -198,6 +227,11 @@ def _check_row(where: str, row: _Row, protocol: str) -> None:
         if value != "-1" and re.fullmatch(r"-[0-9]+", value):
             meaning = "junk" if name == "identity" else "unknown"
             raise InvalidValue(f"{where} has the {name} {value}; accepted are -1 ({meaning}), 0, 1, ... and words.")
+        if re.fullmatch(r"[+-]?[0-9]+([.,][0-9]+)?[eE][+-]?[0-9]+", value):
+            raise InvalidValue(
+                f"{where} has the {name} {value}, a number that was shortened, so that several may have become one. "
+                f"Write it in full: in a spreadsheet, format the column as text before it is saved."
+            )
     if row.split != "train" and not row.identity:
         raise InvalidValue(f"{where} has no identity; each {row.split} image needs one (junk: -1).")
     if row.split != "train" and protocol == "cross_camera" and row.camera in ("", "-1"):

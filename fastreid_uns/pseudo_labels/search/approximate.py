@@ -17,12 +17,15 @@ logger = logging.getLogger(__name__)
 
 APPROXIMATE = ("ivf", "hnsw")
 _LINKS = 32  # of an image in the HNSW graph
+_LISTS_ON_GPU = 2048  # that faiss looks through at most, and neighbours that it gives at most
 _SAMPLE = 256  # images whose neighbours are searched exactly as well, to estimate the recall
 
 
 @torch.no_grad()
 def approximate_neighbours(feats: Tensor, k: int, *, search: str, effort: int) -> tuple[Tensor, Tensor]:
     """Nearly the k nearest images of each image, with true distances; warns with an estimate of the recall.
+
+    Inverted lists are searched on the GPU that holds the features, if faiss was built for GPUs.
 
     Args:
         feats: (N, D) float, finite.
@@ -41,7 +44,7 @@ def approximate_neighbours(feats: Tensor, k: int, *, search: str, effort: int) -
     """
     rows = checked(feats, k).cpu()
     n = len(rows)
-    found = _found_by_faiss(rows.numpy(), k, search, effort)
+    found = _found_by_faiss(rows.numpy(), k, search, effort, feats.device)
     found[found == np.arange(n)[:, None]] = -1  # the image itself needs no search
     listed = np.take_along_axis(found, np.argsort(found < 0, axis=1, kind="stable"), 1).astype(np.int32)
     counts = (listed >= 0).sum(1).astype(np.int32)
@@ -61,7 +64,7 @@ def approximate_neighbours(feats: Tensor, k: int, *, search: str, effort: int) -
     return sq, index
 
 
-def _found_by_faiss(rows: np.ndarray, k: int, search: str, effort: int) -> np.ndarray:
+def _found_by_faiss(rows: np.ndarray, k: int, search: str, effort: int, device: torch.device) -> np.ndarray:
     """(N, k) images in no order that matters, -1 where there are fewer."""
     try:
         import faiss
@@ -73,12 +76,21 @@ def _found_by_faiss(rows: np.ndarray, k: int, search: str, effort: int) -> np.nd
     faiss.omp_set_num_threads(torch.get_num_threads())
     n, d = rows.shape
     index: Any
-    if search == "ivf":
-        index = faiss.IndexIVFFlat(faiss.IndexFlatL2(d), d, max(1, min(round(4 * n**0.5), n // 39)))
-        index.train(rows)
-        index.nprobe = effort
-    else:
+    if search == "hnsw":
         index = faiss.IndexHNSWFlat(d, _LINKS)
         index.hnsw.efSearch = max(effort, k)
+    else:
+        lists = max(1, min(round(4 * n**0.5), n // 39))
+        index = faiss.IndexIVFFlat(faiss.IndexFlatL2(d), d, lists)
+        if device.type == "cuda" and _on_gpu(faiss) and max(k, min(effort, lists)) <= _LISTS_ON_GPU:
+            resources = faiss.StandardGpuResources()  # as long as the index is used
+            index = faiss.index_cpu_to_gpu(resources, device.index or 0, index)
+        index.nprobe = min(effort, lists)
+        index.train(rows)
     index.add(rows)
     return index.search(rows, k)[1]
+
+
+def _on_gpu(faiss: Any) -> bool:
+    """Whether this faiss was built for GPUs, and finds one."""
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0

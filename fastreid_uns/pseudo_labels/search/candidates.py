@@ -10,19 +10,27 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastreid_uns.pseudo_labels.search.keys import distance_of, index_of, keys_of, smallest
+from fastreid_uns.utils import sharing
+
+if TYPE_CHECKING:
+    from fastreid_uns.utils.compiled import Workers
+
 logger = logging.getLogger(__name__)
 
 _SMALL = 8192  # images below which float32 takes less time than the choice
 _SIDE = 1024  # rows of a block: products of a pair of blocks fit into the cache
+_NOTED = 8192  # images to which the estimates are noted for the limits; each further process adds as many
 _MEASURED = 1 / 30  # of all pairs that 8 bits may leave to be measured; more take longer than products in float32
 _UNIT_ROUNDOFF = 2.0**-24  # of float32
 _SLACK = 2.0**-19  # of both squared lengths: float32 arithmetic around the product, and rounding of the true distance
@@ -57,35 +65,101 @@ def search_by_candidates(
     far = np.zeros(n if farthest else 0, np.float32)
     sq, index = np.full((n, k), np.inf, np.float32), np.full((n, k), n, np.int64)
     limits = np.full(n, np.inf, np.float32)  # above these, an estimate need not be measured
+    first = int(groups is None)  # place that is not the image's own
     if groups is None:
         sq[:, 0], index[:, 0] = 0, np.arange(n)
         limits[:] = np.inf if k > 1 else -np.inf
     parted = np.zeros(0, np.int64) if groups is None else groups.astype(np.int64)
-    coarse = _chosen(feats, k) if int8 is None and not farthest else Int8Features(feats, int8=bool(int8))
-    known = (coarse.scales, coarse.norms, coarse.errors, feats.numpy(), limits, sq, index, parted)
-    memory: SimpleQueue[np.ndarray] = SimpleQueue()
+    coarse = _chosen(feats, k) if int8 is None and not farthest else CoarseFeatures(feats, int8=bool(int8))
+    agreed = all(sharing.from_all(coarse.int8))
+    if coarse.int8 and not agreed:  # else one process would keep the others waiting
+        coarse = CoarseFeatures(feats, int8=False)
+    with Workers() as workers, _one_thread():
+        threads = sum(sharing.from_all(workers.count))
+        blocks = _Blocks(coarse, parted, workers, min(block, _SIDE, max(256, 64 * math.ceil(n / (256 * threads)))))
+        if k > first:
+            np.minimum(limits, _limits(blocks, n, k - first), out=limits)
+        known = (coarse.scales, coarse.norms, coarse.errors, feats.numpy(), limits, sq, index, parted)
 
-    def compare(pair: tuple[int, int]) -> int:
-        """How many pairs of images were measured between two blocks."""
-        row0, col0 = side * pair[0], side * pair[1]
-        both = np.r_[parted[row0 : row0 + side], parted[col0 : col0 + side]]
-        if len(both) and (both == both[0]).all():
-            return 0  # one group, whose images do not meet
-        rows, columns = (coarse.part(slice(start, start + side)) for start in (row0, col0))
-        held = memory.get()
-        try:
-            products = coarse.product(rows, columns, held)
+        def offer(products: np.ndarray, row0: int, col0: int) -> int:
             if farthest:
                 kernels.keep_farthest(products, coarse.norms, row0, col0, far)
             return kernels.offer_to_each_other(products, row0, col0, *known)
-        finally:
-            memory.put(held)
 
-    with Workers() as workers, _one_thread():
-        side = min(block, _SIDE, max(256, 64 * math.ceil(n / (256 * workers.count))))
+        measured = blocks.show(offer, blocks.count)
+    warn_of_clumps(sum(sharing.from_all(measured)), n)
+    if sharing.ranks() > 1:
+        far = np.maximum.reduce(sharing.from_all(far))
+        return *_joined(torch.from_numpy(sq), torch.from_numpy(index), first), torch.from_numpy(far)
+    return torch.from_numpy(sq), torch.from_numpy(index), torch.from_numpy(far)
+
+
+class _Blocks:
+    """Blocks of images, whose products are shown to a function pair by pair.
+
+    Args:
+        groups: (N,) int, or (0,) for none; a pair of blocks of one group is left out.
+        side: images of a block.
+    """
+
+    def __init__(self, coarse: CoarseFeatures, groups: np.ndarray, workers: Workers, side: int) -> None:
+        n = len(coarse.norms)
+        self.coarse, self.groups, self.workers, self.side = coarse, groups, workers, side
+        self.count = math.ceil(n / side)
+        self.memory: SimpleQueue[np.ndarray] = SimpleQueue()
         for _ in range(workers.count):
-            memory.put(coarse.memory(min(side, n) ** 2))
-        measured = sum(sum(workers.pool.map(compare, pairs)) for pairs in _rounds(math.ceil(n / side)))
+            self.memory.put(coarse.memory(min(side, n) ** 2))
+
+    def show(self, to: Callable[[np.ndarray, int, int], int], rounds: int) -> int:
+        """Sum of `to(products, row0, col0)` over the pairs of this process; an image meets a block in each round."""
+        return sum(
+            sum(self.workers.pool.map(partial(self._one, to), pairs)) for pairs in _own(_rounds(self.count, rounds))
+        )
+
+    def _one(self, to: Callable[[np.ndarray, int, int], int], pair: tuple[int, int]) -> int:
+        row0, col0 = self.side * pair[0], self.side * pair[1]
+        both = np.r_[self.groups[row0 : row0 + self.side], self.groups[col0 : col0 + self.side]]
+        if len(both) and (both == both[0]).all():
+            return 0  # one group, whose images do not meet
+        rows, columns = (self.coarse.part(slice(start, start + self.side)) for start in (row0, col0))
+        held = self.memory.get()
+        try:
+            return to(self.coarse.product(rows, columns, held), row0, col0)
+        finally:
+            self.memory.put(held)
+
+
+def _limits(blocks: _Blocks, n: int, k: int) -> np.ndarray:
+    """(N,) estimates above which no image is one of the k nearest others: from the estimates to some of all images.
+
+    The k-th of them is the true distance of k images at least, give or take the bound. Without these limits, most of
+    the pairs that are measured would be those that each image meets first.
+    """
+    from fastreid_uns.pseudo_labels.search import kernels
+
+    coarse = blocks.coarse
+    nearest = np.full((n, k), np.inf, np.float32)
+
+    def note(products: np.ndarray, row0: int, col0: int) -> int:
+        kernels.note_nearest(products, row0, col0, coarse.scales, coarse.norms, nearest, blocks.groups)
+        return 0
+
+    blocks.show(note, min(blocks.count, math.ceil(_NOTED * sharing.ranks() / blocks.side)))
+    lists = torch.cat(sharing.parts_of_own_rows(torch.from_numpy(nearest)), 1)
+    last = np.concatenate(sharing.from_all(smallest(lists, k)[:, -1].numpy()))
+    return np.nextafter(last + 2 * coarse.errors, np.float32(np.inf))
+
+
+def _joined(sq: Tensor, index: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Of lists (N, k) that each process has from its pairs, the nearest of all; `first` places are the image's own."""
+    lists = sharing.parts_of_own_rows(keys_of(sq, index))
+    others = smallest(torch.cat([part[:, first:] for part in lists], 1), sq.shape[1] - first)
+    keys = torch.cat(sharing.from_all(torch.cat([lists[0][:, :first], others], 1)))
+    return distance_of(keys), index_of(keys)
+
+
+def warn_of_clumps(measured: int, n: int) -> None:
+    """Tell of a search of n images in which many pairs had to be measured."""
     if measured > _MANY * n:
         logger.warning(
             "neighbours: %s images are so near each other that %d of them were measured for each, one by one; that "
@@ -93,7 +167,6 @@ def search_by_candidates(
             f"{n:,}",
             measured // n,
         )
-    return torch.from_numpy(sq), torch.from_numpy(index), torch.from_numpy(far)
 
 
 def nearest_of_listed(
@@ -115,19 +188,30 @@ def nearest_of_listed(
     return torch.from_numpy(sq), torch.from_numpy(index)
 
 
-def _chosen(feats: Tensor, k: int) -> Int8Features:
+def _chosen(feats: Tensor, k: int) -> CoarseFeatures:
     """The form of the products: 8 bits where they are faster and do not leave too many pairs to be measured."""
     if len(feats) >= _SMALL and int8_pays(feats.shape[1], torch.get_num_threads()):
-        coarse = Int8Features(feats, int8=True)
+        coarse = CoarseFeatures(feats, int8=True)
         if coarse.share_to_measure(k) <= _MEASURED:
             return coarse
-    return Int8Features(feats, int8=False)
+    return CoarseFeatures(feats, int8=False)
 
 
-def _rounds(blocks: int) -> Iterator[list[tuple[int, int]]]:
-    """All pairs of blocks, also of one with itself; none is twice in a round, whose pairs so can run side by side."""
-    for turn in range(blocks):
+def _rounds(blocks: int, rounds: int) -> Iterator[list[tuple[int, int]]]:
+    """Pairs of blocks, also of one with itself; each is once in a round, whose pairs so can run side by side.
+
+    As many rounds as blocks give all pairs.
+    """
+    for turn in range(rounds):
         yield [(a, (turn - a) % blocks) for a in range(blocks) if a <= (turn - a) % blocks]
+
+
+def _own(rounds: Iterable[list[tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:
+    """Of each round the pairs of this process, which gets every W-th of all."""
+    done = 0
+    for pairs in rounds:
+        yield [pair for at, pair in enumerate(pairs, done) if sharing.is_own(at)]
+        done += len(pairs)
 
 
 @contextmanager
@@ -141,7 +225,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class Int8Features:
+class CoarseFeatures:
     """Rows less their mean, in float32 or rounded to 8 bits with one scale for each row.
 
     With x the centred row, a = scale * row what is kept of it and r = x - a, the product of two rows is off by

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.pseudo_labels.search.candidates import search_by_candidates
-from fastreid_uns.pseudo_labels.search.gpu import search_by_rows
+from fastreid_uns.pseudo_labels.search.gpu import farthest_by_rows, search_by_rows
+from fastreid_uns.utils import sharing
 from fastreid_uns.utils.precision import full_precision
 
 
@@ -15,13 +16,10 @@ from fastreid_uns.utils.precision import full_precision
 def nearest_neighbours(feats: Tensor, k: int, *, block: int = 2048) -> tuple[Tensor, Tensor]:
     """The k nearest images of each image by squared Euclidean distance, exactly, the image itself first.
 
-    On a GPU an image may be missed where float32 products cannot tell more than 8 further ones from the k-th nearest:
-    several tight clumps far from each other, as a collapsed network gives.
-
     Args:
         feats: (N, D) float, finite; taken as float32 on the device that it is on.
         k: neighbours of each image, itself included, 1..N.
-        block: rows and columns of a block of products at most; it does not show in the result.
+        block: rows of a block of products at most, and of its columns on a CPU; it does not show in the result.
 
     Returns:
         Squared distances (N, k) float32, ascending from the image's own 0, and their images (N, k) int64; where
@@ -67,7 +65,7 @@ def nearest_of_others(feats: Tensor, groups: Tensor, k: int, *, block: int = 204
         if feats.device.type == "cpu":
             sq, index, _ = search_by_candidates(feats, k, block, groups=groups.cpu().numpy())
         else:
-            sq, index, _ = search_by_rows(feats, k, block, groups.to(feats.device))
+            sq, index = _by_rows(feats, k, block, groups.to(feats.device))
     return sq, torch.where(sq.isinf(), -1, index)
 
 
@@ -98,7 +96,16 @@ def _search(feats: Tensor, k: int, block: int, *, farthest: bool = False) -> tup
     with full_precision(feats.device):
         if feats.device.type == "cpu":
             return search_by_candidates(feats, k, block, farthest=farthest)
-        return search_by_rows(feats, k, block)
+        far = farthest_by_rows(feats, block) if farthest else feats.new_zeros(0)
+        return *_by_rows(feats, k, block), far
+
+
+def _by_rows(feats: Tensor, k: int, block: int, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`search_by_rows` of all images, each process those of its own."""
+    sq, index = search_by_rows(feats, k, block, groups, rows=sharing.own_rows(len(feats)))
+    if sharing.ranks() > 1:
+        sq, index = (torch.cat(sharing.from_all(part.cpu())).to(feats.device) for part in (sq, index))
+    return sq, index
 
 
 def checked(feats: Tensor, k: int) -> Tensor:

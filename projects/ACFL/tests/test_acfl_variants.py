@@ -20,19 +20,20 @@ from fastreid_uns.structures import FeatureBank, PseudoLabels
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def test_camera_contrast_in_a_plain_loop():
-    model = build(camera.ACFLCamera, camera_weight=0.7, camera_negatives=2)
+@pytest.mark.parametrize("positives", ["all", "other"])
+def test_camera_contrast_in_a_plain_loop(positives):
+    model = build(camera.ACFLCamera, camera_weight=0.7, camera_negatives=2, camera_positives=positives)
     feats = features(model, batch().views[0])
     rows, cameras = model.memory.features.clone(), CAMERAS[INDEX]
     pairs = sorted({(int(a), int(c)) for a, c in zip(LABELS, CAMERAS, strict=True) if a >= 0})
     proxies = [F.normalize(rows[(a == LABELS) & (c == CAMERAS)].mean(0), dim=0) for a, c in pairs]
     costs = []
-    for feat, label in zip(feats, LABELS[INDEX].tolist(), strict=True):
+    for feat, label, place in zip(feats, LABELS[INDEX].tolist(), cameras.tolist(), strict=True):
         similar = [float(feat @ proxy) / 0.07 for proxy in proxies]
-        own = [s for s, (a, _) in zip(similar, pairs, strict=True) if a == label]
+        own = [s for s, (a, c) in zip(similar, pairs, strict=True) if a == label and (positives == "all" or c != place)]
         others = sorted((s for s, (a, _) in zip(similar, pairs, strict=True) if a != label), reverse=True)[:2]
         total = torch.tensor(own + others, dtype=torch.float64).logsumexp(0)
-        costs.append(sum(float(total) - s for s in own) / len(own))
+        costs.append(sum(float(total) - s for s in own) / len(own) if own else 0.0)
     of_camera = [[cost for cost, own in zip(costs, cameras, strict=True) if own == name] for name in cameras.unique()]
     means = [sum(values) / len(values) for values in of_camera]
     found = model(batch())
@@ -54,12 +55,18 @@ def test_camera_contrast_needs_cameras(only):
         ({"camera_weight": -0.5}, r"MODEL\.CAMERA_WEIGHT is -0\.5; 0 or more is accepted"),
         ({"camera_temperature": 0.0}, r"MODEL\.CAMERA_TEMPERATURE is 0\.0; a number above 0"),
         ({"camera_negatives": 0}, r"MODEL\.CAMERA_NEGATIVES is 0; 1 or more"),
+        ({"camera_positives": "own"}, r"MODEL\.CAMERA_POSITIVES: 'own' is unknown; accepted: all, other"),
         ({"camera_axis": "rows"}, r"MODEL\.CAMERA_AXIS: 'rows' is unknown; accepted: cosine, coordinates"),
     ],
 )
 def test_wrong_values_of_the_camera_contrast(keys, message):
     with pytest.raises(ValueError, match=message):
         build(camera.ACFLCamera, **keys)
+
+
+def test_figure_3_has_a_config_for_each_number_of_steps():
+    steps = {load_config(file).MODEL.FEATURE_STEPS for file in CONFIGS.glob("ablations/feature_steps_*.yaml")}
+    assert steps | {load_config(CONFIGS / "market.yaml").MODEL.FEATURE_STEPS} == {2, 4, 6, 8, 10, 12, 14}
 
 
 def with_other_teacher(**keys) -> student.ACFLStudent:

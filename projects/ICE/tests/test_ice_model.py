@@ -98,13 +98,27 @@ def test_keys_are_shuffled_before_the_norm_layers_and_put_back(fitted):
     model, batch = fitted
     torch.manual_seed(0)
     model.loss_inputs(batch)
-    key, weak = model.teacher.seen
-    for given, view in ((key, batch.views[1]), (weak, batch.views[2])):
-        assert not torch.equal(given, view)
-        assert torch.equal(given[given[:, 0].argsort()], view[view[:, 0].argsort()])
-    before = model.teacher.norm.running_mean.clone()
-    model.keys(batch.views[1])
-    assert not torch.equal(model.teacher.norm.running_mean, before)  # statistics of its own
+    order = None
+    for given, view in zip(model.teacher.seen, batch.views, strict=True):
+        places = (given[:, None] == view[None]).all(2).int().argmax(1)
+        assert sorted(places.tolist()) == list(range(8)) != places.tolist()
+        assert order is None or torch.equal(places, order)  # all views change places alike
+        order = places
+
+
+def test_the_momentum_encoder_gathers_norm_statistics_from_all_three_views_in_order(fitted):
+    model, batch = fitted
+    mean, variance = torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
+    model.loss_inputs(batch)
+    for view in batch.views:  # query, key, weak: each moves the running values by a tenth
+        rows = [view[i].double() for i in range(8)]
+        of_batch = sum(rows) / 8
+        mean = 0.9 * mean + 0.1 * of_batch
+        variance = 0.9 * variance + 0.1 * sum((row - of_batch) ** 2 for row in rows) / 7
+    torch.testing.assert_close(model.teacher.norm.running_mean.double(), mean, rtol=0, atol=1e-7)
+    torch.testing.assert_close(model.teacher.norm.running_var.double(), variance, rtol=0, atol=2e-7)
+    assert model.teacher.norm.num_batches_tracked == 3
+    assert model.encoder.norm.num_batches_tracked == 1  # the query alone
 
 
 def test_raw_or_unit_queries_meet_the_memory(fitted):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastreid_uns.config import load_config
+from fastreid_uns.data.build import domains_of_tests
 from fastreid_uns.engine.default import DefaultTrainer
 from fastreid_uns.engine.recluster import ReclusterHook
 from fastreid_uns.modeling.meta_arch import build_model
@@ -126,6 +127,31 @@ def test_a_joint_batch_is_counted_as_the_memory_is(recipe):
     clusters = trainer.hook(ReclusterHook).pseudo.num_clusters
     assert inputs["logits"].shape == (32, 10 + clusters)
     assert inputs["labels"].tolist() == batch.labels.tolist()
+
+
+@pytest.mark.parametrize("recipe", ["synthetic_uda"], indirect=True)
+def test_a_source_is_measured_with_its_own_norm_layers(recipe):
+    file = CONFIGS / "synthetic_uda.yaml"
+    source = next(iter(load_config(file).DATASETS.SOURCES))
+    cfg = load_config(file, [*recipe, f"TEST.DOMAINS.synthetic={source}"])
+    model = build_model(cfg, 8)
+    for module in model.modules():
+        if isinstance(module, DomainBatchNorm):
+            torch.nn.init.constant_(module.domains[0].running_var, 1e6)  # those of the target know nothing
+    by_source = DefaultTrainer.test(cfg, model)["synthetic"]
+    by_target = DefaultTrainer.test(load_config(file, recipe), model)["synthetic"]
+    assert by_source != by_target
+    for module in model.modules():
+        if isinstance(module, DomainBatchNorm):
+            torch.nn.init.constant_(module.domains[0].running_var, 1.0)  # now both are as they were made
+    assert DefaultTrainer.test(load_config(file, recipe), model)["synthetic"] == by_source
+
+
+@pytest.mark.parametrize("entry", ["synthetic=nothing", "nothing=drawn"])
+def test_a_domain_that_is_not_there_is_refused(entry):
+    cfg = load_config(CONFIGS / "synthetic_uda.yaml", [f"TEST.DOMAINS.{entry}"])
+    with pytest.raises(ValueError, match=r"TEST\.DOMAINS: (synthetic|nothing): .*Correct it"):
+        domains_of_tests(cfg)
 
 
 @pytest.mark.parametrize("recipe", ["synthetic"], indirect=True)

@@ -16,6 +16,7 @@ from fastreid_uns.engine.solver import learning_rate_factor
 from fastreid_uns.modeling.losses import LossSet, SoftTripletLoss
 from fastreid_uns.projects.TMP.losses import MorePositivesLoss, SinglePairLoss
 from fastreid_uns.projects.TMP.model import InBatchModel
+from fastreid_uns.registry import SAMPLER_REGISTRY
 from fastreid_uns.structures import Batch, HeadOutput, PseudoLabels
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -54,6 +55,19 @@ def test_views_of_an_image_stand_side_by_side():
     assert inputs["index"].tolist() == [7, 7, 3, 3, 5, 5]
     assert inputs["cameras"].tolist() == [0, 0, 1, 1, 2, 2]
     assert set(inputs) == {"pooled", "feats", "unnormalized", "labels", "index", "cameras", "domains"}
+
+
+def test_the_triplet_of_table_4_sees_batches_of_p_x_k():
+    section = load_config(CONFIGS / "ablations/triplet.yaml").DATALOADER.SAMPLER
+    sampler = SAMPLER_REGISTRY.build(section, 3, 0, 0, 1)
+    labels = torch.cat([torch.arange(70).repeat_interleave(5), torch.arange(70, 80)])  # 70 clusters, 10 images alone
+    sampler.set_epoch(0, PseudoLabels(labels, torch.zeros(80, 2)), torch.full((360,), -1))
+    for batch in sampler:
+        counts = labels[torch.tensor(batch)].bincount(minlength=80)
+        assert len(batch) == 256
+        cut = [count for count in counts[:70].tolist() if count not in (0, 4)]
+        assert len(cut) <= 2  # groups that the ends of a batch cut
+        assert set(counts[70:].tolist()) <= {0, 1}
 
 
 @pytest.mark.parametrize(("views", "positives"), [(1, 2 / 3), (2, (3 * 4 + 1 * 2) / 6)])

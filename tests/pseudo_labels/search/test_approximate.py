@@ -67,6 +67,81 @@ def test_candidates_of_a_search_that_finds_too_few_or_misses_the_image_itself(mo
     assert torch.equal(sq, exact_sq)
 
 
+class FakeFaiss:
+    """What is called, in order; searches by definition."""
+
+    def __init__(self, gpus: int | None) -> None:
+        self.calls: list[tuple] = []
+        if gpus is not None:
+            self.get_num_gpus = lambda: gpus
+            self.StandardGpuResources = lambda: "resources"
+
+    def omp_set_num_threads(self, count: int) -> None:
+        pass
+
+    def IndexFlatL2(self, d: int) -> tuple:
+        return ("flat", d)
+
+    def IndexIVFFlat(self, flat: tuple, d: int, lists: int) -> FakeIndex:
+        self.calls.append(("ivf", flat, d, lists))
+        return FakeIndex(self, "cpu")
+
+    def index_cpu_to_gpu(self, resources: str, device: int, index: FakeIndex) -> FakeIndex:
+        self.calls.append(("to gpu", resources, device))
+        return FakeIndex(self, f"gpu {device}")
+
+
+class FakeIndex:
+    def __init__(self, faiss: FakeFaiss, place: str) -> None:
+        self.faiss, self.place, self.nprobe = faiss, place, 1
+
+    def train(self, rows: np.ndarray) -> None:
+        self.faiss.calls.append(("train", self.place, rows.shape))
+
+    def add(self, rows: np.ndarray) -> None:
+        self.faiss.calls.append(("add", self.place, rows.shape))
+        self.rows = torch.from_numpy(rows)
+
+    def search(self, rows: np.ndarray, k: int) -> tuple[None, np.ndarray]:
+        self.faiss.calls.append(("search", self.place, rows.shape, k, self.nprobe))
+        return None, nearest_neighbours(self.rows, k)[1].numpy()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "effort", "place"),
+    [
+        pytest.param(2, "cuda:1", 7, "gpu 1", id="on the GPU of the features"),
+        pytest.param(1, "cuda", 7, "gpu 0", id="on the only GPU"),
+        pytest.param(2, "cpu", 7, "cpu", id="features on the CPU"),
+        pytest.param(0, "cuda:0", 7, "cpu", id="faiss finds no GPU"),
+        pytest.param(None, "cuda:0", 7, "cpu", id="faiss of a CPU"),
+    ],
+)
+def test_inverted_lists_are_searched_where_the_features_are(gpus, device, effort, place, monkeypatch):
+    fake = FakeFaiss(gpus)
+    monkeypatch.setitem(sys.modules, "faiss", fake)
+    rows = random_feats(400, 8)  # 4 sqrt(400) lists would hold 5 images each; 400 // 39 lists can be trained
+    found = approximate._found_by_faiss(rows.numpy(), 5, "ivf", effort, torch.device(device))
+    assert np.array_equal(found, nearest_neighbours(rows, 5)[1].numpy())
+    moved = [] if place == "cpu" else [("to gpu", "resources", int(place[-1]))]
+    assert fake.calls == [
+        ("ivf", ("flat", 8), 8, 10),
+        *moved,
+        ("train", place, (400, 8)),
+        ("add", place, (400, 8)),
+        ("search", place, (400, 8), 5, 7),
+    ]
+
+
+def test_more_than_faiss_can_do_on_a_gpu_is_done_on_the_cpu(monkeypatch):
+    fake = FakeFaiss(1)
+    monkeypatch.setitem(sys.modules, "faiss", fake)
+    monkeypatch.setattr(approximate, "_LISTS_ON_GPU", 8)
+    for k, effort, place in ((5, 8, "gpu 0"), (5, 9, "cpu"), (9, 8, "cpu")):
+        approximate._found_by_faiss(random_feats(400, 8).numpy(), k, "ivf", effort, torch.device("cuda"))
+        assert fake.calls[-1] == ("search", place, (400, 8), k, effort)
+
+
 def test_without_faiss_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     bank = FeatureBank(random_feats(80, 8), torch.zeros(80, dtype=torch.int64))
@@ -82,7 +157,7 @@ def test_the_generator_takes_the_search_from_the_config(tmp_path, monkeypatch):
     assert (cfg.PSEUDO_LABELS.SEARCH, cfg.PSEUDO_LABELS.SEARCH_EFFORT) == ("ivf", 3)
     asked = []
 
-    def found_by(rows: np.ndarray, k: int, search: str, effort: int) -> np.ndarray:
+    def found_by(rows: np.ndarray, k: int, search: str, effort: int, device: torch.device) -> np.ndarray:
         asked.append((search, effort))
         return nearest_neighbours(torch.from_numpy(rows), k)[1].numpy()
 
@@ -100,7 +175,7 @@ def test_the_generator_takes_the_search_from_the_config(tmp_path, monkeypatch):
 def test_a_generator_that_compares_neighbours_finds_them_as_its_labels_do(search, monkeypatch):
     feats, asked = random_feats(60, 8), []
 
-    def found_by(rows: np.ndarray, k: int, search: str, effort: int) -> np.ndarray:
+    def found_by(rows: np.ndarray, k: int, search: str, effort: int, device: torch.device) -> np.ndarray:
         asked.append((search, effort))
         return nearest_neighbours(torch.from_numpy(rows), k)[1].numpy()
 

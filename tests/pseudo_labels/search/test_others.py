@@ -31,14 +31,14 @@ def grid(n: int) -> torch.Tensor:
 
 
 def by_rows(feats: torch.Tensor, groups: torch.Tensor, k: int, block: int = 2048):
-    sq, index, _ = search_by_rows(feats.float(), k, block, groups)
+    sq, index = search_by_rows(feats.float(), k, block, groups)
     return sq, torch.where(sq.isinf(), -1, index)
 
 
 SIZES = [(200, 4, 9, 64), (150, 2, 150, 32), (90, 90, 5, 2048)]
-CASES = [(nearest_of_others, feats, size) for feats in (random_feats, grid) for size in SIZES]
-# many equal distances are more than a search by rows measures
-CASES += [(by_rows, random_feats, size) for size in SIZES]
+CASES = [
+    (search, feats, size) for search in (nearest_of_others, by_rows) for feats in (random_feats, grid) for size in SIZES
+]
 
 
 @pytest.mark.parametrize(("search", "feats", "size"), CASES)

@@ -1,0 +1,165 @@
+"""A study: rows that get the same budget of tuning on validation identities and are then measured on the test part.
+
+A study file is YAML: what all studies share, and under `STUDIES` what each of them is; see `projects/studies.yaml`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastreid_uns.config.yaml_text import parse_yaml, read_text
+from fastreid_uns.errors import InvalidValue, UnknownName
+from fastreid_uns.experiments.runs import Job
+from fastreid_uns.registry import did_you_mean
+
+CORE, UNTRAINED, SUPERVISED = "core", "untrained", "supervised"
+BASELINE = " baseline"  # after the name of a project
+
+Grid = Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        name: `untrained`, `core`, `supervised`, a project, or a project with ` baseline`.
+        config: YAML file.
+        kind: one of `runs.KINDS`.
+        grid: the values of each key that is tuned; empty = nothing is.
+    """
+
+    name: str
+    config: str
+    kind: str
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How settings are chosen.
+
+    Attributes:
+        study: whose runs these are.
+        overrides: keys changed in all of them.
+        trials: settings that are tried for each row with a grid, its own settings included.
+        seed: of the runs, and of the draw of the settings.
+        hold_out: share of the training identities on which they are scored.
+    """
+
+    study: str
+    overrides: tuple[str, ...]
+    trials: int
+    seed: int
+    hold_out: float
+
+
+@dataclass(frozen=True)
+class Study:
+    """One set and one start.
+
+    Attributes:
+        name: of the study.
+        rows: what is compared.
+        overrides: keys changed in every run.
+        seeds: of the runs on the test part.
+        tuning: how the settings of a row are chosen.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    overrides: tuple[str, ...]
+    seeds: tuple[int, ...]
+    tuning: Tuning
+
+    def tried(self, row: Row) -> list[tuple[tuple[str, ...], Job]]:
+        """The settings among which those of a row are chosen, each with its run."""
+        if not row.grid:
+            return []
+        how = self.tuning
+        return [
+            (s, Job(row.config, row.kind, how.seed, (*how.overrides, *s), how.hold_out, how.study, row.name))
+            for s in drawn(row.grid, how.trials, how.seed)
+        ]
+
+    def measured(self, row: Row, chosen: Sequence[str]) -> list[Job]:
+        """The runs of a row on the test part."""
+        overrides = (*self.overrides, *chosen)
+        return [Job(row.config, row.kind, seed, overrides, 0.0, self.name, row.name) for seed in self.seeds]
+
+
+def drawn(grid: Grid, count: int, seed: int) -> list[tuple[str, ...]]:
+    """Settings from a grid; the first one changes nothing.
+
+    Each key takes its values equally often, in a random order of its own, which is the same wherever the key has as
+    many values: rows that share a key are tried with the same values of it.
+
+    Args:
+        grid: values by key.
+        count: settings, at least 1.
+        seed: of the orders.
+    """
+    columns = []
+    for key, values in grid.items():
+        repeated = [values[i % len(values)] for i in range(count - 1)]
+        random.Random(f"{seed} {key}").shuffle(repeated)
+        columns.append([f"{key}={_typed(value)}" for value in repeated])
+    return [(), *zip(*columns, strict=True)]
+
+
+def _typed(value: Any) -> str:
+    """As one types it on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def read_studies(file: Path, names: Sequence[str] = ()) -> list[Study]:
+    """The studies of a file.
+
+    Args:
+        file: YAML, see `projects/studies.yaml`.
+        names: of some of them; none = all.
+
+    Raises:
+        UnknownName: the file has no such study.
+        InvalidValue: it is no file of studies.
+    """
+    content = parse_yaml(read_text(file), str(file))
+    if not isinstance(content, dict) or not isinstance(content.get("STUDIES"), dict):
+        raise InvalidValue(f"{file}: a map with STUDIES is expected. See projects/studies.yaml.")
+    known = content["STUDIES"]
+    for name in names:
+        if name not in known:
+            raise UnknownName(f"{file}: no study {name}{did_you_mean(name, known)} Present: {', '.join(known)}.")
+    return [_study(name, content, file.parent.parent) for name in names or known]
+
+
+def _study(name: str, content: Mapping[str, Any], root: Path) -> Study:
+    own = content["STUDIES"][name]
+    tuned_on = own.get("SETTINGS_OF", name)
+    source = content["STUDIES"][tuned_on]
+    how = Tuning(tuned_on, _overrides(source), source["TRIALS"], content["TRIAL_SEED"], content["HOLD_OUT"])
+    rows = [Row(UNTRAINED, f"configs/{own['CONFIG']}.yaml", "untrained", {})]
+    for row, config, kind in _trained(own["CONFIG"], root):
+        shared = {key: values for key, values in source["GRID"].items() if kind != "supervised" or "PSEUDO" not in key}
+        rows.append(Row(row, config, kind, {**shared, **content["ROWS"].get(row, {})}))
+    return Study(name, tuple(rows), _overrides(own), tuple(content["SEEDS"]), how)
+
+
+def _overrides(section: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{key}={_typed(value)}" for key, value in section["OVERRIDES"].items())
+
+
+def _trained(config: str, root: Path) -> Iterator[tuple[str, str, str]]:
+    """Name, config and kind of the core's rows and of each project's, as far as it has configs for the set."""
+    yield CORE, f"configs/{config}.yaml", "unsupervised"
+    yield SUPERVISED, f"configs/{config}.yaml", "supervised"
+    for project in sorted(path.parent.name for path in root.glob("projects/*/configs")):
+        for name, ending in ((project, ""), (project + BASELINE, "_baseline")):
+            file = f"projects/{project}/configs/{config}{ending}.yaml"
+            if (root / file).is_file():
+                yield name, file, "unsupervised"

@@ -1,0 +1,16 @@
+"""NCPLR and GL-NCPLR as a whole, on generated images."""
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+WITH_PARTS, PLAIN = "NCPLR/configs/synthetic.yaml", "NCPLR/configs/synthetic_plain.yaml"
+
+
+@pytest.mark.parametrize("config", [WITH_PARTS, PLAIN])
+def test_it_learns_and_a_resumed_run_is_the_same_run(check_learning, config):
+    check_learning(config)
+
+
+def test_two_processes_agree_with_each_other_and_with_one(check_two_processes):
+    check_two_processes(WITH_PARTS)

@@ -1,0 +1,116 @@
+"""What a study runs: the settings that are tried, the choice among them, and the seeds of each row."""
+
+from collections import Counter
+
+import pytest
+
+from fastreid_uns.commands.compare import ROOT
+from fastreid_uns.config import load_config
+from fastreid_uns.errors import UnknownName
+from fastreid_uns.experiments.agenda import Listed, Studied
+from fastreid_uns.experiments.runs import Job
+from fastreid_uns.experiments.study import Row, Study, Tuning, drawn, read_studies
+
+FILE = ROOT / "projects/studies.yaml"
+ROWS = (
+    Row("untrained", "configs/a.yaml", "untrained", {}),
+    Row("core", "configs/a.yaml", "unsupervised", {"A": [1, 2]}),
+)
+
+
+def study(name: str = "zoo", tuned_on: str = "zoo") -> Study:
+    return Study(name, ROWS, (f"SET={name}",), (1, 2), Tuning(tuned_on, (f"SET={tuned_on}",), 3, 7, 0.25))
+
+
+def ended(job: Job, score: float) -> dict:
+    return {**job._asdict(), "results": {"zoo": {"mAP": score}}}
+
+
+def all_of(agenda: Studied) -> list[Job]:
+    return list(iter(agenda.following, None))
+
+
+def test_each_value_is_tried_equally_often():
+    settings = drawn({"A": [1, 2, 3], "B": [True, False]}, 7, seed=0)
+    assert settings[0] == ()
+    counts = Counter(text for setting in settings[1:] for text in setting)
+    assert counts == {"A=1": 2, "A=2": 2, "A=3": 2, "B=true": 3, "B=false": 3}
+
+
+def test_rows_that_share_a_key_try_the_same_values_of_it():
+    one, other = drawn({"A": [1, 2, 3]}, 6, seed=5), drawn({"B": [4, 5], "A": [1, 2, 3]}, 6, seed=5)
+    assert [setting[0] for setting in one[1:]] == [setting[1] for setting in other[1:]]
+
+
+def test_a_row_is_measured_with_the_best_setting_on_validation_identities():
+    agenda = Studied([study()], [])
+    trials = [job for job in all_of(agenda) if job.hold_out]
+    assert [(job.seed, job.overrides[:1]) for job in trials] == [(7, ("SET=zoo",))] * 3
+    for job, score in zip(trials, (10.0, 30.0, 20.0), strict=True):
+        assert all_of(agenda) == []  # nothing new while one is missing
+        agenda.add(ended(job, score))
+    best = trials[1].overrides
+    assert all_of(agenda) == [Job("configs/a.yaml", "unsupervised", seed, best, 0.0, "zoo", "core") for seed in (1, 2)]
+
+
+def test_what_needs_no_tuning_is_measured_at_once():
+    first = [job for job in all_of(Studied([study()], [])) if not job.hold_out]
+    assert [(job.row, job.seed) for job in first] == [("untrained", 1), ("untrained", 2)]
+
+
+def test_a_failed_trial_is_the_worst_and_is_not_repeated():
+    agenda = Studied([study()], [])
+    trials = [job for job in all_of(agenda) if job.hold_out]
+    records = [{**trials[0]._asdict(), "error": "no clusters"}, ended(trials[1], 0.5), ended(trials[2], 0.25)]
+    new = Studied([study()], records)
+    assert {job.overrides for job in all_of(new) if job.row == "core"} == {trials[1].overrides}
+
+
+def test_a_row_that_always_fails_is_not_measured():
+    trials = [job for job in all_of(Studied([study()], [])) if job.hold_out]
+    agenda = Studied([study()], [{**job._asdict(), "error": "no clusters"} for job in trials])
+    assert {job.row for job in all_of(agenda)} == {"untrained"}
+
+
+def test_a_lost_run_is_tried_again_by_the_next_call_only():
+    agenda = Listed([Job("a", "untrained", 1)], [])
+    job = agenda.following()
+    agenda.add({**job._asdict(), "error": "its process has ended", "lost": True})
+    assert agenda.following() is None
+    assert Listed([job], []).following() == job
+
+
+def test_settings_can_be_those_of_another_study():
+    agenda = Studied([study("sea", tuned_on="zoo")], [])
+    trials = [job for job in all_of(agenda) if job.hold_out]
+    assert {(job.study, job.overrides[0]) for job in trials} == {("zoo", "SET=zoo")}
+    for job, score in zip(trials, (1.0, 2.0, 3.0), strict=True):
+        agenda.add(ended(job, score))
+    measured = all_of(agenda)
+    assert {(job.study, job.overrides) for job in measured} == {("sea", ("SET=sea", *trials[2].overrides[1:]))}
+
+
+def test_finished_runs_are_not_done_again():
+    records = [ended(Job("configs/a.yaml", "untrained", 1, ("SET=zoo",), 0.0, "zoo", "untrained"), 4.0)]
+    assert [job.seed for job in all_of(Studied([study()], records)) if job.row == "untrained"] == [2]
+
+
+def test_every_project_is_in_the_shipped_studies_with_its_baseline_and_the_same_budget():
+    projects = {path.parents[1].name for path in ROOT.glob("projects/*/configs/omniglot.yaml")}
+    expected = {"untrained", "core", "supervised", *projects, *(f"{name} baseline" for name in projects)}
+    for one in read_studies(FILE):
+        assert {row.name for row in one.rows} == expected, one.name
+        assert {len(one.tried(row)) for row in one.rows if row.kind != "untrained"} == {one.tuning.trials}
+
+
+@pytest.mark.parametrize("name", ["omniglot_from_random", "grocery_from_imagenet", "cattely_from_imagenet"])
+def test_the_shipped_studies_name_keys_that_their_configs_have(name):
+    (one,) = read_studies(FILE, [name])
+    for row in one.rows:
+        for job in [job for _, job in one.tried(row)][-1:] + one.measured(row, ())[:1]:
+            load_config(ROOT / job.config, job.overrides)
+
+
+def test_an_unknown_study_is_told_with_the_nearest_name():
+    with pytest.raises(UnknownName, match="omniglot_from_random"):
+        read_studies(FILE, ["omniglot_from_randon"])

@@ -1,0 +1,251 @@
+"""Rules by which `identify` tells known individuals from new ones, labels hidden; one line of known.jsonl a case.
+
+    python tools/benchmark/known.py --data my/sets --sets cattely grocery:3 omniglot:3 --device cuda --jobs 3
+    python tools/benchmark/known.py --table
+
+A set is a folder of `--data` with a manifest.csv (path, identity, split, ...); `grocery:3` takes every third of its
+identities. A case is a set, the identities of its training split or the others, and a seed: half of the identities are
+known by four fifths of their photos, the rest is asked about. A rule sets the largest cosine to a photo of a known
+group from which a photo is called known:
+
+    untrained           no training; quantile of the scores against other strict groups (what `fit_thresholds` does)
+    own scores          the same after training
+    scores before       the larger of that after and that before training
+    groups              after training, over groups: the quantile of the largest scores of a group
+    held out            one fifth of the groups is held out of training and gives the scores
+    best                the threshold that calls 5 % of the new individuals known, by true labels
+
+Lines that are there are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from measuring import ROOT
+from photos import Photos, read_lines, spread
+
+SEEDS = range(5)
+SPLITS = ("train", "rest")
+HELD = 0.2  # share of the photos that are held out of training
+SHARE = 0.05  # of photos of new individuals that may be called known
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT / "datasets", help="folder of the sets")
+    parser.add_argument("--sets", nargs="+", default=["cattely", "grocery:3", "omniglot:3"])
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--weights", default="imagenet", help="of the network, or a file of them (default: %(default)s)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="sets at a time, which share the cores")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no case begins")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"))
+    parser.add_argument("--table", action="store_true", help="print the results, measure nothing")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.table:
+        print(table(read_lines(given.output)))
+    elif given.one:
+        measure_set(given, given.one)
+    else:
+        with ThreadPoolExecutor(given.jobs) as pool:
+            codes = list(pool.map(lambda name: run_set(given, name), given.sets))
+        raise SystemExit(max(codes))
+
+
+def run_set(given: argparse.Namespace, name: str) -> int:
+    """All cases of a set in a process of its own; its lines are written as they come."""
+    share = str(max((os.cpu_count() or 1) // given.jobs, 1))
+    variables = {key: os.environ.get(key, share) for key in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
+    options = [f"--{key}={getattr(given, key)}" for key in ("data", "device", "weights", "limit", "output")]
+    command = [sys.executable, __file__, *options, "--one", name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **variables}) as process:
+        for line in process.stdout or ():
+            with given.output.open("a") as file:
+                file.write(line)
+            print(line, end="", flush=True)
+    return process.returncode
+
+
+def measure_set(given: argparse.Namespace, name: str) -> None:
+    """Print a line for each case that has none yet."""
+    import torch
+
+    from fastreid_uns.utils.comm import choose_device
+    from fastreid_uns.utils.environment import environment, processor
+    from fastreid_uns.utils.precision import full_precision
+
+    begin = time.monotonic()
+    done = [line["case"] for line in read_lines(given.output)]
+    cases = [{"set": name, "split": split, "seed": seed} for seed in SEEDS for split in SPLITS]
+    cases = [case for case in cases if case not in done]
+    if not cases:
+        return
+    device = choose_device(given.device)
+    paths, truth, training = photos_of(given.data, name)
+    with full_precision(device):
+        photos = Photos(SimpleNamespace(photos=paths, size=size_of(paths)), 0, device, given.weights)
+        about = {**environment(device), "processor": processor(), "threads": str(torch.get_num_threads())}
+        for case in cases:
+            if time.monotonic() - begin < given.limit:
+                rows = training if case["split"] == "train" else ~training
+                line = {"case": case, "result": measure(photos, truth, rows, case["seed"]), "environment": about}
+                print(json.dumps(line), flush=True)
+
+
+def photos_of(data: Path, name: str) -> tuple[list[str], Any, Any]:
+    """Paths, identities and whether they are of the training split."""
+    import numpy as np
+
+    folder, _, every = name.partition(":")
+    with (data / folder / "manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    training = {int(row["identity"]) for row in rows if row["split"] == "train"}
+    others = {int(row["identity"]) for row in rows} - training
+    step = int(every or 1)
+    kept = {*sorted(training)[::step], *sorted(others)[::step]}
+    rows = [row for row in rows if int(row["identity"]) in kept]
+    truth = np.array([int(row["identity"]) for row in rows])
+    return [str(data / folder / row["path"]) for row in rows], truth, np.isin(truth, sorted(training))
+
+
+def size_of(paths: list[str]) -> tuple[int, int]:
+    """The input that the product would choose."""
+    from fastreid_uns.data.decode import read_size
+    from fastreid_uns.photos.scan import input_size
+
+    sizes = [read_size(path) for path in paths]
+    return input_size(statistics.median(width / height for height, width in sizes))
+
+
+def measure(photos: Photos, truth: Any, rows: Any, seed: int) -> dict[str, Any]:
+    """False known, found, findable and threshold of each rule."""
+    import numpy as np
+
+    begin, draw = time.monotonic(), np.random.default_rng(seed)
+    individuals = draw.permutation(np.unique(truth[rows]))
+    known = np.isin(truth, individuals[: len(individuals) // 2])
+    inside = rows & known & (draw.random(len(truth)) < 0.8)
+    own, rest = np.flatnonzero(inside), np.flatnonzero(rows & ~inside)
+    asked = SimpleNamespace(truth=truth[rest], old=known[rest], own=truth[own])
+    start = features(photos, own, rest, steps=0)
+    trained = features(photos, own, rest)
+    held = np.zeros(len(own), bool)
+    for group in draw.permutation(start.groups.max() + 1):
+        held |= (start.groups == group) & (held.mean() < HELD)
+    apart = features(photos, own, rest, trained_on=np.flatnonzero(~held))
+    best = np.quantile(best_match(trained)[1][~asked.old], 1 - SHARE)
+    rules = {
+        "untrained": judged(start, asked, quantile(scores(start, start.strict))),
+        "own scores": judged(trained, asked, quantile(scores(trained, trained.strict))),
+        "scores before": judged(
+            trained,
+            asked,
+            max(quantile(scores(trained, trained.strict)), quantile(scores(start, trained.strict))),
+        ),
+        "groups": judged(trained, asked, quantile(of_groups(trained))),
+        "held out": judged(apart, asked, quantile(scores(apart, apart.strict, held))),
+        "best": judged(trained, asked, float(best)),
+    }
+    return {"rules": rules, "photos": len(own), "asked": len(rest), "seconds": time.monotonic() - begin}
+
+
+def features(photos: Photos, own: Any, rest: Any, **how: Any) -> SimpleNamespace:
+    """Features of known photos and of those that are asked about, groups, and strict groups."""
+    from fastreid_uns.photos.group import for_count
+    from fastreid_uns.photos.identify import STRICT
+
+    feats = photos.features(own, **how)
+    settings = for_count(photos.settings, len(own))
+    grouping = photos.cluster(feats, k1=settings.k1, k2=settings.k2)
+    return SimpleNamespace(
+        feats=feats.numpy(),
+        queries=photos.more_features(rest).numpy(),
+        groups=grouping.labels,
+        strict=grouping.dendrogram.cut(STRICT),
+    )
+
+
+def scores(space: SimpleNamespace, strict: Any, rows: Any = None) -> Any:
+    """Largest cosine of photos, or of some of them, to those of other groups; groups of two and more alone count."""
+    import numpy as np
+
+    together = np.bincount(strict)[strict] > 1
+    found = space.feats @ space.feats.T
+    found[(strict[:, None] == strict) | ~together] = -2
+    return found.max(1)[together if rows is None else together & rows]
+
+
+def of_groups(space: SimpleNamespace) -> Any:
+    """For each strict group of two and more the 0.9 quantile of the scores of its photos."""
+    import numpy as np
+
+    strict = space.strict[np.bincount(space.strict)[space.strict] > 1]
+    found = scores(space, space.strict)
+    return np.array([np.quantile(found[strict == group], 0.9) for group in np.unique(strict)])
+
+
+def quantile(found: Any) -> float:
+    """What a further score exceeds with a probability of `SHARE` at most; 2 where there are too few scores."""
+    import numpy as np
+
+    place = int(np.ceil((len(found) + 1) * (1 - SHARE)))
+    return 2.0 if place > len(found) else float(np.sort(found)[place - 1])
+
+
+def best_match(space: SimpleNamespace) -> tuple[Any, Any]:
+    """Group and cosine of the nearest photo in a group of two and more, for each photo that is asked about."""
+    import numpy as np
+
+    together = np.bincount(space.groups)[space.groups] > 1
+    found = space.queries @ space.feats[together].T
+    return space.groups[together][found.argmax(1)], found.max(1)
+
+
+def judged(space: SimpleNamespace, asked: SimpleNamespace, threshold: float) -> dict[str, float]:
+    import numpy as np
+
+    group, score = best_match(space)
+    who = np.array([np.bincount(asked.own[space.groups == one]).argmax() for one in range(space.groups.max() + 1)])
+    right, called = who[group] == asked.truth, score > threshold
+    return {
+        "false_known": float(called[~asked.old].mean()),
+        "found": float((called & right)[asked.old].mean()),
+        "findable": float(right[asked.old].mean()),
+        "threshold": threshold,
+    }
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Percent; mean and worst over the seeds."""
+    from tabulate import tabulate
+
+    found: dict[tuple[str, str, str], list[dict[str, float]]] = defaultdict(list)
+    for line in lines:
+        for rule, result in line["result"]["rules"].items():
+            found[line["case"]["split"], line["case"]["set"], rule].append(result)
+    rows = []
+    for (split, name, rule), results in found.items():
+        wrong = [100 * result["false_known"] for result in results]
+        cells = [spread([100 * result[key] for result in results]) for key in ("found", "findable")]
+        rows.append([split, name, rule, len(results), f"{statistics.mean(wrong):.1f}", f"{max(wrong):.1f}", *cells])
+    heads = ["identities", "set", "rule", "seeds", "false known", "worst", "found", "findable"]
+    return tabulate(sorted(rows), heads, tablefmt="github", disable_numparse=True)
+
+
+if __name__ == "__main__":
+    main()
