@@ -116,6 +116,8 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9, head:
     if absent:
         message = "MODEL.WEIGHTS %s: %d tensors of the backbone are not in the file and keep their random values: %s."
         _log.warning(message, source, len(absent), ", ".join(_some(absent).splitlines()))
+    if other := _other_options(backbone, found):
+        _log.warning("MODEL.WEIGHTS %s:%s What both have was loaded.", source, other)
     return report
 
 

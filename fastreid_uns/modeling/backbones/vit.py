@@ -46,7 +46,7 @@ class ViT(Backbone):
         patch: side of a patch, in pixels.
         stride: step between patches; smaller than `patch`, they overlap (TransReID).
         drop_path: probability of skipping the last block in training; it rises linearly from 0 at the first.
-        conv_stem: put convolutions before the patches, as TransReID-SSL and PASS pre-train; `stride` equals `patch`.
+        conv_stem: put convolutions before the patches, as TransReID-SSL pre-trains; `stride` equals `patch`.
         part_tokens: tokens beside the class token; PASS has 3.
         pre_norm: a layer norm before the first block as well (CLIP).
         activation: gelu, or quick_gelu, x sigmoid(1.702 x), with which OpenAI trained CLIP.
@@ -167,7 +167,7 @@ class ViT(Backbone):
     @classmethod
     def pretrained_input(cls, section: Mapping[str, Any]) -> dict[str, list[float]]:
         """Mean and standard deviation 0.5, which timm's weights of this kind were made with; CLIP has its own."""
-        if section["PRE_NORM"]:
+        if section.get("PRE_NORM"):
             return {"MEAN": [0.4815, 0.4578, 0.4082], "STD": [0.2686, 0.2613, 0.2758]}
         return {"MEAN": [0.5] * 3, "STD": [0.5] * 3}
 

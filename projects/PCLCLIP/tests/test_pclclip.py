@@ -218,6 +218,15 @@ def test_a_transformer_that_is_no_clip_lacks_its_first_norm(official, tmp_path, 
     plain = {k: v for k, v in names_of_timm(state).items() if not k.startswith(("norm_pre", "head"))}
     load(encoder_for(content), {**plain, "patch_embed.proj.bias": torch.ones(64)}, tmp_path)
     assert "keep their random values: backbone.norm_pre.weight, backbone.norm_pre.bias." in caplog.text
+    assert "the file is of a network with PRE_NORM False instead of True, PATCH_BIAS True instead of" in caplog.text
+
+
+def test_a_deeper_file_is_cut_and_says_so(official, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
+    content, state, _, _ = official("clip_01")
+    report = load(encoder_for({**content, "par_depth": 10}), state, tmp_path)
+    assert (report.share, len(report.unexpected)) == (1.0, 24)  # two blocks of twelve tensors
+    assert "network with DEPTH 12 instead of 10. What both have was loaded." in caplog.text
 
 
 def test_a_head_that_has_no_projection_passes_it_over(official, tmp_path):
