@@ -146,7 +146,8 @@ def _study(name: str, content: Mapping[str, Any], root: Path) -> Study:
     rows = [Row(UNTRAINED, f"configs/{own['CONFIG']}.yaml", "untrained", {})]
     for row, config, kind in _trained(own["CONFIG"], root):
         shared = {key: values for key, values in source["GRID"].items() if kind != "supervised" or "PSEUDO" not in key}
-        rows.append(Row(row, config, kind, {**shared, **content["ROWS"].get(row, {})}))
+        grid = {**shared, **content["ROWS"].get(row, {})}
+        rows.append(Row(row, config, kind, {key: values for key, values in grid.items() if values is not None}))
     return Study(name, tuple(rows), _overrides(own), tuple(content["SEEDS"]), how)
 
 

@@ -11,7 +11,7 @@ from fastreid_uns.modeling.norm import freeze_norm_statistics
 from fastreid_uns.modeling.weights import load_weights
 
 MODEL = "tf_efficientnet_lite0"
-DIM = 192  # of the features
+DIM = 256  # of the features
 
 
 def pretrained_encoder(size: tuple[int, int], *, model: str = MODEL, weights: str = "imagenet") -> Encoder:

@@ -27,7 +27,7 @@ from fastreid_uns.photos.embed import (
 from fastreid_uns.photos.view_store import ViewStore
 from fastreid_uns.pseudo_labels.base import centroids
 from fastreid_uns.pseudo_labels.constraints import Constraints
-from fastreid_uns.pseudo_labels.jaccard import jaccard_distance
+from fastreid_uns.pseudo_labels.jaccard import multi_scale_distance
 from fastreid_uns.pseudo_labels.linkage import Dendrogram, average_linkage
 from fastreid_uns.utils.precision import full_precision
 
@@ -50,8 +50,9 @@ class Settings:
     Attributes:
         views: of each photo, itself included.
         adaptation: the training; `steps` 0 trains nothing.
-        threshold: average Jaccard distance up to which groups are merged.
-        k1, k2: of the Jaccard distance; see `for_count`.
+        threshold: average distance up to which groups are merged.
+        strict: the same for groups that hold few photos of other individuals, whose photos training draws together.
+        k1, k2, cosine: of `multi_scale_distance`; see `for_count`.
         amp: precision of the stages that are not trained: `auto` takes bfloat16 where the processor is faster in it,
             so that groups may differ a little between processors; `none` float32.
         seed: of views and training.
@@ -59,17 +60,19 @@ class Settings:
 
     views: int = 4
     adaptation: Adaptation = field(default_factory=Adaptation)
-    threshold: float = 0.75
-    k1: int = 25
+    threshold: float = 0.8
+    strict: float = 0.7
+    k1: tuple[int, ...] = (12, 25, 50)
     k2: int = 6
+    cosine: float = 0.5
     amp: str = "auto"
     seed: int = 0
 
 
 def for_count(settings: Settings, count: int) -> Settings:
     """Settings for so many photos: of few photos fewer neighbours vote, or all of them would be neighbours."""
-    k1 = min(settings.k1, max(round(count**0.5), 3))
-    return replace(settings, k1=k1, k2=min(settings.k2, max(k1 // 3, 1)))
+    share = min(1.0, count**0.5 / 25)
+    return replace(settings, k1=tuple(max(round(k * share), 3) for k in settings.k1))
 
 
 class Features(NamedTuple):
@@ -158,8 +161,8 @@ def _embed(
         kept,
         whitening_of(stages.head),
         how,
+        strict_groups(before, settings, constraints),
         seed=settings.seed,
-        constraints=constraints,
         told=lambda views: clock.add(views * _TRAINED_VIEW),
     )
     logger.info("trained %d steps: loss %.2f to %.2f", len(losses), losses[0], losses[-1])
@@ -175,6 +178,11 @@ def _fitted(stages: Stages, pooled: Tensor) -> Tensor:
     return whitened(stages.head, pooled).cpu()
 
 
+def strict_groups(feats: Tensor, settings: Settings, constraints: Constraints | None = None) -> Tensor:
+    """(N,) int64 groups that hold few photos of other individuals, but not all of their own."""
+    return torch.from_numpy(cluster(feats, replace(settings, threshold=settings.strict), constraints).labels)
+
+
 def cluster(feats: Tensor, settings: Settings, constraints: Constraints | None = None) -> Grouping:
     """Groups of photos by their features.
 
@@ -185,8 +193,11 @@ def cluster(feats: Tensor, settings: Settings, constraints: Constraints | None =
     from scipy.sparse import csr_matrix
 
     count = len(feats)
-    k1 = min(settings.k1, count)
-    distance = jaccard_distance(feats, k1, settings.k2) if count > 1 else csr_matrix((1, 1), dtype=np.float32)
+    distance = (
+        multi_scale_distance(feats, settings.k1, settings.k2, cosine=settings.cosine)
+        if count > 1
+        else csr_matrix((1, 1), dtype=np.float32)
+    )
     dendrogram = average_linkage(distance, constraints)
     labels = dendrogram.cut(settings.threshold)
     if constraints is not None:

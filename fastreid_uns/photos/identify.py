@@ -12,7 +12,7 @@ from fastreid_uns.photos.audit import GOOD
 
 FALSE_KNOWN = 0.05  # of photos of new individuals that may be called known
 FALSE_NEW = 0.05  # of photos of known individuals that may be called new
-STRICT = 0.65  # average Jaccard distance up to which groups are merged before thresholds are set
+STRICT = 0.65  # average distance up to which groups are merged before thresholds are set
 _LEAST = 20  # scores from which a quantile can be taken
 
 KINDS = ("known", "new", "unsure")

@@ -282,7 +282,7 @@ def _mark(album: Album, network: Network, settings: Settings, constraints: Const
         stamp = f"{file}\0{found.st_size}\0{found.st_mtime_ns}\n"
         whole.update(stamp.encode("utf-8", "surrogateescape"))
     if settings.adaptation.steps:
-        whole.update(constraints.unit.tobytes())
+        whole.update(constraints.unit.tobytes() + constraints.cannot.tobytes())
     return whole.hexdigest()
 
 

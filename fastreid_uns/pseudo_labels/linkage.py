@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
-from fastreid_uns.pseudo_labels.jaccard import jaccard_distance
+from fastreid_uns.pseudo_labels.jaccard import multi_scale_distance
 from fastreid_uns.registry import PSEUDO_LABEL_REGISTRY
 from fastreid_uns.structures import FeatureBank, NoClusters, PairAnswers, PseudoLabels
 
@@ -107,12 +108,13 @@ def _dendrogram(count: int, merges: np.ndarray, heights: np.ndarray) -> Dendrogr
 
 @PSEUDO_LABEL_REGISTRY.register()
 class AverageLinkageLabels(PseudoLabelGenerator):
-    """Average linkage over the k-reciprocal Jaccard distance.
+    """Average linkage over k-reciprocal Jaccard distances of several sizes and the cosine distance.
 
     Args:
         threshold: average distance up to which clusters are merged, in (0, 1).
-        k1: neighbours that vote, the image itself included; fewer for clusters of a few images, more for large ones.
+        k1: neighbours that vote, the image itself included, one number for each Jaccard distance.
         k2: neighbours over which the encoding is averaged; 1 switches it off.
+        cosine: weight of the cosine distance in 0..1; 0 leaves it out.
         min_size: images of a cluster; those of smaller ones are outliers. 1 leaves no outlier.
 
     Attributes:
@@ -122,25 +124,38 @@ class AverageLinkageLabels(PseudoLabelGenerator):
         ValueError: a parameter out of range.
     """
 
-    def __init__(self, *, threshold: float = 0.75, k1: int = 25, k2: int = 6, min_size: int = 2) -> None:
+    def __init__(
+        self,
+        *,
+        threshold: float = 0.8,
+        k1: Sequence[int] = (12, 25, 50),
+        k2: int = 6,
+        cosine: float = 0.5,
+        min_size: int = 2,
+    ) -> None:
         super().__init__()
         if not 0 < threshold < 1:
             raise InvalidValue(
                 f"PSEUDO_LABELS: THRESHOLD is {threshold}; it must lie between 0 and 1, both excluded, because images "
                 f"that share no neighbour have distance 1. 0.7 to 0.85 suits most sets."
             )
-        for key, value, least in (("K1", k1, 2), ("K2", k2, 1), ("MIN_SIZE", min_size, 1)):
+        if not 0 <= cosine <= 1:
+            raise InvalidValue(f"PSEUDO_LABELS: COSINE is {cosine}; a weight from 0 to 1 is accepted. Change it.")
+        for key, value, least in (("K1", min(k1, default=0), 2), ("K2", k2, 1), ("MIN_SIZE", min_size, 1)):
             if value < least:
                 raise InvalidValue(f"PSEUDO_LABELS: {key} is {value}; it must be at least {least}.")
-        self.threshold, self.k1, self.k2, self.min_size = threshold, k1, k2, min_size
+        self.threshold, self.k1, self.k2, self.cosine, self.min_size = threshold, tuple(k1), k2, cosine, min_size
         self.dendrogram: Dendrogram | None = None
 
     def __call__(self, bank: FeatureBank, epoch: int) -> PseudoLabels:
         from scipy.sparse import csr_matrix
 
         with self.timed("neighbours"):
-            k1 = min(self.k1, len(bank.feats))
-            distance = jaccard_distance(bank.feats, k1, self.k2) if k1 > 1 else csr_matrix((1, 1), dtype=np.float32)
+            distance = (
+                multi_scale_distance(bank.feats, self.k1, self.k2, cosine=self.cosine)
+                if len(bank.feats) > 1
+                else csr_matrix((1, 1), dtype=np.float32)
+            )
         with self.timed("cluster"):
             self.dendrogram = average_linkage(distance, bank.constraints)
             labels = torch.from_numpy(self.dendrogram.cut(self.threshold))

@@ -35,8 +35,8 @@ from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
 from fastreid_uns.structures import Record
 
 SIZE = (32, 32)
-FEW = Settings(views=3, adaptation=Adaptation(steps=3, batch=8), k1=5, k2=2)
-START = Settings(views=3, adaptation=Adaptation(steps=0), k1=5, k2=2)
+FEW = Settings(views=3, adaptation=Adaptation(steps=3, batch=8), k1=(5,), k2=2)
+START = Settings(views=3, adaptation=Adaptation(steps=0), k1=(5,), k2=2)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_training_moves_the_last_stages_only(encoder, photos):
     kept = cache_activations(stages, image_set(photos), 3, 0)
     stages.head.whitening.fit(pooled_features(stages, kept))
     space = {name: value.clone() for name, value in stages.head.whitening.state_dict().items()}
-    losses = adapt(stages, kept, stages.head.whitening, Adaptation(steps=5, batch=10))
+    losses = adapt(stages, kept, stages.head.whitening, Adaptation(steps=5, batch=10), torch.arange(20))
     assert len(losses) == 5
     assert losses[-1] < losses[0]
     changed = {name for name, value in own.state_dict().items() if not torch.equal(value, before[name])}
@@ -185,14 +185,14 @@ def test_groups_keep_to_answers(encoder, photos):
 
 def test_of_few_photos_few_neighbours_vote():
     usual = Settings()
-    assert [for_count(usual, count).k1 for count in (1, 20, 100, 625, 10_000)] == [3, 4, 10, 25, 25]
-    assert [for_count(usual, count).k2 for count in (1, 20, 100, 625)] == [1, 1, 3, 6]
+    sizes = [for_count(usual, count).k1 for count in (1, 20, 100, 625, 10_000)]
+    assert sizes == [(3, 3, 3), (3, 4, 9), (5, 10, 20), (12, 25, 50), (12, 25, 50)]
 
 
 def test_confidence_by_hand():
     """Two pairs of equal features and one alone: nothing is shared between groups."""
     feats = F.normalize(torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1]]))
-    found = cluster(feats, Settings(k1=2, k2=1))
+    found = cluster(feats, Settings(k1=(2,), k2=1))
     assert found.labels.tolist()[:4] == [0, 0, 1, 1]
     assert found.confidence[:4].tolist() == [1] * 4
 
@@ -271,5 +271,5 @@ def test_a_gpu_trains_on_activations_wherever_they_are(encoder, photos, share, m
     assert kept.values.device.type == ("cuda" if share else "cpu")
     assert (tmp_path / "kept.bin").exists() == (not share)
     stages.head.whitening.fit(pooled_features(stages, kept))
-    losses = adapt(stages, kept, stages.head.whitening, Adaptation(steps=5, batch=10))
+    losses = adapt(stages, kept, stages.head.whitening, Adaptation(steps=5, batch=10), torch.arange(20))
     assert losses[-1] < losses[0]

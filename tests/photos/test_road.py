@@ -447,9 +447,9 @@ def test_added_photos_join_the_group_that_they_resemble_or_found_one():
     directions = torch.eye(6)[[0, 0, 0, 1, 1, 1, 0, 0, 2, 2, 2]]
     wobble = torch.randn(11, 6, generator=torch.Generator().manual_seed(0))
     feats = torch.nn.functional.normalize(directions + 0.02 * wobble)
-    found, _ = _extended(feats, [1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0], Settings(k1=3, k2=1))
+    found, _ = _extended(feats, [1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0], Settings(k1=(3,), k2=1))
     assert found.labels.tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 2, 2, 2]
-    together, _ = _extended(feats[[0, 0, 0, 0, 0]], [1, 1, 2, 2, 0], Settings(k1=3, k2=1))
+    together, _ = _extended(feats[[0, 0, 0, 0, 0]], [1, 1, 2, 2, 0], Settings(k1=(3,), k2=1))
     assert together.labels[0] == together.labels[1] != together.labels[2] == together.labels[3]
 
 

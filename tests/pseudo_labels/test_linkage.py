@@ -88,7 +88,7 @@ def test_with_ties_each_merge_is_the_nearest_that_was_left(seed):
 
 def test_equal_images_merge_at_distance_zero():
     feats = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0))).repeat_interleave(5, 0)
-    pseudo = AverageLinkageLabels(k1=5, k2=1)(FeatureBank(feats, torch.zeros(20)), 0)
+    pseudo = AverageLinkageLabels(threshold=0.75, k1=[5], k2=1, cosine=0)(FeatureBank(feats, torch.zeros(20)), 0)
     assert pseudo.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
 
 
@@ -125,12 +125,14 @@ def test_very_few_images(n, labels):
 def test_small_clusters_are_outliers():
     feats = F.normalize(torch.tensor([[1.0, 0], [1, 0.01], [1, 0.02], [0, 1], [-1, 0], [-1, 0.01]]))
     bank = FeatureBank(feats, torch.zeros(6))
-    assert AverageLinkageLabels(k1=2, k2=1, min_size=1)(bank, 0).num_clusters > 1
+    assert AverageLinkageLabels(threshold=0.75, k1=[2], k2=1, cosine=0, min_size=1)(bank, 0).num_clusters > 1
     with pytest.raises(NoClusters, match=r"every one of 6 images is an outlier at THRESHOLD 0.75 and MIN_SIZE 7"):
-        AverageLinkageLabels(k1=2, k2=1, min_size=7)(bank, 0)
+        AverageLinkageLabels(threshold=0.75, k1=[2], k2=1, cosine=0, min_size=7)(bank, 0)
 
 
-@pytest.mark.parametrize("keys", [{"threshold": 0}, {"threshold": 1}, {"k1": 1}, {"k2": 0}, {"min_size": 0}])
+@pytest.mark.parametrize(
+    "keys", [{"threshold": 0}, {"threshold": 1}, {"k1": [1]}, {"k1": []}, {"cosine": 1.5}, {"k2": 0}, {"min_size": 0}]
+)
 def test_parameters_out_of_range_are_refused(keys):
     with pytest.raises(ValueError, match=f"PSEUDO_LABELS: {next(iter(keys)).upper()} is"):
         AverageLinkageLabels(**keys)

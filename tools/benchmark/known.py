@@ -171,7 +171,7 @@ def features(photos: Photos, own: Any, rest: Any, **how: Any) -> SimpleNamespace
 
     feats = photos.features(own, **how)
     settings = for_count(photos.settings, len(own))
-    grouping = photos.cluster(feats, k1=settings.k1, k2=settings.k2)
+    grouping = photos.cluster(feats, k1=settings.k1)
     return SimpleNamespace(
         feats=feats.numpy(),
         queries=photos.more_features(rest).numpy(),

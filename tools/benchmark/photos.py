@@ -191,14 +191,16 @@ class Photos:
             torch.cuda.synchronize(self.device)
         self.seconds[stage] += time.perf_counter() - begin
 
-    def features(
-        self, rows: Any = None, *, steps: int | None = None, constraints: Any = None, trained_on: Any = None
-    ) -> Any:
-        """Features of some photos by a network that was trained on them, or on some of them, from published weights."""
+    def features(self, rows: Any = None, *, steps: int | None = None, unit: Any = None, trained_on: Any = None) -> Any:
+        """Features of some photos by a network that was trained on them, or on some of them, from published weights.
+
+        `unit` tells which photos belong together, instead of strict groups.
+        """
         import torch
 
         from fastreid_uns.photos.adapt import adapt
         from fastreid_uns.photos.embed import whitening_of
+        from fastreid_uns.photos.group import for_count, strict_groups
 
         self.encoder.load_state_dict(self.published, strict=False)
         kept = self.kept if rows is None else self.part(rows)
@@ -209,7 +211,10 @@ class Photos:
         if how.steps:
             with self.timed("training"):
                 part = kept if trained_on is None else kept.part(torch.from_numpy(trained_on))
-                adapt(self.stages, part, space, how, seed=self.seed, constraints=constraints)
+                if unit is None:
+                    known = feats if trained_on is None else feats[torch.from_numpy(trained_on)]
+                    unit = strict_groups(known, for_count(self.settings, len(known)))
+                adapt(self.stages, part, space, how, unit, seed=self.seed)
             feats = self._fitted(kept)
         return feats
 
@@ -303,11 +308,9 @@ def trained(photos: Photos, truth) -> dict[str, Any]:
 
 
 def supervised(photos: Photos, truth) -> dict[str, Any]:
-    from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
+    import torch
 
-    first: dict[int, int] = {}
-    answers = [Answer(first.setdefault(who, photo), photo, True) for photo, who in enumerate(truth.tolist())]
-    feats = photos.features(constraints=Constraints(len(truth), answers))
+    feats = photos.features(unit=torch.from_numpy(truth))
     return scores(photos.cluster(feats).labels, truth)
 
 
@@ -362,7 +365,7 @@ def identified(photos: Photos, truth) -> dict[str, Any]:
     inside = known & (draw.random(len(truth)) < 0.8)
     feats = photos.features(np.flatnonzero(inside))
     settings = for_count(photos.settings, int(inside.sum()))
-    grouping = photos.cluster(feats, k1=settings.k1, k2=settings.k2)
+    grouping = photos.cluster(feats, k1=settings.k1)
     groups, strict = grouping.labels, grouping.dendrogram.cut(STRICT)
     thresholds = fit_thresholds(feats, torch.from_numpy(strict))
     rest = np.flatnonzero(~inside)
