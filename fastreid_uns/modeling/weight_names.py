@@ -28,9 +28,9 @@ _PASSED_OVER = {  # what is of no use to an encoder, by the beginning of its nam
     r"pixel_(mean|std)": "normalisation of the pixels; INPUT.MEAN and INPUT.STD give it",
     r"(encoder|teacher)\.(backbone|head)\.": "the other one of encoder and momentum encoder",
     r"(memory|losses)\.": "of the training, not of the encoder",
-    rf"({_TEXT})(\.|$)": "of the text branch",
     r"(visual\.|image_encoder\.)?proj$": "projection into the space of texts, which this head has not",
 }
+_LEFT_OVER = {rf"({_TEXT})(\.|$)": "of the text branch"}  # an image encoder alone has the same names
 
 Rename = Callable[[str], str | None]
 State = Mapping[str, Tensor]
@@ -108,12 +108,17 @@ def encoder_name(name: str) -> str:
     return f"backbone.{without_wrappers(name.removeprefix('backbone.'))}" if name.startswith("backbone.") else name
 
 
-def reason(name: str) -> str | None:
-    """Why a tensor of a file, by its own name, is of no use to an encoder; None where it should have been of use."""
+def reason(name: str, *, left: bool) -> str | None:
+    """Why a tensor of a file, by its own name, is of no use to an encoder; None where it should have been of use.
+
+    Args:
+        left: no part of any encoder has the name.
+    """
     short = without_wrappers(name)
     if name.endswith(COUNTER):
         return "counter of batches, without effect"
-    return next((why for pattern, why in _PASSED_OVER.items() if re.match(pattern, short)), None)
+    known = {**_PASSED_OVER, **(_LEFT_OVER if left else {})}
+    return next((why for pattern, why in known.items() if re.match(pattern, short)), None)
 
 
 def below_prefixes(state: State, least: int) -> list[NamedWeights]:

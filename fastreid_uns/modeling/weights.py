@@ -203,8 +203,9 @@ def _match(
         chosen[target] = value
         report.matched.append(name)
     nameless = [old for name, olds in found.origin.items() if name not in targets for old in olds]
+    left = set(found.left)
     for old in sorted([*nameless, *found.left]):
-        why = reason(old)
+        why = reason(old, left=old in left)
         if why is None:
             report.unexpected.append(old)
         else:
