@@ -72,7 +72,9 @@ def _rate_factors(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, f
     for prefix in sorted(given, key=len):
         factor, where = given[prefix], f"SOLVER.RATE_FACTORS: {prefix}"
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < float("inf"):
-            raise InvalidValue(f"{where} is {shown(factor)}; a number above 0 is accepted. SOLVER.FREEZE stands for 0.")
+            raise InvalidValue(
+                f"{where} is {shown(factor)}; a number above 0 is accepted. SOLVER.FREEZE keeps parts as they are."
+            )
         own = _named(prefix, names, "SOLVER.RATE_FACTORS")
         factors |= dict.fromkeys(own, float(factor))
         logger.info("%s: %d tensors with %s times the rate", where, len(own), factor)

@@ -68,6 +68,17 @@ class ViewWhitening(nn.Module):
         return self
 
 
+@torch.no_grad()
+def in_main_directions(views: Tensor, dim: int) -> Tensor:
+    """(N, V, C) features of views → (N, V, d) float32: their parts along the main directions of all, at most `dim`."""
+    rows = views.flatten(0, 1)
+    mean = _mean(rows)
+    chosen, _ = _main_directions(_covariance(rows, mean), min(dim, len(rows) - 1))
+    return torch.cat([((part.double() - mean) @ chosen).float() for part in rows.split(_BLOCK)]).unflatten(
+        0, views.shape[:2]
+    )
+
+
 def _mean(rows: Tensor) -> Tensor:
     return torch.stack([part.double().sum(0) for part in rows.split(_BLOCK)]).sum(0) / len(rows)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.engine.solver import precision
 from fastreid_uns.modeling.encoder import Encoder
+from fastreid_uns.modeling.whitening import in_main_directions
 from fastreid_uns.photos.adapt import Adaptation, adapt
 from fastreid_uns.photos.embed import (
     Stages,
@@ -76,10 +77,10 @@ def for_count(settings: Settings, count: int) -> Settings:
 
 
 class Features(NamedTuple):
-    """Features of N photos: (N, D) float32, unit length, on the CPU."""
+    """Features of N photos, float32 on the CPU."""
 
-    feats: Tensor
-    before: Tensor  # the same photos before training; `feats` without any
+    feats: Tensor  # (N, D), unit length
+    views: Tensor  # (N, V, D) before training and whitening, along the main directions; for `identify.least_known`
 
 
 class Grouping(NamedTuple):
@@ -151,24 +152,26 @@ def _embed(
     clock = Clock(left * number + (2 * count * number * _TOP_VIEW if training else 0) + trained, told)
     clock.stage = "read photos"
     if not training:
-        feats = _fitted(stages, direct_features(stages, images, number, settings.seed, kept, clock.add))
-        return Features(feats, feats)
+        pooled = direct_features(stages, images, number, settings.seed, kept, clock.add)
+        return Features(_fitted(stages, pooled), _reduced(stages, pooled))
     kept = cache_activations(stages, images, number, settings.seed, kept, clock.add)
-    before = _fitted(stages, pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW)))
+    pooled = pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW))
+    before, views = _fitted(stages, pooled), _reduced(stages, pooled)
+    del pooled
     clock.stage = "train"
     losses = adapt(
         stages,
         kept,
         whitening_of(stages.head),
         how,
-        strict_groups(before, settings, constraints),
+        positive_groups(before, settings, constraints),
         seed=settings.seed,
         told=lambda views: clock.add(views * _TRAINED_VIEW),
     )
     logger.info("trained %d steps: loss %.2f to %.2f", len(losses), losses[0], losses[-1])
     clock.stage = "features"
     feats = _fitted(stages, pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW)))
-    return Features(feats, before)
+    return Features(feats, views)
 
 
 def _fitted(stages: Stages, pooled: Tensor) -> Tensor:
@@ -178,9 +181,14 @@ def _fitted(stages: Stages, pooled: Tensor) -> Tensor:
     return whitened(stages.head, pooled).cpu()
 
 
-def strict_groups(feats: Tensor, settings: Settings, constraints: Constraints | None = None) -> Tensor:
+def positive_groups(feats: Tensor, settings: Settings, constraints: Constraints | None = None) -> Tensor:
     """(N,) int64 groups that hold few photos of other individuals, but not all of their own."""
     return torch.from_numpy(cluster(feats, replace(settings, threshold=settings.strict), constraints).labels)
+
+
+def _reduced(stages: Stages, pooled: Tensor) -> Tensor:
+    """Pooled features along as many main directions as the whitening has; of one photo as they are."""
+    return in_main_directions(pooled, stages.head.dim).cpu() if len(pooled) > 1 else pooled.cpu()
 
 
 def cluster(feats: Tensor, settings: Settings, constraints: Constraints | None = None) -> Grouping:

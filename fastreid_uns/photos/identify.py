@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastreid_uns.errors import InvalidValue
+from fastreid_uns.modeling.whitening import ViewWhitening
 from fastreid_uns.photos.audit import GOOD
 
 FALSE_KNOWN = 0.05  # of photos of new individuals that may be called known
 FALSE_NEW = 0.05  # of photos of known individuals that may be called new
 STRICT = 0.65  # average distance up to which groups are merged before thresholds are set
+_FOLDS = 10  # parts of the groups; more of them cost time and leave out less
 _LEAST = 20  # scores from which a quantile can be taken
 
 KINDS = ("known", "new", "unsure")
@@ -68,6 +71,34 @@ def fit_thresholds(
     inside = torch.cat(own).sort().values
     new = float(inside[int(false_new * len(inside))])
     return Thresholds(known, min(known, new))
+
+
+def least_known(views: Tensor, groups: Tensor, *, false_known: float = FALSE_KNOWN, seed: int = 0) -> float:
+    """The threshold `known` by photos that were new to all that was fitted.
+
+    A whitening pushes apart the photos that it is fitted to, the more so the fewer they are, and training does as well:
+    their scores against other groups are lower than those of new individuals. So one tenth of the groups at a time is
+    scored against the others by a whitening of the others, before training.
+
+    Args:
+        views: (N, V, C) features of the views of photos before training.
+        groups: (N,) int64, strict ones; those of at least two photos count.
+        false_known: share of photos of new individuals that are called known.
+        seed: of the tenths.
+
+    Returns:
+        Infinite if there are fewer than 20 scores, or fewer than the quantile needs.
+    """
+    together = groups.bincount()[groups] > 1
+    fold = torch.randperm(int(groups.max()) + 1, generator=torch.Generator().manual_seed(seed))[groups] % _FOLDS
+    scores = [torch.empty(0)]
+    for part in range(_FOLDS):
+        out, others = together & (fold == part), together & (fold != part)
+        if out.any() and others.any():
+            whitening = ViewWhitening(views.shape[2], views.shape[2]).fit(views[fold != part])
+            feats = F.normalize(whitening(views.mean(1)))
+            scores += [(rows @ feats[others].T).amax(1) for rows in feats[out].split(2048)]
+    return _upper_quantile(torch.cat(scores), false_known)
 
 
 def _upper_quantile(scores: Tensor, share: float) -> float:

@@ -92,8 +92,7 @@ def write_outcome(
         members: rows of the photos, see `members_of`.
         copy: of the photos in groups/, not links.
         about: entries of run.json.
-        least: what the threshold `known` is raised to, such as that before training: training pushes apart the photos
-            that it sees, so that they are less like other groups than photos of new individuals are.
+        least: what the threshold `known` is raised to, see `identify.least_known`.
     """
     decided = len(Decisions(run.folder / "decisions.csv").rows())
     run.write_groups(members, decisions=decided, **about)

@@ -23,7 +23,7 @@ from fastreid_uns.photos.album import Album, read_album
 from fastreid_uns.photos.cost import estimate
 from fastreid_uns.photos.decisions import Decisions
 from fastreid_uns.photos.group import Features, Settings, cluster, embed, for_count
-from fastreid_uns.photos.identify import fit_thresholds
+from fastreid_uns.photos.identify import least_known
 from fastreid_uns.photos.informative import meeting_heights, refitted_threshold
 from fastreid_uns.photos.network import Network, Origin, describe, start
 from fastreid_uns.photos.outcome import constraints_of, members_of, strict_groups, write_outcome
@@ -167,7 +167,7 @@ def _group(
     decisions = Decisions(run.folder / "decisions.csv")
     constraints = constraints_of(album.names, album.equal, decisions)
     with watch.step("features and training"):
-        feats, before = _features(run, album, images, network, settings, constraints, teller)
+        feats, views = _features(run, album, images, network, settings, constraints, teller)
         network.model.cpu()
     with watch.step("group"):
         settings = _refitted(feats, settings, album.names, decisions)
@@ -184,8 +184,7 @@ def _group(
         "commit": commit(Path(__file__).resolve().parents[2]),
     }
     with watch.step("write the groups"):
-        strict = strict_groups(grouping, constraints)
-        least = fit_thresholds(before, strict).known
+        least = least_known(views, strict_groups(grouping, constraints))
         write_outcome(run, members, grouping, network, settings, constraints, copy=asked.copy, about=about, least=least)
 
 
@@ -261,7 +260,7 @@ def _features(
     if earlier is not None:
         teller.line("features and weights are those of an earlier command; nothing that they depend on has changed")
         found = {name: torch.from_numpy(value) for name, value in earlier.items()}
-        features = Features(found.pop("feats"), found.pop("before"))
+        features = Features(found.pop("feats"), found.pop("views"))
         network.encoder.load_state_dict(found)
         return features
     kept = ViewStore(run.folder / "state" / "unfinished.bin", mark)

@@ -95,10 +95,15 @@ def on_first(value: T) -> list[T] | None:
 
 
 def from_first(action: Callable[[], T]) -> T:
-    """What the first process finds, on all; the others wait."""
+    """What the first process finds by itself, on all; the others wait."""
+    global _shared
     if not _shared:
         return action()
-    value = action() if first() else None
+    _shared = False  # the loops of the action are all its own
+    try:
+        value = action() if comm.rank() == 0 else None
+    finally:
+        _shared = True
     _agree()
     return comm.broadcast_object(value)  # type: ignore[return-value]
 

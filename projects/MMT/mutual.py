@@ -144,7 +144,7 @@ class SecondNetworkHook(HookBase):
 
     Args:
         weights: the OUTPUT_DIR of a run, of which the newest checkpoint is taken, or what `MODEL.WEIGHTS` takes; "" =
-            random weights.
+            those of network 1, with a warning, or, where `MODEL.WEIGHTS` is empty, random weights of its own.
         seed: of the random weights, from 0.
 
     Raises:
@@ -172,6 +172,12 @@ class SecondNetworkHook(HookBase):
             return
         if self.weights:
             load_weights(model.encoder_2, self._source())
+        elif self.trainer.cfg.MODEL.WEIGHTS:  # type: ignore[attr-defined]
+            logger.warning(
+                "HOOKS.%s.WEIGHTS is empty, so both networks start from MODEL.WEIGHTS and differ by their views alone.",
+                self.name,
+            )
+            return
         else:
             model.encoder_2.load_state_dict(_drawn(model.encoder_2, self.seed).state_dict())
         model.teacher_2.load_state_dict(model.encoder_2.state_dict())

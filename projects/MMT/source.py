@@ -14,6 +14,7 @@ from fastreid_uns.modeling.memory import Memory
 from fastreid_uns.modeling.meta_arch import MetaArch, named_loss_inputs
 from fastreid_uns.registry import META_ARCH_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
+from fastreid_uns.utils.transfer import to_device
 
 
 @META_ARCH_REGISTRY.register()
@@ -67,7 +68,7 @@ class SourceModel(MetaArch):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`loss_<name>` for each configured loss, and `accuracy` on the source rows."""
         out = self.encoder(batch.views[0], batch.domains)
-        rows = (batch.domains > 0).nonzero().flatten().to(out.feats.device, non_blocking=True)
+        rows = to_device((batch.domains > 0).nonzero().flatten(), out.feats.device)
         every = named_loss_inputs(out, batch)
         inputs = {name: value[rows] for name, value in every.items()}
         with torch.autocast(rows.device.type, enabled=False):

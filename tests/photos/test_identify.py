@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastreid_uns.photos.identify import Thresholds, fit_thresholds, identify
+from fastreid_uns.modeling.whitening import ViewWhitening, in_main_directions
+from fastreid_uns.photos.identify import Thresholds, fit_thresholds, identify, least_known
 
 
 def individuals(count: int, photos: int, noise: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,6 +55,47 @@ def test_new_individuals_are_called_known_as_rarely_as_said():
         found += sum(one.kind == "known" and one.group == g for one, g in zip(again, groups[known & held], strict=True))
     assert wrong / count <= 0.08
     assert found / 400 > 0.5
+
+
+def views_of_individuals(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three views of four photos of each individual, in 300 dimensions."""
+    draw = torch.Generator().manual_seed(seed)
+    middle = torch.randn(count, 1, 1, 300, generator=draw)
+    photos = middle + 0.7 * torch.randn(count, 4, 1, 300, generator=draw)
+    views = photos + 0.5 * torch.randn(count, 4, 3, 300, generator=draw)
+    return views.flatten(0, 1), torch.arange(count).repeat_interleave(4)
+
+
+def test_the_least_threshold_by_a_loop():
+    views, groups = views_of_individuals(12, 0)
+    views, groups = torch.cat([views, views[:2] + 1]), torch.cat([groups, torch.tensor([12, 13])])  # two photos alone
+    order = torch.randperm(14, generator=torch.Generator().manual_seed(3)).tolist()
+    scores = []
+    for photo in range(48):
+        tenth = order[groups[photo]] % 10
+        seen = [other for other in range(50) if order[groups[other]] % 10 != tenth]
+        feats = F.normalize(ViewWhitening(300, 300).fit(views[seen])(views.mean(1)))
+        scores.append(max(float(feats[photo] @ feats[other]) for other in seen if other < 48))
+    found = least_known(views, groups, false_known=0.1, seed=3)
+    assert found == pytest.approx(sorted(scores)[44], abs=1e-5)  # ceil(49 * 0.9) = 45
+    assert least_known(views[:16], groups[:16]) == torch.inf
+
+
+def test_few_photos_are_pushed_apart_by_their_own_whitening_and_new_ones_are_not():
+    naive, honest, count = 0, 0, 0
+    for seed in range(2):
+        views, groups = views_of_individuals(50, seed)
+        known = groups < 25
+        whitening = ViewWhitening(300, 192).fit(views[known])
+        feats = F.normalize(whitening(views.mean(1)))
+        own = fit_thresholds(feats[known], groups[known])
+        scores = (feats[~known] @ feats[known].T).amax(1)
+        naive += int((scores >= own.known).sum())
+        reduced = in_main_directions(views[known], 192)
+        honest += int((scores >= least_known(reduced, groups[known])).sum())
+        count += len(scores)
+    assert naive / count > 0.9
+    assert honest / count <= 0.12  # 0.05 is meant; four photos of an individual fall on one side together
 
 
 def test_what_is_said():

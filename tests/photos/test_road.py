@@ -483,16 +483,14 @@ def test_identify(run):
     assert len({who.group for who in known.identify(files)}) == 1
 
 
-def test_thresholds_are_those_before_training_where_training_pushed_the_photos_apart(tmp_path, network, monkeypatch):
-    """Photos that training has not seen are not pushed apart, so what it did to the others must not count."""
+def test_photos_that_are_new_to_all_that_was_fitted_raise_the_threshold(tmp_path, network, monkeypatch):
     draw_things(tmp_path / "photos", range(5), range(5))
     things = torch.eye(5).repeat_interleave(5, 0)
-    near = torch.nn.functional.normalize(things + 1)  # cosine of two things: (2 + 5) / (1 + 2 + 5)
-    for before, expected in ((things, 0), (near, 7 / 8)):
-        monkeypatch.setattr(road, "embed", lambda *_, before=before, **__: Features(things, before))
-        run = grouped(tmp_path / "photos", tmp_path / str(expected), network, training=True)
-        index = Index.load(run.folder / "index.safetensors")
-        assert index.thresholds["known"] == pytest.approx(expected, abs=1e-6)
+    monkeypatch.setattr(road, "embed", lambda *_, **__: Features(things, things[:, None]))
+    for least, expected in ((-1.0, 0.0), (0.7, 0.7)):  # different things have a cosine of 0
+        monkeypatch.setattr(road, "least_known", lambda views, groups, least=least: least)
+        run = grouped(tmp_path / "photos", tmp_path / str(least), network)
+        assert Index.load(run.folder / "index.safetensors").thresholds["known"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_why_no_photo_is_called_known_is_said(run):

@@ -45,6 +45,9 @@ def everything(small: FeatureBank) -> dict[str, Any]:
     """What is shared, of one bank."""
     feats, cameras = small.feats, small.cameras
     encoding = reciprocal_encoding(feats, 12, 4)
+    peaked = F.pad(torch.eye(100), (0, 0, 0, 1)) + 0.01 * torch.randn(
+        101, 100, generator=torch.Generator().manual_seed(1)
+    )
     with torch.no_grad():
         by_rows = exact._by_rows(feats, 7, 128)
     return {
@@ -56,6 +59,8 @@ def everything(small: FeatureBank) -> dict[str, Any]:
         "encoding": (encoding.indptr, encoding.indices, encoding.data),
         "labels": DBSCANLabels(k1=12, k2=4)(small, 0).labels,
         "labels by cameras": CameraJaccardLabels(k1_intra=4, k1_inter=8)(small, 0).labels,
+        "to be measured": candidates.CoarseFeatures(peaked, int8=True).share_to_measure(5),
+        "one for all": sharing.from_first(partial(exact.nearest_neighbours, feats, 5)),
         "products": products_of(partial(exact.nearest_neighbours, feats, 9, block=64)),
     }
 

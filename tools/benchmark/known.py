@@ -10,7 +10,8 @@ group from which a photo is called known:
 
     untrained           no training; quantile of the scores against other strict groups (what `fit_thresholds` does)
     own scores          the same after training
-    scores before       the larger of that after and that before training
+    crossed             at least the scores before training by whitenings that have not seen the group: what the product
+                        does, see `least_known`; `whole groups` are those of groups.csv instead of strict ones
     groups              after training, over groups: the quantile of the largest scores of a group
     held out            one fifth of the groups is held out of training and gives the scores
     best                the threshold that calls 5 % of the new individuals known, by true labels
@@ -136,6 +137,8 @@ def measure(photos: Photos, truth: Any, rows: Any, seed: int) -> dict[str, Any]:
     """False known, found, findable and threshold of each rule."""
     import numpy as np
 
+    from fastreid_uns.modeling.whitening import in_main_directions
+
     begin, draw = time.monotonic(), np.random.default_rng(seed)
     individuals = draw.permutation(np.unique(truth[rows]))
     known = np.isin(truth, individuals[: len(individuals) // 2])
@@ -143,6 +146,7 @@ def measure(photos: Photos, truth: Any, rows: Any, seed: int) -> dict[str, Any]:
     own, rest = np.flatnonzero(inside), np.flatnonzero(rows & ~inside)
     asked = SimpleNamespace(truth=truth[rest], old=known[rest], own=truth[own])
     start = features(photos, own, rest, steps=0)
+    views = in_main_directions(photos.pooled, photos.stages.head.dim).cpu()
     trained = features(photos, own, rest)
     held = np.zeros(len(own), bool)
     for group in draw.permutation(start.groups.max() + 1):
@@ -152,11 +156,9 @@ def measure(photos: Photos, truth: Any, rows: Any, seed: int) -> dict[str, Any]:
     rules = {
         "untrained": judged(start, asked, quantile(scores(start, start.strict))),
         "own scores": judged(trained, asked, quantile(scores(trained, trained.strict))),
-        "scores before": judged(
-            trained,
-            asked,
-            max(quantile(scores(trained, trained.strict)), quantile(scores(start, trained.strict))),
-        ),
+        "untrained, crossed": judged(start, asked, crossed(start, views, start.strict)),
+        "crossed": judged(trained, asked, crossed(trained, views, trained.strict)),
+        "crossed, whole groups": judged(trained, asked, crossed(trained, views, trained.groups)),
         "groups": judged(trained, asked, quantile(of_groups(trained))),
         "held out": judged(apart, asked, quantile(scores(apart, apart.strict, held))),
         "best": judged(trained, asked, float(best)),
@@ -188,6 +190,17 @@ def scores(space: SimpleNamespace, strict: Any, rows: Any = None) -> Any:
     found = space.feats @ space.feats.T
     found[(strict[:, None] == strict) | ~together] = -2
     return found.max(1)[together if rows is None else together & rows]
+
+
+def crossed(space: SimpleNamespace, views: Any, groups: Any) -> float:
+    """What the product takes, with `groups` for those that are left out of a whitening."""
+    import torch
+
+    from fastreid_uns.photos.identify import fit_thresholds, least_known
+
+    strict = torch.from_numpy(space.strict)
+    least = least_known(views, torch.from_numpy(groups))
+    return max(fit_thresholds(torch.from_numpy(space.feats), strict).known, least)
 
 
 def of_groups(space: SimpleNamespace) -> Any:

@@ -47,6 +47,7 @@ SETS = ("cattely", "grocery", "omniglot", "person", "vehicle")
 ROWS = ("today", "start", "trained", "answers15", "answers50", "supervised", "identify")
 GENERATED = {"TRAIN_IDENTITIES": 60, "TRAIN_IMAGES": 1200, "TEST_IDENTITIES": 2, "QUERY_IMAGES": 2, "GALLERY_IMAGES": 4}
 GENERATED_SETS = {"person", "vehicle"}
+BEFORE = {"answers15": "trained", "answers50": "answers15"}  # rows that others go on from
 ROUND = 5  # answers after which the groups are made again
 
 
@@ -146,7 +147,7 @@ def measure(data: Path, device: str, weights: str, name: str, seed: int, identit
             photos.seconds.clear()
             with measuring.measured(own):
                 numbers = ROW[row](photos, labels)
-            base = results["trained"] if row.startswith("answers") else shared
+            base = results[BEFORE[row]] if row in BEFORE else shared
             seconds = own["seconds"] + base["seconds"]
             results[row] = {**shared, **own, **numbers, "seconds": seconds, "stages": {**once, **photos.seconds}}
     hardware = {**environment(place), "processor": processor(), "threads": str(torch.get_num_threads())}
@@ -179,6 +180,7 @@ class Photos:
         with self.timed("views"):
             self.kept = cache_activations(self.stages, images, self.settings.views, seed)
         self.groups: Any = None
+        self.asked: Any = None  # groups, threshold and answers so far
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -200,7 +202,7 @@ class Photos:
 
         from fastreid_uns.photos.adapt import adapt
         from fastreid_uns.photos.embed import whitening_of
-        from fastreid_uns.photos.group import for_count, strict_groups
+        from fastreid_uns.photos.group import for_count, positive_groups
 
         self.encoder.load_state_dict(self.published, strict=False)
         kept = self.kept if rows is None else self.part(rows)
@@ -213,7 +215,7 @@ class Photos:
                 part = kept if trained_on is None else kept.part(torch.from_numpy(trained_on))
                 if unit is None:
                     known = feats if trained_on is None else feats[torch.from_numpy(trained_on)]
-                    unit = strict_groups(known, for_count(self.settings, len(known)))
+                    unit = positive_groups(known, for_count(self.settings, len(known)))
                 adapt(self.stages, part, space, how, unit, seed=self.seed)
             feats = self._fitted(kept)
         return feats
@@ -222,9 +224,9 @@ class Photos:
         from fastreid_uns.photos.embed import pooled_features, whitened, whitening_of
 
         with self.timed("features"):
-            pooled = pooled_features(self.stages, kept)
-            whitening_of(self.stages.head).fit(pooled)
-            return whitened(self.stages.head, pooled).cpu()
+            self.pooled = pooled_features(self.stages, kept)
+            whitening_of(self.stages.head).fit(self.pooled)
+            return whitened(self.stages.head, self.pooled).cpu()
 
     def more_features(self, rows: Any) -> Any:
         """Features of other photos by the network as it is now."""
@@ -315,7 +317,7 @@ def supervised(photos: Photos, truth) -> dict[str, Any]:
 
 
 def answered(count: int):
-    """The row after `count` answers, asked in rounds about the groups of `trained`."""
+    """The row after `count` answers, asked in rounds about the groups of `trained`; goes on from the row before."""
 
     def measure(photos: Photos, truth) -> dict[str, Any]:
         import numpy as np
@@ -323,18 +325,20 @@ def answered(count: int):
         from fastreid_uns.photos.informative import informative_pairs, meeting_heights, refitted_threshold
         from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
 
-        threshold, groups = photos.settings.threshold, photos.groups
-        free, answers = groups.dendrogram, []
+        if photos.asked is None:
+            photos.asked = (photos.groups, photos.settings.threshold, [])
+        groups, threshold, answers = photos.asked
         while len(answers) < count:
-            constraints = Constraints(len(truth), answers)
             wanted = min(ROUND, count - len(answers))
-            pairs = informative_pairs(groups.dendrogram, groups.feats, threshold, wanted, constraints)
+            known = Constraints(len(truth), answers)
+            pairs = informative_pairs(groups.dendrogram, groups.feats, threshold, wanted, known)
             if not pairs:
                 break
             answers += [Answer(p.first, p.second, bool(truth[p.first] == truth[p.second])) for p in pairs]
-            heights = meeting_heights(free, np.array([answer[:2] for answer in answers]))
+            heights = meeting_heights(photos.groups.dendrogram, np.array([answer[:2] for answer in answers]))
             threshold = refitted_threshold(photos.settings.threshold, heights, np.array([a.same for a in answers]))
             groups = photos.cluster(groups.feats, Constraints(len(truth), answers), threshold=threshold)
+        photos.asked = (groups, threshold, answers)
         return {**scores(groups.labels, truth), "threshold": threshold, "answers": len(answers)}
 
     return measure
@@ -356,18 +360,23 @@ def identified(photos: Photos, truth) -> dict[str, Any]:
     import numpy as np
     import torch
 
+    from fastreid_uns.modeling.whitening import in_main_directions
     from fastreid_uns.photos.group import for_count
-    from fastreid_uns.photos.identify import STRICT, fit_thresholds, identify
+    from fastreid_uns.photos.identify import STRICT, fit_thresholds, identify, least_known
 
     draw = np.random.default_rng(photos.seed)
     individuals = draw.permutation(np.unique(truth))
     known = np.isin(truth, individuals[: len(individuals) // 2])
     inside = known & (draw.random(len(truth)) < 0.8)
+    photos.features(np.flatnonzero(inside), steps=0)
+    views = in_main_directions(photos.pooled, photos.stages.head.dim).cpu()
     feats = photos.features(np.flatnonzero(inside))
     settings = for_count(photos.settings, int(inside.sum()))
     grouping = photos.cluster(feats, k1=settings.k1)
     groups, strict = grouping.labels, grouping.dendrogram.cut(STRICT)
     thresholds = fit_thresholds(feats, torch.from_numpy(strict))
+    least = least_known(views, torch.from_numpy(strict))
+    thresholds = thresholds._replace(known=max(thresholds.known, least))
     rest = np.flatnonzero(~inside)
     said = identify(photos.more_features(rest), feats, torch.from_numpy(groups), thresholds, precision=1.0)
     own = truth[inside]

@@ -71,9 +71,6 @@ def search_by_candidates(
         limits[:] = np.inf if k > 1 else -np.inf
     parted = np.zeros(0, np.int64) if groups is None else groups.astype(np.int64)
     coarse = _chosen(feats, k) if int8 is None and not farthest else CoarseFeatures(feats, int8=bool(int8))
-    agreed = all(sharing.from_all(coarse.int8))
-    if coarse.int8 and not agreed:  # else one process would keep the others waiting
-        coarse = CoarseFeatures(feats, int8=False)
     with Workers() as workers, _one_thread():
         threads = sum(sharing.from_all(workers.count))
         blocks = _Blocks(coarse, parted, workers, min(block, _SIDE, max(256, 64 * math.ceil(n / (256 * threads)))))
@@ -190,7 +187,7 @@ def nearest_of_listed(
 
 def _chosen(feats: Tensor, k: int) -> CoarseFeatures:
     """The form of the products: 8 bits where they are faster and do not leave too many pairs to be measured."""
-    if len(feats) >= _SMALL and int8_pays(feats.shape[1], torch.get_num_threads()):
+    if len(feats) >= _SMALL and all(sharing.from_all(int8_pays(feats.shape[1], torch.get_num_threads()))):
         coarse = CoarseFeatures(feats, int8=True)
         if coarse.share_to_measure(k) <= _MEASURED:
             return coarse
@@ -286,14 +283,15 @@ class CoarseFeatures:
         c (1 + ln(N / c)) before it knows the k nearest.
         """
         n = len(self.feats)
-        some = np.unique(np.linspace(0, n - 1, min(n, sample)).astype(np.int64))
+        some = np.unique(np.linspace(0, n - 1, min(n, sample)).astype(np.int64)).tolist()
         every, counts = self.part(slice(None)), []
-        for few in np.array_split(some, 8):
+        own = np.array(sharing.dealt(some), np.int64)
+        for few in np.array_split(own, min(8, len(own)) or 1):
             products = self.product(self.part(few), every, self.memory(len(few) * n))
             sq = self.norms[few, None] + self.norms - 2 * self.scales[few, None] * self.scales * products
             limits = np.partition(sq, k - 1, axis=1)[:, k - 1] + self.errors[few]
             counts.extend((sq <= limits[:, None]).sum(1))
-        candidates = float(np.mean(counts))
+        candidates = float(np.mean(np.concatenate(sharing.from_all(counts))))
         return candidates / n * (1 + math.log(n / candidates))
 
 

@@ -126,7 +126,12 @@ def check_finite(feats: Tensor) -> None:
     Raises:
         ValueError: names how many rows are broken, and the first of them.
     """
-    broken = torch.cat([~rows.float().square().sum(1).isfinite() for rows in feats.split(8192)]).nonzero().flatten()
+    own = sharing.own_rows(len(feats))
+    parts = feats[own.start : own.stop].split(8192)
+    finite = torch.cat(
+        [torch.ones(0, device=feats.device), *(rows.float().square().sum(1) for rows in parts)]
+    ).isfinite()
+    broken = (~torch.cat(sharing.from_all(finite.cpu()))).nonzero().flatten()
     if len(broken):
         raise InvalidValue(
             f"features: {len(broken):,} of {len(feats):,} rows hold NaN or infinity, the first is row "

@@ -21,9 +21,9 @@ def pair_distances(feats: Tensor, first: Tensor, second: Tensor) -> Tensor:
     result = torch.empty(len(first), device=feats.device)
     if len(first):
         width = feats.shape[1]
-        _measure[(len(first),)](
-            feats, first, second, result, width, WIDTH=min(_WIDEST, triton.next_power_of_2(width)), num_warps=4
-        )
+        block = min(_WIDEST, triton.next_power_of_2(width))
+        with torch.cuda.device_of(feats):
+            _measure[(len(first),)](feats, first, second, result, width, WIDTH=block, num_warps=4)
     return result
 
 

@@ -300,6 +300,15 @@ def test_target_rows_of_the_first_stage_have_no_loss():
 class NotMutual:
     epochs_done = 0
     model = nn.Linear(1, 1)
+    cfg = load_config(overrides=["MODEL.WEIGHTS=some.pth"])
+
+
+def test_without_weights_of_its_own_the_second_network_starts_as_the_first(caplog):
+    net = model()
+    with caplog.at_level("WARNING", logger="fastreid_uns"):
+        hooked(SecondNetworkHook(), net)
+    assert net.encoder_2.scale.item() == 2.0  # as it was made
+    assert "both networks start from MODEL.WEIGHTS and differ by their views alone" in caplog.text
 
 
 def hooked(hook: SecondNetworkHook, net: nn.Module | None = None) -> None:
