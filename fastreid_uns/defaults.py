@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
         "NAME": "Baseline",
         "DEVICE": "auto",  # auto, cpu, cuda
         "WEIGHTS": "",  # file or URL; imagenet = of an installed package, else of the backbone's library; "" = random
+        "WEIGHTS_HEAD": True,  # take the head from WEIGHTS too, where the file has one; false = it starts anew
         "GHOST_BATCH": 0,  # images that share norm statistics in training; 0 = the batch of one process
         "FREEZE_NORM": False,  # batch norms of the backbone keep their statistics in training; weight and bias train
         "DOMAIN_BN": False,  # norm layers of their own for each of the DATASETS.SOURCES

@@ -154,7 +154,10 @@ BACKBONE_REGISTRY = Registry("BACKBONE")
 HEAD_REGISTRY = Registry("HEAD")
 META_ARCH_REGISTRY = Registry(
     "META_ARCH",
-    reserved=["BACKBONE", "HEAD", "MEMORY", "LOSSES", "WEIGHTS", "DEVICE", "GHOST_BATCH", "FREEZE_NORM", "DOMAIN_BN"],
+    reserved=[
+        *("BACKBONE", "HEAD", "MEMORY", "LOSSES", "WEIGHTS", "WEIGHTS_HEAD", "DEVICE"),
+        *("GHOST_BATCH", "FREEZE_NORM", "DOMAIN_BN"),
+    ],
 )
 LOSS_REGISTRY = Registry("LOSS", reserved=["WEIGHT", "START_EPOCH"])
 MEMORY_REGISTRY = Registry("MEMORY")

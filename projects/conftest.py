@@ -6,12 +6,14 @@ import importlib
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from fastreid_uns.config import load_config
 from fastreid_uns.engine.default import DefaultTrainer
@@ -39,6 +41,41 @@ def differing(one: Any, two: Any, name: str = "") -> list[str]:
 def losses(trainer: DefaultTrainer) -> list[float]:
     lines = (trainer.folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
+
+
+def seeded_tensors(names: Sequence[str], seed: int) -> dict[str, Tensor]:
+    """The tensors of a golden file that stores only names and shapes, such as "norm.weight 48" or "count scalar"."""
+    tensors = {}
+    for place, entry in enumerate(sorted(names)):
+        name, _, shape = entry.partition(" ")
+        sides = () if shape == "scalar" else tuple(map(int, shape.split("x")))
+        values = torch.tensor(np.random.RandomState(seed + place).standard_normal(sides), dtype=torch.float32)
+        if name.endswith("num_batches_tracked"):
+            tensors[name] = torch.tensor(0)
+        elif name.endswith("running_var"):
+            tensors[name] = 1 + 0.1 * values.abs()
+        else:
+            tensors[name] = 1 + 0.1 * values if len(sides) == 1 and name.endswith("weight") else 0.05 * values
+    return tensors
+
+
+@pytest.fixture(name="seeded_tensors")
+def seeded_tensors_for_tests() -> Callable[[Sequence[str], int], dict[str, Tensor]]:
+    return seeded_tensors
+
+
+@pytest.fixture
+def read_golden(request) -> Callable[[str], tuple[dict[str, Any], dict[str, Tensor], Tensor]]:
+    """Reads a file beside the test: its content, the weights of `in_keys`, and the normalised images that went in."""
+
+    def read(name: str) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
+        with np.load(request.path.parent / "golden" / f"{name}.npz") as file:
+            content = {key: file[key] if file[key].ndim else file[key].item() for key in file.files}
+        seed, shape = content["par_seed"], (content["par_batch"], 3, *content["par_size"])
+        images = torch.tensor(np.random.RandomState(seed + 90000).standard_normal(shape), dtype=torch.float32)
+        return content, seeded_tensors(content["in_keys"], seed), images
+
+    return read
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ FRAGMENTS |= {path: [path.with_stem("method"), path] for path in PROJECTS if pat
 
 OURS = ("synthetic", "omniglot", "grocery")  # sets that no paper knows
 SMALL = ["INPUT.SIZE=[64, 32]", "MODEL.WEIGHTS=''"]
+SHALLOW = ["MODEL.BACKBONE.DEPTH=1"]  # all blocks of a transformer are alike
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,8 @@ def name(path: Path) -> str:
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_file_builds(path, tmp_path, models):
     cfg = load(path, tmp_path)
+    if cfg.MODEL.BACKBONE.NAME == "ViT":
+        cfg = load(path, tmp_path, [*SMALL, *SHALLOW])
     assert bool(cfg.PLUGINS) == path.is_relative_to(ROOT / "projects")
     key = cfg.MODEL.dump() + cfg.INPUT.dump() + str(list(cfg.DATASETS.SOURCES))
     if key not in models:
@@ -124,7 +127,9 @@ def reduced(cfg, tiny_set: dict, folder: Path) -> list[str]:
     values |= {f"HOOKS.{hook}.WEIGHTS": "" for hook, section in cfg.HOOKS.items() if "WEIGHTS" in section}
     if "CLUSTERS" in cfg.DATALOADER.SAMPLER:
         values["DATALOADER.SAMPLER.CLUSTERS"] = 4
-    if cfg.MODEL.BACKBONE.NAME != "ViT":
+    if cfg.MODEL.BACKBONE.NAME == "ViT":
+        values["MODEL.BACKBONE.DEPTH"] = 1
+    else:
         values["MODEL.BACKBONE"] = {"NAME": "SmallNet", "WIDTH": 8}
     few_images = {"K1": 8, "K2": 3, "MIN_SAMPLES": 2, "CLUSTERS": 6, "NUM_CLUSTERS": 6}
     values |= {f"PSEUDO_LABELS.{key}": value for key, value in few_images.items() if key in cfg.PSEUDO_LABELS}

@@ -69,7 +69,7 @@ class Pool(nn.Module):
 class Embedding(nn.Module):
     """Linear projection (if `dim` is positive), then the neck; the result is not yet of unit length.
 
-    The neck `bnneck` is a batch norm whose weight starts at 1 and whose bias stays 0.
+    The neck `bnneck` is a batch norm whose weight starts at 1 and whose bias stays 0. `bias` is that of the projection.
 
     Raises:
         ValueError: unknown neck, or `dim` is negative.
@@ -77,7 +77,7 @@ class Embedding(nn.Module):
     Source: Luo et al. 2019 (Bag of Tricks), section 3.5.
     """
 
-    def __init__(self, in_channels: int, dim: int, neck: str) -> None:
+    def __init__(self, in_channels: int, dim: int, neck: str, *, bias: bool = True) -> None:
         super().__init__()
         _check("NECK", neck, NECKS)
         if dim < 0:
@@ -85,9 +85,10 @@ class Embedding(nn.Module):
         self.dim = dim or in_channels
         self.project: nn.Module = nn.Identity()
         if dim:
-            linear = nn.Linear(in_channels, dim)
+            linear = nn.Linear(in_channels, dim, bias=bias)
             nn.init.kaiming_normal_(linear.weight, mode="fan_out")
-            nn.init.zeros_(linear.bias)
+            if bias:
+                nn.init.zeros_(linear.bias)
             self.project = linear
         self.neck: nn.Module = nn.Identity()
         if neck == "bnneck":
@@ -219,23 +220,33 @@ class TokenHead(nn.Module):
 
     def forward(self, output: Tensor | Tokens) -> HeadOutput:
         """What the backbone gives → `HeadOutput` without parts."""
+        tokens = self.tokens_of(output)
+        with torch.autocast(tokens.device.type, enabled=False):
+            pooled = self.fused(tokens)
+            unnormalized = self.embed(pooled)
+            return HeadOutput(pooled, F.normalize(unnormalized), unnormalized=unnormalized)
+
+    def tokens_of(self, output: Tensor | Tokens) -> Tensor:
+        """(B,1+P,C), at least float32: the class token, then the part tokens.
+
+        Raises:
+            ValueError: the backbone gives none, or no part tokens and `fuse` needs them.
+        """
         if not isinstance(output, Tokens):
             raise InvalidValue(
-                "TokenHead: the backbone gives a feature map without tokens; a transformer with a class token is "
-                "needed. Set MODEL.HEAD.NAME to EmbeddingHead, or MODEL.BACKBONE.NAME to ViT."
+                f"{type(self).__name__}: the backbone gives a feature map without tokens; a transformer with a class "
+                f"token is needed. Set MODEL.HEAD.NAME to EmbeddingHead, or MODEL.BACKBONE.NAME to ViT."
             )
         tokens = output.tokens
         if self.fuse != "class" and tokens.shape[1] == 1:
             raise InvalidValue(
-                f"TokenHead: FUSE is {self.fuse} but the backbone gives no part tokens. Set MODEL.BACKBONE.PART_TOKENS "
-                f"(3 for PASS), or FUSE to class."
+                f"{type(self).__name__}: FUSE is {self.fuse} but the backbone gives no part tokens. Set "
+                f"MODEL.BACKBONE.PART_TOKENS (3 for PASS), or FUSE to class."
             )
-        with torch.autocast(tokens.device.type, enabled=False):
-            pooled = self._fuse(tokens.to(torch.promote_types(tokens.dtype, torch.float32)))
-            unnormalized = self.embed(pooled)
-            return HeadOutput(pooled, F.normalize(unnormalized), unnormalized=unnormalized)
+        return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
-    def _fuse(self, tokens: Tensor) -> Tensor:
+    def fused(self, tokens: Tensor) -> Tensor:
+        """(B,1+P,C) → (B,C), or (B,2C) for `cat`."""
         whole = tokens[:, 0]
         if self.fuse == "class":
             return whole

@@ -210,7 +210,7 @@ def build_model(cfg: Any, num_images: int) -> MetaArch:
     encoder = build_encoder(cfg)
     if cfg.MODEL.WEIGHTS:
         warn_of_other_input(cfg)
-        load_weights(encoder, cfg.MODEL.WEIGHTS)
+        load_weights(encoder, cfg.MODEL.WEIGHTS, head=cfg.MODEL.WEIGHTS_HEAD)
     if cfg.MODEL.FREEZE_NORM:
         encoder.backbone = freeze_norm_statistics(encoder.backbone)
     if cfg.MODEL.DOMAIN_BN:

@@ -18,8 +18,8 @@ from fastreid_uns.errors import InvalidValue
 Grid = tuple[int, int]  # lines and columns of patches
 
 RESIZES: dict[str, dict[str, Any]] = {
-    "bicubic": {"mode": "bicubic", "align_corners": False},  # DINO, TransReID-SSL
-    "bilinear": {"mode": "bilinear", "align_corners": False},  # TransReID
+    "bicubic": {"mode": "bicubic", "align_corners": False},  # DINO
+    "bilinear": {"mode": "bilinear", "align_corners": False},  # TransReID, TransReID-SSL, PASS, PCL-CLIP
     "antialiased": {"mode": "bicubic", "align_corners": False, "antialias": True},  # timm
 }
 _STRUCTURED = 0.7  # roughness below which neighbours are alike; 1 for numbers without order

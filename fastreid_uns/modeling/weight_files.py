@@ -105,6 +105,12 @@ def read_file(path: Path) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # a damaged file makes the readers raise whatever its bytes lead to
+        if "TorchScript" in str(error):
+            raise InvalidState(
+                f"{path}: a TorchScript archive, which holds a program beside its tensors, as OpenAI publishes CLIP; "
+                f"state dicts and safetensors are accepted. Take a copy in that form, such as "
+                f"hub:timm/vit_base_patch16_clip_224.openai."
+            ) from error
         culprit = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if culprit is None:
             what = "safetensors" if is_safetensors(path) else "torch"

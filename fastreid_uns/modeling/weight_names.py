@@ -17,7 +17,10 @@ from fastreid_uns.modeling.positions import Grid, recorded_grid
 COUNTER = "num_batches_tracked"  # absent from old files, and without effect on the features
 _CONTAINERS = ("model", "state_dict", "model_state_dict", "teacher", "student", "net", "network", "weights", "params")
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")  # of DataParallel, torch.compile, Lightning, ours
-_CLASSIFIER = r"((backbone|base|encoder_q)\.)?(fc|classifier|head(?!\.(embed|pool|part_))|_fc)\."
+_CLASSIFIER = r"((backbone|base|encoder_q)\.)?(fc|classifier(_proj)?|head(?!\.(embed|pool|part_|projected))|_fc)\."
+_TEXT = (
+    r"transformer\.resblocks|token_embedding|positional_embedding|ln_final|text\w*|logit_(scale|bias)|prompt_learner"
+)
 _PASSED_OVER = {  # what is of no use to an encoder, by the beginning of its name, and why
     _CLASSIFIER: "classifier, or linear layer before one; MODEL.HEAD replaces it",
     r"heads\.(weight|classifier|cls_layer)": "classifier; MODEL.HEAD replaces it",
@@ -25,7 +28,9 @@ _PASSED_OVER = {  # what is of no use to an encoder, by the beginning of its nam
     r"pixel_(mean|std)": "normalisation of the pixels; INPUT.MEAN and INPUT.STD give it",
     r"(encoder|teacher)\.(backbone|head)\.": "the other one of encoder and momentum encoder",
     r"(memory|losses)\.": "of the training, not of the encoder",
+    r"(visual\.|image_encoder\.)?proj$": "projection into the space of texts, which this head has not",
 }
+_LEFT_OVER = {rf"({_TEXT})(\.|$)": "of the text branch"}  # an image encoder alone has the same names
 
 Rename = Callable[[str], str | None]
 State = Mapping[str, Tensor]
@@ -66,7 +71,11 @@ def open_weights(content: Any, source: str) -> tuple[dict[str, Tensor], list[str
 
 
 def named_weights(state: State) -> NamedWeights:
-    """The tensors of a state dict under the names of an `Encoder`, by the family that their names tell."""
+    """The tensors of a state dict under the names of an `Encoder`, by the family that their names tell.
+
+    Raises:
+        InvalidState: part tokens of which some tensors are absent.
+    """
     plain = {without_wrappers(name): name for name in reversed(list(state))}  # of two equal names the first one counts
     bare = {short: state[name] for short, name in reversed(plain.items())}
     family, rename = next((name, make(bare)) for name, known, make in _FAMILIES if any(map(known, bare)))
@@ -80,6 +89,8 @@ def named_weights(state: State) -> NamedWeights:
             new = encoder_name(new)
             named.tensors[new] = value
             named.origin[new] = [plain[short]]
+    if family == _CLIP:
+        _shape_as_timm(named)
     if "backbone.part_token1" in named.tensors:
         _join_part_tokens(named)
     return named
@@ -97,12 +108,17 @@ def encoder_name(name: str) -> str:
     return f"backbone.{without_wrappers(name.removeprefix('backbone.'))}" if name.startswith("backbone.") else name
 
 
-def reason(name: str) -> str | None:
-    """Why a tensor of a file, by its own name, is of no use to an encoder; None where it should have been of use."""
+def reason(name: str, *, left: bool) -> str | None:
+    """Why a tensor of a file, by its own name, is of no use to an encoder; None where it should have been of use.
+
+    Args:
+        left: no part of any encoder has the name.
+    """
     short = without_wrappers(name)
     if name.endswith(COUNTER):
         return "counter of batches, without effect"
-    return next((why for pattern, why in _PASSED_OVER.items() if re.match(pattern, short)), None)
+    known = {**_PASSED_OVER, **(_LEFT_OVER if left else {})}
+    return next((why for pattern, why in known.items() if re.match(pattern, short)), None)
 
 
 def below_prefixes(state: State, least: int) -> list[NamedWeights]:
@@ -151,15 +167,33 @@ def _join_part_tokens(named: NamedWeights) -> None:
     named.family += ", part tokens"
     count = sum(bool(re.fullmatch(r"backbone\.part_token\d+", key)) for key in named.tensors)
     numbers = range(1, count + 1)
-    for whole, parts in {
+    wholes = {
         "part_tokens": [f"part_token{i}" for i in numbers],
         "part_pos": [f"part{i}_pos" for i in numbers],
         "pos_embed": ["cls_pos", "pos_embed"],
-    }.items():
+    }
+    absent = [part for parts in wholes.values() for part in parts if f"backbone.{part}" not in named.tensors]
+    if absent:
+        raise InvalidState(
+            f"MODEL.WEIGHTS: the file has part_token1 but no {', '.join(absent)}; part tokens are accepted with a "
+            f"position each (part1_pos, ...), beside cls_pos and pos_embed. Take the file as its authors publish it."
+        )
+    for whole, parts in wholes.items():
         names = [f"backbone.{part}" for part in parts]
         joined = torch.cat([named.tensors.pop(name) for name in names], dim=1)
         named.origin[f"backbone.{whole}"] = [old for name in names for old in named.origin.pop(name)]
         named.tensors[f"backbone.{whole}"] = joined
+
+
+def _shape_as_timm(named: NamedWeights) -> None:
+    """CLIP's own files keep class token and positions without a leading dimension, and the projection transposed."""
+    for name, dims in (("backbone.cls_token", 1), ("backbone.pos_embed", 2)):
+        value = named.tensors.get(name)
+        if value is not None and value.dim() == dims:
+            named.tensors[name] = value.reshape(1, -1, value.shape[-1])
+    projection = named.tensors.get(_PROJECTION)
+    if projection is not None and projection.dim() == 2:
+        named.tensors[_PROJECTION] = projection.T
 
 
 def _prefixes(table: Mapping[str, str]) -> Callable[[State], Rename]:
@@ -222,17 +256,66 @@ def _efficientnet(state: State) -> Rename:
     return _prefixes(table)(state)
 
 
+def _transreid(body: str) -> Callable[[State], Rename]:
+    """Bag of Tricks, TransReID, and PASS, whose part tokens may have a neck each: numbered by their place."""
+
+    def make(state: State) -> Rename:
+        numbered = "bottleneck_pt" if "bottleneck_pt1.weight" in state else "bottleneck_"
+        parts = range(3 if f"{body}part_token1" in state else 0)
+        necks = {f"{numbered}{i + 1}.": f"head.part_embed.{i}.neck." for i in parts}
+        return _prefixes({"bottleneck.": "head.embed.neck.", **necks, body: "backbone."})(state)
+
+    return make
+
+
+_CLIP = "CLIP"
+_PROJECTION = "head.projected.project.weight"  # of a head that has the class token and its projection side by side
+_CLIP_NECKS = {"bottleneck.": "head.embed.neck.", "bottleneck_proj.": "head.projected.neck."}  # of PCL-CLIP
+_CLIP_NAMES = {
+    "class_embedding": "backbone.cls_token",
+    "positional_embedding": "backbone.pos_embed",
+    "conv1.": "backbone.patch_embed.proj.",
+    "ln_pre.": "backbone.norm_pre.",
+    "ln_post.": "backbone.norm.",
+    "proj": _PROJECTION,
+}
+_CLIP_BLOCK = {
+    "ln_1.": "norm1.",
+    "ln_2.": "norm2.",
+    "attn.in_proj_": "attn.qkv.",
+    "attn.out_proj.": "attn.proj.",
+    "mlp.c_fc.": "mlp.fc1.",
+    "mlp.c_proj.": "mlp.fc2.",
+}
+
+
+def _clip(state: State) -> Rename:
+    """The image encoder of OpenAI or open_clip: in a whole CLIP (`visual.`), PCL-CLIP (`image_encoder.`) or alone."""
+    branch = next((part for part in ("visual.", "image_encoder.") if any(key.startswith(part) for key in state)), "")
+    numbers = {found[1] for key in state if (found := re.match(rf"{branch}transformer\.resblocks\.(\d+)\.", key))}
+    table = {f"{branch}{old}": new for old, new in _CLIP_NAMES.items()}
+    for number in numbers:
+        old, new = f"{branch}transformer.resblocks.{number}.", f"backbone.blocks.{number}."
+        table |= {f"{old}{name}": f"{new}{timm}" for name, timm in _CLIP_BLOCK.items()}
+    return _prefixes({**_CLIP_NECKS, **table})(state)
+
+
+def _clip_of_timm(state: State) -> Rename:
+    return _prefixes({**_CLIP_NECKS, "head.weight": _PROJECTION, "": "backbone."})(state)
+
+
 _OURS = {"backbone.": "backbone.", "head.": "head."}
-_NECK = {"bottleneck.": "head.embed.neck."}  # of Bag of Tricks and TransReID
 _FAMILIES: list[tuple[str, Callable[[str], Any], Callable[[State], Rename]]] = [
     ("fastreid_uns checkpoint", re.compile(r"(encoder|teacher)\.backbone\.").match, _ours),
     ("fastreid_uns", re.compile(r"head\.(embed|pool|part)").match, _prefixes(_OURS)),
+    (_CLIP, re.compile(r"((visual|image_encoder)\.)?(class_embedding$|transformer\.resblocks\.)").match, _clip),
+    ("CLIP of timm", re.compile(r"norm_pre\.").match, _clip_of_timm),
     ("MoCo", re.compile(r"encoder_q\.").match, _prefixes({"encoder_q.": "backbone."})),
     ("fast-reid", re.compile(r"heads\.(bottleneck|bnneck|pool_layer)\.").match, _fastreid),
     ("DINO", re.compile(r"backbone\.").match, _prefixes({"backbone.": "backbone."})),
     ("SpCL family trained with STEM_RELU false", re.compile(r"base\.3\.").match, _sequential),
     ("SpCL family", re.compile(r"base\.\d+\.").match, _sequential),
-    ("Bag of Tricks", re.compile(r"base\.").match, _prefixes({**_NECK, "base.": "backbone."})),
+    ("Bag of Tricks", re.compile(r"base\.").match, _transreid("base.")),
     ("EfficientNet", re.compile(r"_blocks\.\d+\.").match, _efficientnet),
-    ("plain", re.compile("").match, _prefixes({**_NECK, "": "backbone."})),
+    ("plain", re.compile("").match, _transreid("")),
 ]

@@ -13,6 +13,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from fastreid_uns.errors import InvalidState
+from fastreid_uns.modeling.backbones.base import Backbone
 from fastreid_uns.modeling.weight_files import fetch, fetch_imagenet, read_file
 from fastreid_uns.modeling.weight_names import (
     COUNTER,
@@ -61,12 +62,12 @@ class WeightReport:
         return f"{title}\n{tabulate(rows, headers=('tensors', 'count', 'names'), maxcolwidths=[40, None, None])}"
 
 
-def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9) -> WeightReport:
+def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9, head: bool = True) -> WeightReport:
     """Load weights of our own or of another project into a model, in place, and say what became of each tensor.
 
     Known by their names: torchvision, timm, IBN-Net and Torchreid (plain), EfficientNets whose blocks are counted
-    through, MoCo (LUPerson), DINO (TransReID-SSL, PASS), fast-reid, the SpCL and Cluster Contrast family, Bag of Tricks
-    and TransReID, and our own checkpoints, of which the encoder for evaluation is taken. What DataParallel,
+    through, MoCo (LUPerson), DINO (TransReID-SSL, PASS), CLIP, fast-reid, the SpCL and Cluster Contrast family, Bag of
+    Tricks and TransReID, and our own checkpoints, of which the encoder for evaluation is taken. What DataParallel,
     torch.compile or Lightning put before the names is taken off, and so is any other prefix below which the backbone is
     found; of a teacher and a student, or a network and its average, the former counts. Position embeddings are resized;
     classifiers are passed over. Files are read as tensors and plain values only: code in them is refused. Load before
@@ -76,13 +77,14 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9) -> We
         model: an `Encoder`, or any other module, which is then taken for a backbone.
         source: file or URL (safetensors or a torch file), `hub:user/name`, or `imagenet` for the weights that an
             installed package carries or the backbone's library publishes.
-        min_share: share of the backbone's tensors that must be loaded, in 0..1.
+        min_share: share of the backbone's tensors that must be loaded, in 0..1; the log names those that are absent.
+        head: load the tensors of the head as well, where the file has them.
 
     Raises:
         MissingFile: no such file.
         MissingPackage: `imagenet` cannot be downloaded, and a package that has it is not installed.
-        InvalidState: the download fails, the file is refused or broken, or less than `min_share` is in it; the model
-            is then unchanged.
+        InvalidState: the download fails, the file is refused or broken, less than `min_share` is in it, or a tensor
+            has another shape than in the model; the model is then unchanged.
     """
     whole = hasattr(model, "backbone")
     backbone: Any = model.backbone if whole else model
@@ -95,39 +97,89 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9) -> We
     targets = {encoder_name(name if whole else f"backbone.{name}"): name for name in model.state_dict()}
     positions = getattr(backbone, "positions", None)
     fit = partial(positions.fit, recorded=recorded) if positions is not None else None
-    match = partial(_match, model.state_dict(), targets, fit=fit)
-    report, chosen = match(named_weights(state))
+    match = partial(_match, model.state_dict(), targets, fit=fit, head=head)
+    found = named_weights(state)
+    report, chosen = match(found)
     if report.share < min_share:
         least = max(1, int(min_share * sum(map(_counts, targets))))
-        for found in below_prefixes(state, least):
-            report, chosen = max((report, chosen), match(found), key=lambda pair: pair[0].share)
+        for below in below_prefixes(state, least):
+            other = match(below)
+            if other[0].share > report.share:
+                found, (report, chosen) = below, other
     report.source = source
     report.passed_over |= {f"{name} (whole)": "another part of the file" for name in others}
     report.passed_over |= {name: "renamed or dropped by the backbone's library" for name in sorted(names - set(state))}
-    broken = [name for name in report.mismatched if name.endswith(("values", "quantised"))]
-    if broken:
-        raise InvalidState(
-            f"MODEL.WEIGHTS {source}: {len(broken):,} of its tensors cannot be used, such as {broken[0]}; finite "
-            f"numbers are needed. Take an earlier file of that training, or convert it where it was made."
-        )
-    if report.share < min_share:
-        raise InvalidState(
-            f"MODEL.WEIGHTS {source}: {report.share:.1%} of the backbone's tensors are in the file; at least "
-            f"{min_share:.0%} are needed. Set MODEL.BACKBONE to the network that the weights were made for, or "
-            f"MODEL.WEIGHTS to weights of {type(backbone).__name__}.\n{report}"
-        )
+    _check(report, min_share, backbone, found)
     model.load_state_dict(chosen, strict=False)
     _log.info("%s", report)
+    absent = [name for name in report.missing if _counts(name)]
+    if absent:
+        message = "MODEL.WEIGHTS %s: %d tensors of the backbone are not in the file and keep their random values: %s."
+        _log.warning(message, source, len(absent), ", ".join(_some(absent).splitlines()))
+    if other := _other_options(backbone, found):
+        _log.warning("MODEL.WEIGHTS %s:%s What both have was loaded.", source, other)
     return report
 
 
+def _check(report: WeightReport, min_share: float, backbone: Any, found: NamedWeights) -> None:
+    """Refuse what would leave a part of the network random although the file has something of its name."""
+    where = f"MODEL.WEIGHTS {report.source}"
+    broken = [name for name in report.mismatched if name.endswith(("values", "quantised"))]
+    if broken:
+        raise InvalidState(
+            f"{where}: {len(broken):,} of its tensors cannot be used, such as {broken[0]}; finite numbers are needed. "
+            f"Take an earlier file of that training, or convert it where it was made."
+        )
+    wrong = [name for name in report.mismatched if name.startswith("backbone.")]
+    head = [name for name in report.mismatched if not name.startswith("backbone.")]
+    if report.share < min_share or wrong:
+        what = f"{report.share:.1%} of the backbone's tensors are in the file; at least {min_share:.0%} are needed"
+        if report.share >= min_share:
+            what = f"{len(wrong)} tensors of the backbone have another shape in the file, such as {wrong[0]}"
+        raise InvalidState(
+            f"{where}: {what}.{_other_options(backbone, found)} Set MODEL.BACKBONE to the network that the weights "
+            f"were made for, or MODEL.WEIGHTS to weights of {type(backbone).__name__}.\n{report}"
+        )
+    if head:
+        raise InvalidState(
+            f"{where}: {len(head)} tensors of the head have another shape in the file, such as {head[0]}. Set "
+            f"MODEL.HEAD to that of the file, or MODEL.WEIGHTS_HEAD to false, and the head starts anew.\n{report}"
+        )
+
+
+def _other_options(backbone: Any, found: NamedWeights) -> str:
+    """A sentence on the options that differ, as far as the shapes of the tensors tell them."""
+    if not isinstance(backbone, Backbone):
+        return ""
+    file = {name.removeprefix("backbone."): value for name, value in found.tensors.items()}
+    theirs, ours = backbone.options_of(file), backbone.options_of(backbone.state_dict())
+    differing = [
+        f"{key} {theirs[key]} instead of {ours[key]}" for key in ours if theirs.get(key, ours[key]) != ours[key]
+    ]
+    return f" By its tensors the file is of a network with {', '.join(differing)}." if differing else ""
+
+
+def _without_head(found: NamedWeights) -> list[str]:
+    """Take the tensors of a head out; gives their names in the file."""
+    names = [name for name in found.tensors if name.startswith("head.")]
+    for name in names:
+        del found.tensors[name]
+    return [old for name in names for old in found.origin.pop(name)]
+
+
 def _match(
-    state: Mapping[str, Tensor], targets: Mapping[str, str], found: NamedWeights, fit: Callable[..., Tensor] | None
+    state: Mapping[str, Tensor],
+    targets: Mapping[str, str],
+    found: NamedWeights,
+    fit: Callable[..., Tensor] | None,
+    head: bool,
 ) -> tuple[WeightReport, dict[str, Tensor]]:
     if not any(".domains." in name for name in targets):
         found.tensors = {name.replace(".domains.0.", "."): value for name, value in found.tensors.items()}
         found.origin = {name.replace(".domains.0.", "."): value for name, value in found.origin.items()}
     report = WeightReport("", found.family)
+    if not head:
+        report.passed_over = dict.fromkeys(_without_head(found), "of the head; MODEL.WEIGHTS_HEAD is false")
     chosen: dict[str, Tensor] = {}
     for name, target in targets.items():
         value = found.tensors.get(name)
@@ -151,8 +203,9 @@ def _match(
         chosen[target] = value
         report.matched.append(name)
     nameless = [old for name, olds in found.origin.items() if name not in targets for old in olds]
+    left = set(found.left)
     for old in sorted([*nameless, *found.left]):
-        why = reason(old)
+        why = reason(old, left=old in left)
         if why is None:
             report.unexpected.append(old)
         else:

@@ -122,7 +122,9 @@ def start(cfg: CfgNode, num_images: int) -> tuple[Network, Origin]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what the weights do not cover is equal in every run
         model = build_model(plain, num_images).eval()
-    name = load_weights(model.encoder, cfg.MODEL.WEIGHTS).source if cfg.MODEL.WEIGHTS else "random numbers"
+    name = "random numbers"
+    if cfg.MODEL.WEIGHTS:
+        name = load_weights(model.encoder, cfg.MODEL.WEIGHTS, head=cfg.MODEL.WEIGHTS_HEAD).source
     origin = Origin(name, weights_fingerprint(model.encoder.backbone.state_dict()))
     return Network(model, cfg.dump(), num_images), origin
 

@@ -265,6 +265,45 @@ def test_weights_of_another_network_are_refused_and_nothing_changes(tmp_path: Pa
     torch.testing.assert_close(net.state_dict(), before)
 
 
+def test_one_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
+    """21 of 22 tensors would be enough, but the patches would stay random."""
+    state = a_vit((64, 32)).state_dict()
+    state["patch_embed.proj.weight"] = torch.ones(48, 3, 8, 8)
+    torch.save(state, tmp_path / "w.pth")
+    net = a_vit((64, 32))
+    before = net.patch_embed.proj.weight.detach().clone()
+    message = (
+        r"1 tensors of the backbone have another shape.* of a network with PATCH 8 instead of 16\. Set MODEL\.BACK"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        load_weights(net, str(tmp_path / "w.pth"))
+    assert torch.equal(net.patch_embed.proj.weight, before)
+
+
+def test_a_head_of_another_shape_is_refused_or_starts_anew(tmp_path: Path) -> None:
+    torch.save(other_values(encoder_of(SmallNet(SIZE, width=4), dim=6).state_dict()), tmp_path / "w.pth")
+    encoder = encoder_of(SmallNet(SIZE, width=4), dim=5)
+    before = {name: value.clone() for name, value in encoder.head.state_dict().items()}
+    message = r"6 tensors of the head have another shape .* \(6,.*for \(5,.*MODEL\.WEIGHTS_HEAD to false"
+    with pytest.raises(RuntimeError, match=message):
+        load_weights(encoder, str(tmp_path / "w.pth"))
+    report = load_weights(encoder, str(tmp_path / "w.pth"), head=False)
+    assert report.share == 1.0
+    assert len(report.passed_over) == 7  # projection and neck, with the counter of its batches
+    torch.testing.assert_close(dict(encoder.head.state_dict()), before)
+
+
+@pytest.mark.parametrize("absent", ["part2_pos", "cls_pos", "part_token2"])
+def test_part_tokens_that_are_not_complete(absent: str, tmp_path: Path) -> None:
+    state = {**a_vit((64, 32)).state_dict(), "cls_pos": torch.ones(1, 1, 48)}
+    state |= {f"part_token{i}": torch.ones(1, 1, 48) for i in (1, 2, 3)}
+    state |= {f"part{i}_pos": torch.ones(1, 1, 48) for i in (1, 2, 3)}
+    del state[absent]
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(RuntimeError, match=rf"the file has part_token1 but no {absent}; part tokens are accepted with"):
+        load_weights(a_vit((64, 32), part_tokens=3), str(tmp_path / "w.pth"))
+
+
 def test_the_share_decides(tmp_path: Path) -> None:
     """23 of 25 tensors are 92 %, 22 are 88 %."""
     net = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(25)))
@@ -309,6 +348,13 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(RuntimeError, match=r"w\.pth: refused, because it holds \w+\.mkdir .*save only its"):
         load_weights(nn.Linear(2, 2), str(tmp_path / "w.pth"))
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript", "ignore:.*torch.jit.script")
+def test_a_program_with_its_tensors_is_refused(tmp_path: Path) -> None:
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "w.pt"))
+    with pytest.raises(RuntimeError, match=r"w\.pt: a TorchScript archive, which holds a program.*Take a copy in that"):
+        load_weights(nn.Linear(2, 2), str(tmp_path / "w.pt"))
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])

@@ -51,6 +51,15 @@ class Backbone(nn.Module):
         """
         return {"MEAN": [0.485, 0.456, 0.406], "STD": [0.229, 0.224, 0.225]}
 
+    @classmethod
+    def options_of(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Keys of `MODEL.BACKBONE` and what the shapes of a network's tensors say about them; those left out are open.
+
+        Args:
+            tensors: by the names of this class; they may be of another class and tell nothing.
+        """
+        return {}
+
     def adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a file of `imagenet_url` under the names of today's network of the same library."""
         return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from fastreid_uns.modeling.backbones.resnet_ibn import IBN
 from fastreid_uns.modeling.positions import Positions
 from fastreid_uns.registry import BACKBONE_REGISTRY
 
+ACTIVATIONS = ("gelu", "quick_gelu")
 _PUBLISHED = {(192, 12, 3): "vit_tiny_patch16_224", (384, 12, 6): "vit_small_patch16_224"}
 _PUBLISHED[768, 12, 12] = "vit_base_patch16_224"
 
@@ -44,15 +46,21 @@ class ViT(Backbone):
         patch: side of a patch, in pixels.
         stride: step between patches; smaller than `patch`, they overlap (TransReID).
         drop_path: probability of skipping the last block in training; it rises linearly from 0 at the first.
-        conv_stem: put convolutions before the patches, as TransReID-SSL and PASS pre-train; `stride` equals `patch`.
+        conv_stem: put convolutions before the patches, as TransReID-SSL pre-trains; `stride` equals `patch`.
         part_tokens: tokens beside the class token; PASS has 3.
+        pre_norm: a layer norm before the first block as well (CLIP).
+        activation: gelu, or quick_gelu, x sigmoid(1.702 x), with which OpenAI trained CLIP.
+        norm_eps: of the layer norms; 1e-6 for DINO and timm, 1e-5 for CLIP.
+        patch_bias: the projection of the patches has a bias; CLIP's has none.
         pretrained_grid: lines and columns of patches of the position embedding in `MODEL.WEIGHTS`; () = found out.
-        position_resize: how it comes to the grid of `size`: bicubic (DINO), bilinear (TransReID) or antialiased.
+        position_resize: how it comes to the grid of `size`: bicubic (DINO), bilinear (TransReID, PASS, PCL-CLIP) or
+            antialiased (timm).
 
     Raises:
         ValueError: options that contradict each other or the image size.
 
-    Source: He et al. 2021 (TransReID); Luo et al. 2021 (TransReID-SSL); Zhu et al. 2022 (PASS).
+    Source: He et al. 2021 (TransReID); Luo et al. 2021 (TransReID-SSL); Zhu et al. 2022 (PASS); Radford et al. 2021
+    (CLIP), whose image encoder it is with `pre_norm`, `quick_gelu`, 1e-5 and no `patch_bias`.
     """
 
     positions: Positions
@@ -69,33 +77,42 @@ class ViT(Backbone):
         drop_path: float = 0.0,
         conv_stem: bool = False,
         part_tokens: int = 0,
+        pre_norm: bool = False,
+        activation: str = "gelu",
+        norm_eps: float = 1e-6,
+        patch_bias: bool = True,
         pretrained_grid: Sequence[int] = (),
         position_resize: str = "bicubic",
     ) -> None:
         super().__init__()
+        from timm.layers import get_act_layer
         from timm.models.vision_transformer import Block
 
         self.size = (int(size[0]), int(size[1]))
         self.options = (width, depth, heads)
-        self.plain = patch == 16 and not conv_stem
+        self.plain = patch == 16 and not conv_stem and not pre_norm
         self._check(heads, patch, stride, conv_stem)
+        if activation not in ACTIVATIONS:
+            raise InvalidValue(f"ViT: ACTIVATION {activation!r} is unknown; accepted: {', '.join(ACTIVATIONS)}.")
         self.out_channels = width
         grid = ((self.size[0] - patch) // stride + 1, (self.size[1] - patch) // stride + 1)
         self.positions = Positions(grid, pretrained_grid, position_resize)
         if conv_stem:
-            proj = nn.Conv2d(64, width, patch // 2, patch // 2)
+            proj = nn.Conv2d(64, width, patch // 2, patch // 2, bias=patch_bias)
             self.patch_embed = nn.Sequential(OrderedDict(conv=_conv_stem(64), proj=proj))
         else:
-            self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, patch, stride)))
+            self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, patch, stride, bias=patch_bias)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], width))
         if part_tokens:
             self.part_tokens = nn.Parameter(torch.zeros(1, part_tokens, width))
             self.part_pos = nn.Parameter(torch.zeros(1, part_tokens, width))
         rates = torch.linspace(0, drop_path, depth).tolist()
-        norm: Any = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = partial(nn.LayerNorm, eps=norm_eps)
+        self.norm_pre: nn.Module = norm(width) if pre_norm else nn.Identity()
+        kinds: Any = {"norm_layer": norm, "act_layer": get_act_layer(activation)}
         self.blocks = nn.Sequential(
-            *(Block(width, heads, mlp_ratio=4.0, qkv_bias=True, drop_path=rate, norm_layer=norm) for rate in rates)
+            *(Block(width, heads, mlp_ratio=4.0, qkv_bias=True, drop_path=rate, **kinds) for rate in rates)
         )
         self.norm = norm(width)
         for name, parameter in self.named_parameters():
@@ -143,14 +160,35 @@ class ViT(Backbone):
         if hasattr(self, "part_tokens"):
             special = torch.cat([special, self.part_tokens + self.part_pos], dim=1)
         x = torch.cat([special.expand(images.shape[0], -1, -1), patches + self.pos_embed[:, 1:]], dim=1)
-        x = self.norm(self.blocks(x))
+        x = self.norm(self.blocks(self.norm_pre(x)))
         count = special.shape[1]
         return Tokens(x[:, count:].transpose(1, 2).unflatten(2, self.positions.grid), x[:, :count])
 
     @classmethod
     def pretrained_input(cls, section: Mapping[str, Any]) -> dict[str, list[float]]:
-        """Mean and standard deviation 0.5, which timm's weights of this kind were made with."""
+        """Mean and standard deviation 0.5, which timm's weights of this kind were made with; CLIP has its own."""
+        if section.get("PRE_NORM"):
+            return {"MEAN": [0.4815, 0.4578, 0.4082], "STD": [0.2686, 0.2613, 0.2758]}
         return {"MEAN": [0.5] * 3, "STD": [0.5] * 3}
+
+    @classmethod
+    def options_of(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """All but the heads and the stride, which no shape tells."""
+        patches, norm = tensors.get("patch_embed.proj.weight"), tensors.get("norm.weight")
+        if patches is None or norm is None or patches.dim() != 4:
+            return {}
+        stem = "patch_embed.conv.0.weight" in tensors
+        blocks = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
+        parts = tensors.get("part_tokens")
+        return {
+            "WIDTH": len(norm),
+            "DEPTH": len(blocks),
+            "PATCH": patches.shape[2] * (2 if stem else 1),
+            "CONV_STEM": stem,
+            "PART_TOKENS": 0 if parts is None else parts.shape[1],
+            "PRE_NORM": "norm_pre.weight" in tensors,
+            "PATCH_BIAS": "patch_embed.proj.bias" in tensors,
+        }
 
     def imagenet_url(self) -> str:
         """timm's ImageNet weights of the same width, depth and heads."""

@@ -258,9 +258,11 @@ def test_images_of_another_size_than_the_transformer_was_built_for(transformer):
         ("[65, 32]", r"images of 65x32 pixels.*Set INPUT\.SIZE to such as 64 x 32"),
     ],
 )
-def test_sizes_that_a_transformer_cannot_take(size, message):
+def test_sizes_that_a_transformer_with_a_stem_cannot_take(size, message):
+    stem = ["MODEL.WEIGHTS=''", "MODEL.BACKBONE.CONV_STEM=true"]
+    cfg = load_config(CONFIGS / "market_vit.yaml", [*stem, f"INPUT.SIZE={size}"])
     with pytest.raises(ValueError, match=message):
-        build_model(load_config(CONFIGS / "market_vit.yaml", ["MODEL.WEIGHTS=''", f"INPUT.SIZE={size}"]), 10)
+        build_model(cfg, 10)
 
 
 VARIANTS = [*sorted(CONFIGS.glob("*_*.yaml")), *sorted(CONFIGS.glob("ablations/*.yaml"))]
