@@ -117,17 +117,20 @@ BOUNDS: dict[str, Bound] = {
 }
 
 
+OF_COMPONENTS = {"WEIGHT": at_least(0)}  # of keys that all components of a kind have
+
+
 def check_bound(key: str, value: Any, where: str) -> None:
     """Refuse a value of a key that is out of its bounds; keys without bounds accept all values of their type.
 
     Args:
-        key: with dots.
+        key: with dots; that of all components of a kind, such as WEIGHT, by itself.
         where: file and key, as the message begins.
 
     Raises:
         ValueError: the value is out of bounds.
     """
-    bound = BOUNDS.get(key)
+    bound = BOUNDS.get(key) or OF_COMPONENTS.get(key)
     if bound and not bound.accepts(value):
         near = did_you_mean(value, bound.names) if isinstance(value, str) else "."
         raise InvalidValue(f"{where} is {shown(value)}; {bound.accepted} is accepted{near} Change the value.")

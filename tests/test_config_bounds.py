@@ -91,6 +91,12 @@ def test_a_value_out_of_bounds_is_refused_with_what_is_accepted(key, value):
     assert finite or BOUNDS[key].accepted in str(refused.value)
 
 
+def test_the_weight_of_a_loss_is_not_negative():
+    with pytest.raises(ValueError, match=r"command line: MODEL.LOSSES.contrast.WEIGHT is -1.0; a number from 0 is"):
+        load_config(overrides=["MODEL.LOSSES.contrast.WEIGHT", "-1"])
+    assert load_config(overrides=["MODEL.LOSSES.contrast.WEIGHT", "0"]).MODEL.LOSSES.contrast.WEIGHT == 0
+
+
 @pytest.mark.parametrize("key", [key for key, value in KEYS.items() if isinstance(value, bool)])
 def test_a_switch_is_true_or_false(key):
     for text in ("2", "''", "maybe"):

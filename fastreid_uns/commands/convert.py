@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,8 +41,9 @@ def run(args: argparse.Namespace) -> None:
         raise InvalidValue(f"{args.output}: files end in .safetensors or .pth. Rename the output.")
 
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    from fastreid_uns.commands.output import write_output
     from fastreid_uns.config import load_config
     from fastreid_uns.modeling.encoder import build_encoder
     from fastreid_uns.modeling.weights import load_weights
@@ -49,9 +51,10 @@ def run(args: argparse.Namespace) -> None:
     encoder = build_encoder(load_config(args.config_file, args.overrides))
     print(load_weights(encoder, args.source, min_share=args.min_share))
     state = {name: value.contiguous() for name, value in encoder.state_dict().items()}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
     if args.output.suffix == ".safetensors":
-        save_file(state, args.output)
+        content.write(save(state))
     else:
-        torch.save({"model": state}, args.output)
+        torch.save({"model": state}, content)
+    write_output(args.output, content.getvalue())
     print(f"{len(state)} tensors written to {args.output}; set MODEL.WEIGHTS to it.")

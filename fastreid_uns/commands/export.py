@@ -6,6 +6,7 @@ import argparse
 import copy
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from fastreid_uns.commands import finished
@@ -99,7 +100,6 @@ def export(extractor, output: Path, opset: int) -> None:
         def forward(self, images):
             return self.encoder(images).feats
 
-    output.parent.mkdir(parents=True, exist_ok=True)
     torch.onnx.export(
         Features(extractor.encoder).eval(),
         (torch.rand(2, 3, *extractor.size),),
@@ -211,6 +211,7 @@ def run(arguments: argparse.Namespace) -> None:
         RuntimeError: the features differ by more than the tolerance; no file stays.
     """
     require_onnx()
+    from fastreid_uns.commands.output import make_folder, write_output
     from fastreid_uns.predictor import FeatureExtractor, find_checkpoint
     from fastreid_uns.published import HUB
 
@@ -223,14 +224,14 @@ def run(arguments: argparse.Namespace) -> None:
     output = arguments.output or Path(weights).with_name("encoder.onnx")
     extractor = FeatureExtractor.from_checkpoint(weights, plugins=arguments.plugins, device="cpu")
     normalisation = Normalisation.of(extractor, arguments.normalisation)
-    export(taking_normalised(extractor, normalisation), output, arguments.opset)
-    try:
-        difference = checked_difference(extractor, output, arguments.tolerance, normalisation)
-    except RuntimeError:
-        output.unlink()  # nobody shall use it
-        raise
+    make_folder(output.parent)
+    with TemporaryDirectory() as folder:  # nobody shall use a file that was not checked
+        file = Path(folder) / "encoder.onnx"
+        export(taking_normalised(extractor, normalisation), file, arguments.opset)
+        difference = checked_difference(extractor, file, arguments.tolerance, normalisation)
+        write_output(output, file.read_bytes())
     sidecar = output.with_suffix(".json")
-    sidecar.write_text(json.dumps(description(extractor, difference, normalisation), indent=2) + "\n", encoding="utf-8")
+    write_output(sidecar, f"{json.dumps(description(extractor, difference, normalisation), indent=2)}\n".encode())
     height, width = extractor.size
     pixels = "in 0..1" if normalisation.where == "inside" else f"less {normalisation.mean}, over {normalisation.std}"
     print(

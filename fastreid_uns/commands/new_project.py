@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastreid_uns.commands import finished
+from fastreid_uns.commands.output import write_output
 from fastreid_uns.config.shipped import shipped_root
 from fastreid_uns.errors import InvalidState, InvalidValue
 
@@ -198,8 +199,7 @@ def write_project(name: str, into: Path | None) -> Path:
     for file, text in FILES.items():
         for word, value in words.items():
             file, text = file.replace(word, value), text.replace(word, value)
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text(text, encoding="utf-8")
+        write_output(folder / file, text.encode())
     return folder
 
 

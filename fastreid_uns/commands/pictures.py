@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from fastreid_uns.commands.output import write_output
 from fastreid_uns.data.decode import read_image
 from fastreid_uns.errors import UserError
 
@@ -71,8 +72,9 @@ def write_png(rows: Sequence[Row], file: Path, size: tuple[int, int]) -> None:
             box = (left, top + TITLE, left + width - 1, top + TITLE + height - 1)
             draw.rectangle(box, fill=cell.colour)
             sheet.paste(thumbnail(cell.path, size), (left + BORDER, top + TITLE + BORDER))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(file)
+    stream = io.BytesIO()
+    sheet.save(stream, "PNG")
+    write_output(file, stream.getvalue())
 
 
 def rows_html(rows: Sequence[Row], size: tuple[int, int]) -> str:
@@ -95,12 +97,11 @@ def write_page(title: str, sections: Sequence[tuple[str, str, str]], file: Path)
     body = "\n".join(
         f"<h2>{html.escape(heading)}</h2><p>{html.escape(text)}</p>\n{content}" for heading, text, content in sections
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(
+    page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>\n{body}\n</html>\n",
-        encoding="utf-8",
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>\n{body}\n</html>\n"
     )
+    write_output(file, page.encode("utf-8", "replace"))  # names of files may hold bytes that are no UTF-8
 
 
 def _row_html(row: Row, size: tuple[int, int]) -> str:

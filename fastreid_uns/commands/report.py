@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -180,8 +181,16 @@ def draw_map(feats: Tensor, records: Sequence[Record], chosen: Sequence[int], fi
         axes.plot([], [], "o", color=plt.cm.tab20(c % 20), label=str(identity))
     axes.legend(title="identity", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.set(xticks=[], yticks=[], title="t-SNE of features: colour = identity, marker = camera")
-    figure.savefig(file, dpi=110)
+    _save(figure, file)
     plt.close(figure)
+
+
+def _save(figure: Any, file: Path) -> None:
+    from fastreid_uns.commands.output import write_output
+
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110)
+    write_output(file, stream.getvalue())
 
 
 def draw_curves(lines: Sequence[dict[str, Any]], file: Path) -> bool:
@@ -215,7 +224,7 @@ def draw_curves(lines: Sequence[dict[str, Any]], file: Path) -> bool:
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    figure.savefig(file, dpi=110)
+    _save(figure, file)
     plt.close(figure)
     return True
 
@@ -239,6 +248,7 @@ def make_report(
     Returns:
         The page.
     """
+    from fastreid_uns.commands.output import make_folder
     from fastreid_uns.commands.pictures import write_page
     from fastreid_uns.config import parse_config
     from fastreid_uns.predictor import find_checkpoint, load_run
@@ -248,7 +258,7 @@ def make_report(
         _matplotlib()
     file = Path(find_checkpoint(run))
     folder = Path(output) if output else file.parent / "report"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     content, model = load_run(file, plugins=plugins)
     cfg = parse_config(content["config"], file.name, overrides, plugins=plugins, model_only=True)
     height, width = cfg.INPUT.SIZE

@@ -115,7 +115,10 @@ class Completion:
         filled = {}
         for key, default in known.items():
             sample = samples.get(key) if default is REQUIRED else default
-            filled[key] = cast(section.get(key, default), sample, self._source(f"{path}.{key}"))
+            source = self._source(f"{path}.{key}")
+            filled[key] = cast(section.get(key, default), sample, source)
+            if key in kind.reserved:
+                check_bound(key, filled[key], source)
         return filled
 
     def _name(self, kind: Registry, section: Mapping, path: str) -> str:

@@ -11,6 +11,7 @@ from fastreid_uns.errors import InvalidValue
 from fastreid_uns.hook import HookBase
 from fastreid_uns.registry import HOOK_REGISTRY
 from fastreid_uns.utils import comm
+from fastreid_uns.utils.atomic import replacing
 
 logger = logging.getLogger(__name__)
 _ROWS = 40  # operations in the table
@@ -77,6 +78,7 @@ class ProfileHook(HookBase):
         done.export_chrome_trace(str(trace))
         table = folder / f"operations_rank{comm.rank()}.txt"
         key = "self_device_time_total" if self.trainer.device.type == "cuda" else "self_cpu_time_total"
-        table.write_text(done.key_averages().table(sort_by=key, row_limit=_ROWS), encoding="utf-8")
+        with replacing(table) as stream:
+            stream.write(done.key_averages().table(sort_by=key, row_limit=_ROWS).encode())
         self.written = [trace, table]
         logger.info("Profile: %s and %s", trace, table)

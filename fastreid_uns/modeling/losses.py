@@ -31,6 +31,8 @@ class CrossEntropyLoss(nn.Module):
 
     def __init__(self, *, smoothing: float = 0.0) -> None:
         super().__init__()
+        if not 0 <= smoothing < 1:
+            raise InvalidValue(f"CrossEntropyLoss: SMOOTHING is {smoothing}; a share in [0, 1) is accepted.")
         self.smoothing = smoothing
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -128,3 +128,9 @@ def test_instance_contrast_equals_a_plain_loop():
             right = [logits[j] - total for j in range(5) if unit[i] == unit[j]]
             expected -= sum(right) / len(right) / 10
     assert float(InstanceContrastLoss(temperature=0.2)(first, second, unit)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0, 7.5])
+def test_smoothing_is_a_share(smoothing):
+    with pytest.raises(ValueError, match=rf"SMOOTHING is {smoothing}; a share in \[0, 1\) is accepted"):
+        CrossEntropyLoss(smoothing=smoothing)
