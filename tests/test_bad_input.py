@@ -117,11 +117,19 @@ def test_a_batch_that_does_not_divide(tiny, photos):
         DefaultTrainer(config(tiny, photos, "DATALOADER.SAMPLER.BATCH_SIZE=18"))
 
 
-def test_queries_that_are_in_the_gallery_are_told_before_training(tiny, photos, heard):
+@pytest.mark.parametrize("own", [2, 4])
+def test_queries_that_are_in_the_gallery_are_told_before_training(tiny, photos, heard, own):
+    """Half of them is a warning; more is no score."""
     rows = [f"{i}.jpg,{i},{split}" for i in range(4) for split in ("query", "gallery")]
+    rows[1::2] = [f"{i if i < own else i + 4}.jpg,{i},gallery" for i in range(4)]
     (photos / "manifest.csv").write_text("\n".join(["path,identity,split", *rows]))
-    DefaultTrainer(config(tiny, photos, f"DATASETS.TESTS.mine={{NAME: csv_file, PATH: {photos / 'manifest.csv'}}}"))
-    assert "4 of 4 queries are in the gallery themselves" in heard.text
+    cfg = config(tiny, photos, f"DATASETS.TESTS.mine={{NAME: csv_file, PATH: {photos / 'manifest.csv'}}}")
+    if own == 4:
+        with pytest.raises(ValueError, match=r"4 of 4 queries are in the gallery themselves"):
+            DefaultTrainer(cfg)
+    else:
+        DefaultTrainer(cfg)
+        assert "2 of 4 queries are in the gallery themselves" in heard.text
 
 
 def test_pictures_that_are_passed_over_are_counted_before_training(tiny, photos, heard):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreid_uns.data.datasets.own_matches import warn_of_own_matches
+from fastreid_uns.data.datasets.own_matches import tell_own_matches
 from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.evaluation.extract import extract_features, share
@@ -15,7 +15,7 @@ from fastreid_uns.evaluation.rerank import camera_rerank_blocks, rerank_blocks
 from fastreid_uns.evaluation.retrieval import QueryScores, Ranker, block_rows, distance_blocks
 from fastreid_uns.modeling.norm import evaluated_domain
 from fastreid_uns.structures import ReIDData
-from fastreid_uns.utils.comm import all_gather, rank
+from fastreid_uns.utils.comm import all_gather, on_first_rank
 
 
 class Evaluator:
@@ -34,7 +34,8 @@ class Evaluator:
         domain: whose norm layers are used if the model has some for each domain, 0 = the unlabelled target.
 
     Raises:
-        ValueError: no query has a match; images and records disagree; see also `Ranker`.
+        ValueError: no query has a match; most queries are gallery images as well; images and records disagree; see
+            also `Ranker`.
     """
 
     def __init__(
@@ -53,8 +54,7 @@ class Evaluator:
                 f"images. Make the image set of [*data.query, *data.gallery]."
             )
         self.ranker = Ranker.of(data)
-        if rank() == 0:
-            warn_of_own_matches(data)
+        on_first_rank(lambda: tell_own_matches(data))
         self.images = images
         self.rerank = rerank
         self.cameras = torch.tensor([record.camera for record in [*data.query, *data.gallery]])

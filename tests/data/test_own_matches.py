@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastreid_uns.data.datasets.own_matches import own_matches
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.evaluation.evaluator import Evaluator
 from fastreid_uns.structures import Record, ReIDData
 
@@ -49,13 +50,26 @@ def test_paths_tell_alone_if_asked(files):
 
 
 class Images:
+    def __init__(self, count):
+        self.count = count
+
     def __len__(self):
-        return 3
+        return self.count
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_an_evaluation_says_so_when_it_is_set_up(files, caplog, own):
-    gallery = [Record(files["a" if own else "b"], 1, -1), Record(files["c"], 1, -1)]
-    Evaluator(ReIDData([], [Record(files["copy"], 1, -1)], gallery, "plain"), Images())
-    text = f"1 of 1 queries are in the gallery themselves, such as {files['copy']} = {files['a']}, and protocol plain"
-    assert (text in caplog.text) == own
+@pytest.mark.parametrize(("own", "others"), [(0, 3), (1, 1), (1, 2)])
+def test_an_evaluation_says_so_when_it_is_set_up(files, caplog, own, others):
+    """Queries are copies of gallery images, or other files; up to the half of them is a warning."""
+    queries = [Record(files["copy"], 1, -1)] * own + [Record(f"{files['missing']}{i}", 1, -1) for i in range(others)]
+    Evaluator(ReIDData([], queries, [Record(files["a"], 1, -1)], "plain"), Images(len(queries) + 1))
+    text = f"1 of {own + others} queries are in the gallery themselves, such as {files['copy']} = {files['a']}, and"
+    assert (text in caplog.text) == bool(own)
+
+
+def test_an_evaluation_of_which_most_queries_find_themselves_is_refused(files):
+    queries = [Record(files[name], 1, -1) for name in ("copy", "b", "c")]
+    gallery = [Record(files[name], 1, -1) for name in ("a", "b")]
+    with pytest.raises(
+        InvalidValue, match=r"^evaluation: 2 of 3 queries are in the gallery themselves, .*Take them out"
+    ):
+        Evaluator(ReIDData([], queries, gallery, "plain"), Images(5))

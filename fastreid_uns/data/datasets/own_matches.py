@@ -8,6 +8,7 @@ import logging
 import os
 from collections import defaultdict
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.structures import Record, ReIDData
 from fastreid_uns.utils.paths import printable
 
@@ -40,22 +41,26 @@ def own_matches(data: ReIDData, *, contents: bool = True) -> list[tuple[str, str
     return found
 
 
-def warn_of_own_matches(data: ReIDData) -> None:
-    """Log a warning where queries find themselves."""
+def tell_own_matches(data: ReIDData) -> None:
+    """Log a warning where queries find themselves.
+
+    Raises:
+        InvalidValue: most of them do, so that a score would say nothing about features.
+    """
     found = own_matches(data)
     if not found:
         return
     first, second = (printable(path) for path in found[0])
-    logger.warning(
-        "evaluation: %s of %s queries are in the gallery themselves, such as %s%s, and protocol %s counts them as "
-        "matches: any features find them, so that mAP and rank1 say little. Take them out of the gallery, or give the "
-        "cameras and use protocol cross_camera.",
-        f"{len({query for query, _ in found}):,}",
-        f"{len(data.query):,}",
-        first,
-        "" if first == second else f" = {second}",
-        data.protocol,
+    count = len({query for query, _ in found})
+    text = (
+        f"evaluation: {count:,} of {len(data.query):,} queries are in the gallery themselves, such as {first}"
+        f"{'' if first == second else f' = {second}'}, and protocol {data.protocol} counts them as matches: any "
+        f"features find them, so that mAP and rank1 say little. Take them out of the gallery, or give the cameras "
+        "and use protocol cross_camera."
     )
+    if 2 * count > len(data.query):
+        raise InvalidValue(text)
+    logger.warning("%s", text)
 
 
 def _size(path: str) -> int:
