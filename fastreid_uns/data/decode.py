@@ -4,7 +4,8 @@ Every part that looks at a picture reads it here.
 
 * Orientation: the tag of the camera (EXIF or XMP) is applied; a damaged tag counts as none.
 * Transparency: composed on white, for alpha channels, palettes and single transparent colours.
-* Grey, palette, CMYK, YCbCr, Lab and 1-bit pictures: as Pillow converts them to RGB. Colour profiles are not applied.
+* Grey, palette, CMYK, YCbCr, Lab and 1-bit pictures: as Pillow converts them to RGB.
+* Colour profile of an RGB or CMYK picture: converted to sRGB; one that calls itself sRGB or is damaged changes nothing.
 * Several frames or pages: the first one.
 * More than 8 bits, or floating point: `to_eight_bits` says by which rule.
 
@@ -25,7 +26,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError, features
 
 from fastreid_uns.errors import InvalidValue, MissingFile
 from fastreid_uns.utils.paths import path_manager, printable
@@ -261,8 +262,33 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         return _deep_as_rgb(image)
     if _is_transparent(image):
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        info = image.info
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+        image.info = info
+    return _in_srgb(image, "CMYK") if image.mode == "CMYK" else _in_srgb(image, "RGB")
+
+
+def _in_srgb(image: Image.Image, space: str) -> Image.Image:
+    """In RGB, by the profile of the picture where it is one of that colour space."""
+    profile = image.info.get("icc_profile")
+    transform = _to_srgb(profile, space) if isinstance(profile, bytes) else None
+    if transform is None:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    return transform.apply(image if image.mode == space else image.convert(space))
+
+
+@functools.lru_cache(maxsize=16)
+def _to_srgb(profile: bytes, space: str) -> Any:
+    if not features.check("littlecms2"):
+        return None
+    try:
+        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        about = given.profile
+        if about.xcolor_space.strip() != space or "srgb" in (about.profile_description or "").lower():
+            return None
+        return ImageCms.buildTransform(given, ImageCms.createProfile("sRGB"), space, "RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return None
 
 
 def _is_deep_colour(image: Image.Image) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageCms, ImageOps, features
 
 from fastreid_uns.data.decode import (
     UnreadableImage,
@@ -214,6 +214,38 @@ def test_the_first_of_several_frames(form):
         frames[0], form, save_all=True, append_images=frames[1:], **({"lossless": True} if form == "WEBP" else {})
     )
     assert np.array_equal(read(data), np.broadcast_to([255, 0, 0], (8, 8, 3)))
+
+
+# colour profiles
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def profile_with_red_and_green_exchanged() -> bytes:
+    """That of sRGB under another name, in which each primary has the tag of the other one."""
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for old, new in ((b"rXYZ", b"swap"), (b"gXYZ", b"rXYZ"), (b"swap", b"gXYZ")):
+        data = data.replace(old, new)
+    return data.replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
+
+
+@pytest.mark.skipif(not features.check("littlecms2"), reason="Pillow without a library for profiles")
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_a_colour_profile_is_applied(mode):
+    picture = Image.new("RGB", (4, 1))
+    for x, colour in enumerate((RED, GREEN, BLUE, WHITE)):
+        picture.putpixel((x, 0), colour)
+    tagged = encoded(picture.convert(mode), "PNG", icc_profile=profile_with_red_and_green_exchanged())
+    expected = np.array([[GREEN, RED, BLUE, WHITE]])
+    assert np.abs(read(tagged).astype(int) - expected).max() <= 2
+
+
+def test_profiles_of_srgb_and_damaged_ones_change_nothing():
+    picture = Image.fromarray(gradient())
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    other = profile_with_red_and_green_exchanged()
+    for profile in (srgb, other[:200], b"nothing", other.replace(b"RGB ", b"GRAY")):
+        assert np.array_equal(read(encoded(picture, "PNG", icc_profile=profile)), pixels(picture))
 
 
 # depth

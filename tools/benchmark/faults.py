@@ -5,7 +5,7 @@ record of the run (weights, metrics without times, best file, names of all files
 input must end with exit code 2 and a message, never with a traceback, and never with 0.
 
     python tools/benchmark/faults.py                                      # a few of each: minutes
-    python tools/benchmark/faults.py --kills 100 --lines 40 --truncations 50 --flips 200 --inputs 300
+    python tools/benchmark/faults.py --kills 100 --interrupts 20 --lines 40 --truncations 50 --flips 200 --inputs 300
     python tools/benchmark/faults.py --only kills lines --methods core SpCL
 """
 
@@ -26,11 +26,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fault_commands import EPOCHS, PLACE, THREADS, Command, arguments_of, run, warm_up
+from fault_commands import EPOCHS, PLACE, THREADS, Command, Ended, arguments_of, run, warm_up
 from fault_inputs import wrong_files, wrong_keys
 from measuring import FOLDER
 
 METHODS = ("core", "SpCL", "ICE", "PPLR")
+COUNTS = {"kills": 4, "interrupts": 4, "lines": 4, "truncations": 10, "flips": 20, "inputs": 10}  # cases by default
 
 
 class Outcome(NamedTuple):
@@ -157,22 +158,36 @@ def killed_at(method: str, folder: Path, count: int, rng: random.Random) -> list
         The places, in epochs; fewer than `count` if it ended before.
     """
     places = sorted(rng.uniform(0, EPOCHS + 0.2) for _ in range(count))
-    struck: list[str] = []
-    usual = straight(method)
-    for place in places:
-        began = time.perf_counter()
-        command = Command(arguments_of(method, folder, "--resume"))
-        while command.runs() and lines_in(folder) < int(place):
-            time.sleep(0.002)
-        here = time.perf_counter()
-        starts = lines_in(folder) == 0 or here - began < 0.1  # it imports and reads first
-        until = here + place % 1 * (usual.first if starts else usual.epoch)
-        while command.runs() and time.perf_counter() < until:
-            time.sleep(0.002)
-        command.kill()
-        if command.wait().code == -signal.SIGKILL:
-            struck.append(f"{place:.2f}")
-    return struck
+    return [f"{place:.2f}" for place in places if struck(method, folder, place, signal.SIGKILL).code == -signal.SIGKILL]
+
+
+def struck(method: str, folder: Path, place: float, number: signal.Signals) -> Ended:
+    """How a run ends that is started or resumed, and sent a signal when it is `place` epochs far."""
+    began, usual = time.perf_counter(), straight(method)
+    command = Command(arguments_of(method, folder, "--resume"))
+    while command.runs() and lines_in(folder) < int(place):
+        time.sleep(0.002)
+    here = time.perf_counter()
+    starts = lines_in(folder) == 0 or here - began < 0.1  # it imports and reads first
+    until = here + place % 1 * (usual.first if starts else usual.epoch)
+    while command.runs() and time.perf_counter() < until:
+        time.sleep(0.002)
+    if command.runs():
+        os.kill(command.pid, number)
+    return command.wait()
+
+
+def interrupts(options: argparse.Namespace) -> Iterator[Outcome]:
+    """Ctrl-C and SIGTERM at random moments: one line that says how to go on, and the exit code of the signal."""
+    rng = random.Random(options.seed)
+    for case in range(options.interrupts):
+        method = options.methods[case % len(options.methods)]
+        number = (signal.SIGINT, signal.SIGTERM)[case // len(options.methods) % 2]
+        folder, place = fresh("interrupts"), rng.uniform(0, EPOCHS)
+        ended = struck(method, folder, place, number)
+        told = ended.text.count("stopped: ") == 1 and "Traceback" not in ended.text
+        fault = "" if told and ended.code == 128 + number else f"ended with {ended.code}: {ended.text[-150:]!r}"
+        yield Outcome("interrupts", f"{method}, {number.name} in epoch {place:.2f}", fault or goes_on(method, folder))
 
 
 def lines(options: argparse.Namespace) -> Iterator[Outcome]:
@@ -364,6 +379,7 @@ def inputs(options: argparse.Namespace) -> Iterator[Outcome]:
 
 TRIALS: dict[str, Callable[[argparse.Namespace], Iterator[Outcome]]] = {
     "kills": kills,
+    "interrupts": interrupts,
     "lines": lines,
     "truncations": truncations,
     "flips": flips,
@@ -388,9 +404,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("kills", 4), ("lines", 4), ("truncations", 10), ("flips", 20), ("inputs", 10)):
+    for name, default in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"cases, {default} by default")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of kills and lines")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of kills, interrupts and lines"
+    )
     parser.add_argument("--only", nargs="+", choices=TRIALS, default=list(TRIALS), help="trials, all by default")
     parser.add_argument("--seed", type=int, default=1, help="of moments, places and choices")
     parser.add_argument("--output", type=Path, default=FOLDER / "faults.json", help="where the outcomes go")
