@@ -45,7 +45,7 @@ except ImportError:  # no POSIX: nothing is locked, and so nothing is ever remov
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # raise it when equal files would give other pixels
+FORMAT = 3  # raise it when equal files would give other pixels
 BLOCK = 256  # images of one checksum
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _KEY = "DATALOADER.CACHE disk"

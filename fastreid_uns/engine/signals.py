@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 GRACE = 3.0  # seconds from the signal until the process ends, whatever it is doing
 
@@ -78,15 +79,23 @@ def ending_at_signals(ending: Ending) -> Iterator[None]:
     wakes.setblocking(False)
     before = {number: signal.signal(number, ending.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     wake_before = signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
+    told_before, sys.unraisablehook = sys.unraisablehook, functools.partial(_unraisable, ending, sys.unraisablehook)
     threading.Thread(target=ending.enforce, args=(notes,), daemon=True).start()
     try:
         yield
     finally:
         if ending.signal is None:
             signal.set_wakeup_fd(wake_before)
+            sys.unraisablehook = told_before
             for number, handler in before.items():
                 signal.signal(number, handler)
             wakes.close()
+
+
+def _unraisable(ending: Ending, tell: Callable[[Any], object], error: Any) -> None:
+    """Be silent where Ctrl-C came in a finalizer, which swallows it; `Ending.enforce` ends the process then."""
+    if not (ending.signal and error.exc_type is KeyboardInterrupt):
+        tell(error)
 
 
 def _leave_to_parent() -> None:

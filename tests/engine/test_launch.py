@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastreid_uns.engine import default_argument_parser, launch, run_command
+from fastreid_uns.engine.signals import Ending, ending_at_signals
 from fastreid_uns.errors import FailedElsewhere, InvalidState, InvalidValue, UnknownName
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +112,23 @@ def main(kind):
 
 run_command(main, sys.argv[1])
 """
+
+
+def test_an_interrupt_that_a_finalizer_swallows_is_not_shown(monkeypatch):
+    """Python would write its traceback; the process ends a little later."""
+    told: list[type] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: told.append(error.exc_type))
+    interrupt, other = (types.SimpleNamespace(exc_type=kind) for kind in (KeyboardInterrupt, OSError))
+    ending = Ending(lambda: None)
+    with ending_at_signals(ending):
+        for signalled in (None, signal.SIGINT):
+            ending.signal = signalled
+            sys.unraisablehook(interrupt)
+            sys.unraisablehook(other)
+        ending.signal = None
+    assert told == [KeyboardInterrupt, OSError, OSError]
+    sys.unraisablehook(interrupt)
+    assert told[-1] is KeyboardInterrupt
 
 
 @pytest.mark.parametrize("kind", ["polite", "stubborn"])

@@ -186,7 +186,8 @@ def interrupts(options: argparse.Namespace) -> Iterator[Outcome]:
         folder, place = fresh("interrupts"), rng.uniform(0, EPOCHS)
         ended = struck(method, folder, place, number)
         told = ended.text.count("stopped: ") == 1 and "Traceback" not in ended.text
-        fault = "" if told and ended.code == 128 + number else f"ended with {ended.code}: {ended.text[-150:]!r}"
+        outside = ended.code == -number and (not folder.exists() or lines_in(folder) == EPOCHS)  # before, or done
+        fault = "" if outside or (told and ended.code == 128 + number) else f"{ended.code}: {ended.text[-1000:]!r}"
         yield Outcome("interrupts", f"{method}, {number.name} in epoch {place:.2f}", fault or goes_on(method, folder))
 
 
