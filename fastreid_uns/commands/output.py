@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastreid_uns.errors import InvalidState
-from fastreid_uns.photos.atomic import write_file
+from fastreid_uns.photos.files import write_file
 
 
 def make_folder(folder: Path) -> None:
