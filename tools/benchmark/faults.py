@@ -158,11 +158,15 @@ def killed_at(method: str, folder: Path, count: int, rng: random.Random) -> list
         The places, in epochs; fewer than `count` if it ended before.
     """
     places = sorted(rng.uniform(0, EPOCHS + 0.2) for _ in range(count))
-    return [f"{place:.2f}" for place in places if struck(method, folder, place, signal.SIGKILL).code == -signal.SIGKILL]
+    return [f"{place:.2f}" for place in places if struck(method, folder, place, signal.SIGKILL)]
 
 
-def struck(method: str, folder: Path, place: float, number: signal.Signals) -> Ended:
-    """How a run ends that is started or resumed, and sent a signal when it is `place` epochs far."""
+def struck(method: str, folder: Path, place: float, number: signal.Signals) -> Ended | None:
+    """How a run ends that is started or resumed, and sent a signal when it is `place` epochs far.
+
+    Returns:
+        None if it ended before.
+    """
     began, usual = time.perf_counter(), straight(method)
     command = Command(arguments_of(method, folder, "--resume"))
     while command.runs() and lines_in(folder) < int(place):
@@ -172,9 +176,11 @@ def struck(method: str, folder: Path, place: float, number: signal.Signals) -> E
     until = here + place % 1 * (usual.first if starts else usual.epoch)
     while command.runs() and time.perf_counter() < until:
         time.sleep(0.002)
-    if command.runs():
+    sent = command.runs()
+    if sent:
         os.kill(command.pid, number)
-    return command.wait()
+    ended = command.wait()
+    return ended if sent else None
 
 
 def interrupts(options: argparse.Namespace) -> Iterator[Outcome]:
@@ -185,6 +191,8 @@ def interrupts(options: argparse.Namespace) -> Iterator[Outcome]:
         number = (signal.SIGINT, signal.SIGTERM)[case // len(options.methods) % 2]
         folder, place = fresh("interrupts"), rng.uniform(0, EPOCHS)
         ended = struck(method, folder, place, number)
+        if ended is None:
+            continue
         told = ended.text.count("stopped: ") == 1 and "Traceback" not in ended.text
         outside = ended.code == -number and (not folder.exists() or lines_in(folder) == EPOCHS)  # before, or done
         fault = "" if outside or (told and ended.code == 128 + number) else f"{ended.code}: {ended.text[-1000:]!r}"
