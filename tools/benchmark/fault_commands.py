@@ -127,9 +127,11 @@ class Command:
         else:
             self.pid = os.fork()
             if self.pid == 0:
-                os.setsid()
+                os.setpgid(0, 0)
                 before()
                 _become(words, write, line)
+            with contextlib.suppress(OSError):  # both do it, so that neither has to wait for the other
+                os.setpgid(self.pid, self.pid)
         os.close(write)
         self.code: int | None = None
         self._stream, self._text = os.fdopen(read, "rb", buffering=0), b""
