@@ -25,7 +25,7 @@ bench: $(VENV)/ready
 
 # every project and its baseline, tuned, five seeds, as projects/studies.yaml says; hours on two cores, see there
 compare: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python tools/compare.py --studies --jobs 2 --results projects/results.jsonl \
+	OMP_NUM_THREADS=1 $(BIN)/python tools/compare.py --studies --jobs 2 --results projects/studies.jsonl \
 		--into projects/README.md --tables output/compare
 
 $(VENV)/ready: setup.py

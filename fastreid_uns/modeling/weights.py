@@ -103,9 +103,9 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9, head:
     if report.share < min_share:
         least = max(1, int(min_share * sum(map(_counts, targets))))
         for below in below_prefixes(state, least):
-            other = match(below)
-            if other[0].share > report.share:
-                found, (report, chosen) = below, other
+            candidate = match(below)
+            if candidate[0].share > report.share:
+                found, (report, chosen) = below, candidate
     report.source = source
     report.passed_over |= {f"{name} (whole)": "another part of the file" for name in others}
     report.passed_over |= {name: "renamed or dropped by the backbone's library" for name in sorted(names - set(state))}

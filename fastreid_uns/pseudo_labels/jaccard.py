@@ -91,16 +91,18 @@ def multi_scale_distance(
     Memory: O(N * max(k1)) beside the result, which holds more pairs the larger the neighbourhoods are. Time: one k-NN
     search for all of them.
     """
+    from scipy.sparse import csr_matrix
+
     sizes = sorted({min(k, len(feats)) for k in k1})
-    if sizes[0] < 2 or k2 < 1:
+    if min(sizes, default=0) < 2 or k2 < 1:
         raise InvalidValue(f"jaccard distance: k1 is {list(k1)} and k2 is {k2}; at least 2 and 1 are accepted.")
     sq, index = nearest_neighbours(feats, sizes[-1])
-    shared = None
+    shared = csr_matrix((len(feats), len(feats)), dtype=np.float32)
     for k in sizes:
         encoding = encode(feats, sq[:, :k], index[:, :k], k, min(k2, max(k // 3, 1)), lambda rows, distances: distances)
         one = encoding_distance(encoding, max_distance=max_distance)
         one.data = (1 - one.data) / len(sizes)
-        shared = one if shared is None else shared + one
+        shared = shared + one
     shared.sort_indices()
     shared.data = (1 - cosine) * (1 - shared.data) + (cosine * _cosine_distances(feats, shared) if cosine else 0)
     shared.data = np.minimum(np.round(shared.data * 2**20) / 2**20, 1 - 2.0**-20).astype(np.float32)

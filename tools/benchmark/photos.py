@@ -45,7 +45,8 @@ from measuring import FOLDER, ROOT
 
 SETS = ("cattely", "grocery", "omniglot", "person", "vehicle")
 ROWS = ("today", "start", "trained", "answers15", "answers50", "supervised", "identify")
-GENERATED = {"TRAIN_IDENTITIES": 60, "TRAIN_IMAGES": 1200, "TEST_IDENTITIES": 2, "QUERY_IMAGES": 2, "GALLERY_IMAGES": 4}
+GENERATED = {"TRAIN_IDENTITIES": 60, "TRAIN_IMAGES": 1200, "TEST_IDENTITIES": 2, "QUERY_IMAGES": 2}
+GENERATED |= {"GALLERY_IMAGES": 16, "DISTRACTORS": 0, "JUNK": 0}  # the training part alone is grouped
 GENERATED_SETS = {"person", "vehicle"}
 BEFORE = {"answers15": "trained", "answers50": "answers15"}  # rows that others go on from
 ROUND = 5  # answers after which the groups are made again
