@@ -195,7 +195,7 @@ def test_review_ends_with_what_the_answers_tell(place, tmp_path, monkeypatch, ca
 
 
 def test_serve_identifies_by_the_newest_groups(place):
-    newest = serve._Newest(PhotoRun(place / "out"))
+    newest = serve._Newest(PhotoRun(place / "out"), "cpu")
     content = (place / "photos" / "1 1.png").read_bytes()
     assert newest.identify(content)["answer"] in ("unsure", "new")
     assert newest.identify(content) == newest.identify(content)
