@@ -28,8 +28,7 @@ from fastreid_uns.photos.embed import (
 from fastreid_uns.photos.view_store import ViewStore
 from fastreid_uns.pseudo_labels.base import centroids
 from fastreid_uns.pseudo_labels.constraints import Constraints
-from fastreid_uns.pseudo_labels.jaccard import multi_scale_distance
-from fastreid_uns.pseudo_labels.linkage import Dendrogram, average_linkage
+from fastreid_uns.pseudo_labels.linkage import Dendrogram, average_linkage, multi_scale_distance
 from fastreid_uns.utils.precision import full_precision
 
 logger = logging.getLogger(__name__)

@@ -62,65 +62,6 @@ def jaccard_distance(feats: Tensor, k1: int = 30, k2: int = 6, *, max_distance: 
     return encoding_distance(reciprocal_encoding(feats, k1, k2), max_distance=max_distance)
 
 
-def multi_scale_distance(
-    feats: Tensor,
-    k1: Sequence[int] = (12, 25, 50),
-    k2: int = 6,
-    *,
-    cosine: float = 0.5,
-    max_distance: float = 0.98,
-) -> csr_matrix:
-    """Jaccard distances of several neighbourhood sizes and the cosine distance, averaged.
-
-    A small neighbourhood tells identities of few images apart, a large one holds together those of many; an average
-    needs no knowledge of how many images an identity has.
-
-    Args:
-        feats: (N, D) float, unit length.
-        k1: neighbours that vote, one number for each Jaccard distance; taken as N if there are fewer images.
-        k2: see `jaccard_distance`; at most a third of the neighbours that vote.
-        cosine: weight of 1 - cosine, cut to 0..1, in pairs that are near at any size; 0 leaves it out.
-        max_distance: pairs farther apart at a size have distance 1 there; four fifths of all pairs share that little.
-
-    Returns:
-        As `jaccard_distance`; pairs that are near at no size are absent, whatever their cosine.
-
-    Raises:
-        ValueError: as `jaccard_distance`.
-
-    Memory: O(N * max(k1)) beside the result, which holds more pairs the larger the neighbourhoods are. Time: one k-NN
-    search for all of them.
-    """
-    from scipy.sparse import csr_matrix
-
-    sizes = sorted({min(k, len(feats)) for k in k1})
-    if min(sizes, default=0) < 2 or k2 < 1:
-        raise InvalidValue(f"jaccard distance: k1 is {list(k1)} and k2 is {k2}; at least 2 and 1 are accepted.")
-    sq, index = nearest_neighbours(feats, sizes[-1])
-    shared = csr_matrix((len(feats), len(feats)), dtype=np.float32)
-    for k in sizes:
-        encoding = encode(feats, sq[:, :k], index[:, :k], k, min(k2, max(k // 3, 1)), lambda rows, distances: distances)
-        one = encoding_distance(encoding, max_distance=max_distance)
-        one.data = (1 - one.data) / len(sizes)
-        shared = shared + one
-    shared.sort_indices()
-    shared.data = (1 - cosine) * (1 - shared.data) + (cosine * _cosine_distances(feats, shared) if cosine else 0)
-    shared.data = np.minimum(np.round(shared.data * 2**20) / 2**20, 1 - 2.0**-20).astype(np.float32)
-    shared.setdiag(0)
-    return shared
-
-
-def _cosine_distances(feats: Tensor, pairs: csr_matrix, block: int = 1 << 18) -> np.ndarray:
-    """1 - cosine, cut to 0..1, of the entries of a matrix, in their order."""
-    rows, unit = pairs.tocoo().row, feats.detach().float()
-    found = np.empty(pairs.nnz, np.float32)
-    for start in range(0, pairs.nnz, block):
-        part = slice(start, start + block)
-        first, second = (torch.from_numpy(side[part]).to(unit.device) for side in (rows, pairs.indices))
-        found[part] = (1 - (unit[first] * unit[second]).sum(1)).clamp(0, 1).cpu().numpy()
-    return found
-
-
 def camera_jaccard_distance(
     feats: Tensor,
     cameras: Tensor,

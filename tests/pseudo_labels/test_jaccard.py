@@ -15,7 +15,6 @@ from fastreid_uns.pseudo_labels.jaccard import (
     encode,
     encoding_distance,
     jaccard_distance,
-    multi_scale_distance,
     reciprocal_encoding,
 )
 from fastreid_uns.pseudo_labels.search.exact import nearest_neighbours
@@ -225,25 +224,3 @@ def test_thread_count_changes_no_bit(limit):
 def test_k_out_of_range(k1, k2):
     with pytest.raises(ValueError, match=rf"k1 is {k1} and k2 is {k2}; k1 must be at least 2 and k2 at least 1"):
         jaccard_distance(random_feats(40, 4), k1, k2)
-
-
-@pytest.mark.parametrize("cosine", [0.0, 0.3])
-def test_several_sizes_are_the_mean_of_dense_distances_and_the_cosine(cosine):
-    feats = random_feats(40, 8)
-    double = feats.double().numpy()
-    jaccards = [dense_oracle.jaccard(double, k1, k2) for k1, k2 in ((4, 1), (9, 3))]  # k2 is at most a third of k1
-    mean = sum(np.where(one > 0.9, 1, one) for one in jaccards) / 2
-    apart = mean > 1 - 1e-6
-    assert 0 < apart.sum() < 40 * 39
-    expected = np.where(apart, 1, (1 - cosine) * mean + cosine * np.clip(1 - double @ double.T, 0, 1))
-    np.fill_diagonal(expected, 0)
-    found = multi_scale_distance(feats, (9, 4), 3, cosine=cosine, max_distance=0.9)
-    np.testing.assert_allclose(dense(found), expected, atol=3e-6, rtol=0)
-    assert (abs(found - found.T) > 2**-19).nnz == 0
-
-
-def test_several_sizes_are_those_that_a_small_set_has():
-    feats = torch.eye(3)
-    assert (multi_scale_distance(feats, (12, 25, 50)) != multi_scale_distance(feats, (3,))).nnz == 0
-    with pytest.raises(ValueError, match=r"k1 is \[1\] and k2 is 6; at least 2 and 1 are accepted"):
-        multi_scale_distance(feats, (1,))

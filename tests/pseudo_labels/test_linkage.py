@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +15,11 @@ from scipy.sparse import csr_matrix
 from scipy.spatial.distance import squareform
 
 from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
-from fastreid_uns.pseudo_labels.linkage import AverageLinkageLabels, average_linkage
+from fastreid_uns.pseudo_labels.linkage import AverageLinkageLabels, average_linkage, multi_scale_distance
 from fastreid_uns.structures import FeatureBank, NoClusters
+
+sys.path.insert(0, str(Path(__file__).parent))
+import dense_oracle
 
 
 def sparse(dense: np.ndarray) -> csr_matrix:
@@ -148,3 +153,28 @@ def test_twenty_thousand_images_take_less_than_a_minute():
     pseudo = AverageLinkageLabels()(FeatureBank(feats, torch.zeros(20_000)), 0)
     assert time.perf_counter() - begin < 60
     assert 900 < pseudo.num_clusters < 1200
+
+
+@pytest.mark.parametrize("cosine", [0.0, 0.3])
+def test_several_sizes_are_the_mean_of_dense_distances_and_the_cosine(cosine):
+    feats = F.normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)))
+    double = feats.double().numpy()
+    jaccards = [dense_oracle.jaccard(double, k1, k2) for k1, k2 in ((4, 1), (9, 3))]  # k2 is at most a third of k1
+    mean = sum(np.where(one > 0.9, 1, one) for one in jaccards) / 2
+    apart = mean > 1 - 1e-6
+    assert 0 < apart.sum() < 40 * 39
+    expected = np.where(apart, 1, (1 - cosine) * mean + cosine * np.clip(1 - double @ double.T, 0, 1))
+    np.fill_diagonal(expected, 0)
+    found = multi_scale_distance(feats, (9, 4), 3, cosine=cosine, max_distance=0.9)
+    distances = np.ones((40, 40))
+    distances[found.nonzero()] = found.data[found.data > 0]
+    np.fill_diagonal(distances, 0)
+    np.testing.assert_allclose(distances, expected, atol=3e-6, rtol=0)
+    assert (abs(found - found.T) > 2**-19).nnz == 0
+
+
+def test_several_sizes_are_those_that_a_small_set_has():
+    feats = torch.eye(3)
+    assert (multi_scale_distance(feats, (12, 25, 50)) != multi_scale_distance(feats, (3,))).nnz == 0
+    with pytest.raises(ValueError, match=r"k1 is \[1\] and k2 is 6; at least 2 and 1 are accepted"):
+        multi_scale_distance(feats, (1,))
