@@ -197,3 +197,36 @@ class DBSCANLabels(PseudoLabelGenerator):
             f"PSEUDO_LABELS: every one of {n:,} images is an outlier at EPS {self.eps:.2f}; the {ordinal} nearest "
             f"distance, counting the image itself, has median {median:.2f}. Raise EPS or lower MIN_SAMPLES."
         )
+
+
+@PSEUDO_LABEL_REGISTRY.register()
+class CameraJaccardLabels(DBSCANLabels):
+    """`DBSCANLabels` over the camera-aware distance, under a name of its own.
+
+    Args:
+        eps, min_samples, k1_intra, k1_inter, k2_intra, k2_inter, k2_first, outliers: see `DBSCANLabels`.
+    """
+
+    def __init__(
+        self,
+        *,
+        eps: float = 0.6,
+        min_samples: int = 4,
+        k1_intra: int = 5,
+        k1_inter: int = 20,
+        k2_intra: int = 2,
+        k2_inter: int = 4,
+        k2_first: int = 3,
+        outliers: str = "drop",
+    ) -> None:
+        super().__init__(
+            eps=eps,
+            min_samples=min_samples,
+            distance="camera_jaccard",
+            k1_intra=k1_intra,
+            k1_inter=k1_inter,
+            k2_intra=k2_intra,
+            k2_inter=k2_inter,
+            k2_first=k2_first,
+            outliers=outliers,
+        )
