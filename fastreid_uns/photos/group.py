@@ -51,7 +51,7 @@ class Settings:
         views: of each photo, itself included.
         adaptation: the training; `steps` 0 trains nothing.
         threshold: average distance up to which groups are merged.
-        strict: the same for groups that hold few photos of other individuals, whose photos training draws together.
+        positives: the same for the smaller groups whose photos are each other's positives in training.
         k1, k2, cosine: of `multi_scale_distance`; see `for_count`.
         amp: precision of the stages that are not trained: `auto` takes bfloat16 where the processor is faster in it,
             so that groups may differ a little between processors; `none` float32.
@@ -61,7 +61,7 @@ class Settings:
     views: int = 4
     adaptation: Adaptation = field(default_factory=Adaptation)
     threshold: float = 0.8
-    strict: float = 0.7
+    positives: float = 0.7
     k1: tuple[int, ...] = (12, 25, 50)
     k2: int = 6
     cosine: float = 0.5
@@ -182,7 +182,7 @@ def _fitted(stages: Stages, pooled: Tensor) -> Tensor:
 
 def positive_groups(feats: Tensor, settings: Settings, constraints: Constraints | None = None) -> Tensor:
     """(N,) int64 groups that hold few photos of other individuals, but not all of their own."""
-    return torch.from_numpy(cluster(feats, replace(settings, threshold=settings.strict), constraints).labels)
+    return torch.from_numpy(cluster(feats, replace(settings, threshold=settings.positives), constraints).labels)
 
 
 def _reduced(stages: Stages, pooled: Tensor) -> Tensor:
