@@ -27,6 +27,7 @@ LAYERS = (
     {"photos", "hub", "experiments"},
     {"builtin"},
     {"commands"},
+    {"__main__"},
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 

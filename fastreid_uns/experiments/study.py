@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def _study(name: str, content: Mapping[str, Any], root: Path) -> Study:
     source = content["STUDIES"][tuned_on]
     how = Tuning(tuned_on, _overrides(source), source["TRIALS"], content["TRIAL_SEED"], content["HOLD_OUT"])
     rows = [Row(UNTRAINED, f"configs/{own['CONFIG']}.yaml", "untrained", {})]
-    for row, config, kind in _trained(own["CONFIG"], root):
+    for row, config, kind in _trained(own["CONFIG"], root, content.get("WITHOUT", ())):
         shared = {key: values for key, values in source["GRID"].items() if kind != "supervised" or "PSEUDO" not in key}
         grid = {**shared, **content["ROWS"].get(row, {})}
         rows.append(Row(row, config, kind, {key: values for key, values in grid.items() if values is not None}))
@@ -155,11 +155,15 @@ def _overrides(section: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{key}={_typed(value)}" for key, value in section["OVERRIDES"].items())
 
 
-def _trained(config: str, root: Path) -> Iterator[tuple[str, str, str]]:
-    """Name, config and kind of the core's rows and of each project's, as far as it has configs for the set."""
+def _trained(config: str, root: Path, without: Collection[str]) -> Iterator[tuple[str, str, str]]:
+    """Name, config and kind of the core's rows and of each project's, as far as it has configs for the set.
+
+    Args:
+        without: projects that are left out.
+    """
     yield CORE, f"configs/{config}.yaml", "unsupervised"
     yield SUPERVISED, f"configs/{config}.yaml", "supervised"
-    for project in sorted(path.parent.name for path in root.glob("projects/*/configs")):
+    for project in sorted({path.parent.name for path in root.glob("projects/*/configs")}.difference(without)):
         for name, ending in ((project, ""), (project + BASELINE, "_baseline")):
             file = f"projects/{project}/configs/{config}{ending}.yaml"
             if (root / file).is_file():

@@ -100,6 +100,7 @@ def test_every_project_is_in_the_shipped_studies_with_its_baseline_and_the_same_
     for one in read_studies(FILE):
         config = Path(one.rows[0].config).name  # a project that reads cameras has none for a set without them
         projects = {path.parents[1].name for path in ROOT.glob(f"projects/*/configs/{config}")}
+        projects -= {"PASS", "PCLCLIP", "TransReIDSSL"}  # WITHOUT
         expected = {"untrained", "core", "supervised", *projects, *(f"{name} baseline" for name in projects)}
         assert {row.name for row in one.rows} == expected, one.name
         assert projects
