@@ -15,7 +15,7 @@ slow: $(VENV)/ready
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/mypy
 
 bench: $(VENV)/ready

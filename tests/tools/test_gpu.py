@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools/benchmark"))
+import gpu
 import measuring
 import memory
-
-import gpu
 
 
 @pytest.fixture
