@@ -7,10 +7,9 @@ Every part that looks at a picture reads it here.
 * Grey, palette, CMYK, YCbCr, Lab and 1-bit pictures: as Pillow converts them to RGB.
 * Colour profile of an RGB or CMYK picture: converted to sRGB; one that calls itself sRGB or is damaged changes nothing.
 * Several frames or pages: the first one.
-* More than 8 bits, or floating point: `to_eight_bits` says by which rule.
+* More than 8 bits, or floating point: `depth.to_eight_bits` says by which rule, for grey and colour alike.
 
-An 8-bit RGB JPEG without an orientation tag keeps its pixels bit for bit. Of colour files of 16 bits Pillow gives the
-upper 8 alone; where these are nearly black, because the file holds 12 or 14 bits, it is refused.
+An 8-bit RGB JPEG without an orientation tag keeps its pixels bit for bit.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError, features
 
+from fastreid_uns.data.depth import Refused, bits_not_read, colour_by_largest_value, deep_colour_file, to_eight_bits
 from fastreid_uns.errors import InvalidValue, MissingFile
 from fastreid_uns.utils.paths import path_manager, printable
 
@@ -47,6 +47,7 @@ _UPRIGHT = {
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+_HEAD = 2**20  # bytes of a file that no format claims, which are looked at to say what it is
 _REMEDY = "Replace it, or leave it out."
 # what Pillow and its codecs raise for files that are no image, broken or cut off
 _BROKEN = (
@@ -90,16 +91,12 @@ class UnreadableImage(InvalidValue):
         return f"{self.where}: {self.cause}. {self.remedy}" if self.cause else self.where
 
 
-class _Refused(ValueError):
-    """Cause and remedy, where the name is not known."""
-
-
 def read_image(source: Any, name: str = "") -> Image.Image:
     """An RGB picture as a viewer shows it.
 
     Args:
         source: a path, the bytes of a file, a Pillow image, or an array of shape (H,W), (H,W,1), (H,W,3) or (H,W,4):
-            grey, RGB or RGB and alpha, of any type that `to_eight_bits` accepts. It is not changed.
+            grey, RGB or RGB and alpha, of any type that `depth.to_eight_bits` accepts. It is not changed.
         name: of the picture in messages, where `source` is no path.
 
     Returns:
@@ -110,11 +107,9 @@ def read_image(source: Any, name: str = "") -> Image.Image:
         UnreadableImage: it is no picture, damaged, empty, too large, or its values cannot be mapped.
     """
     with _opened(source, name) as image:
-        deep_colour = _is_deep_colour(image)
+        file = deep_colour_file(image)
         image.load()  # TIFF files are upright after it, and the tags of PNG may come last
-        if deep_colour:
-            _refuse_lower_bits(image)
-        rgb = _as_rgb(image)
+        rgb = _as_rgb(colour_by_largest_value(image, file) if file else image)
         turn = _UPRIGHT.get(_orientation(image))
         return rgb if turn is None else rgb.transpose(turn)
 
@@ -146,72 +141,34 @@ def read_size(source: Any, name: str = "") -> tuple[int, int]:
         return (width, height) if _orientation(image, header_only=True) >= 5 else (height, width)
 
 
-def to_eight_bits(values: np.ndarray) -> np.ndarray:
-    """Values of any depth as uint8; the largest one of the picture decides what they mean.
-
-    | type | largest value | read as | becomes |
-    |---|---|---|---|
-    | bool | | off, on | 0, 255 |
-    | integer | up to 255 | 8 bits | the value |
-    | integer | up to 4095 | 12 bits (many cameras write them into files of 16) | value >> 4 |
-    | integer | up to 16383 | 14 bits (thermal cameras, raw data) | value >> 6 |
-    | integer | up to 65535 | 16 bits | value >> 8, as Pillow reads colour pictures of 16 bits |
-    | integer | above | as many bits as it takes | the upper 8 |
-    | floating point | up to 1.1 | 0..1 | rounded value * 255 |
-    | floating point | up to 280 | 0..255 | the rounded value |
-    | floating point | above | as integers | as integers |
-
-    Floating-point values may overshoot by a tenth at either end, as resizing filters do; they are clipped.
-
-    Args:
-        values: any shape, at least one value.
-
-    Raises:
-        ValueError: negative values, NaN or infinite ones, or a type that is no number.
-    """
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype == np.bool_:
-        return values * np.uint8(255)
-    if values.dtype.kind not in "iuf":
-        raise _Refused(f"the values are of type {values.dtype}", "Pass integers, floating-point numbers or booleans.")
-    real = values.dtype.kind == "f"
-    low, high = values.min(), values.max()
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise _Refused("some values are NaN or infinite", "Replace them by numbers, or leave it out.")
-    top = 1.0 if real and high <= 1.1 else 255.0
-    if low < (-0.1 * max(1.0, high) if real else 0):
-        raise _Refused(
-            f"the values run from {low:.4g} to {high:.4g}, and none may be negative",
-            "Do not normalise them; map them to 0..1 or 0..255.",
-        )
-    if high <= (1.1 * top if real else 255):
-        return np.rint(np.clip(values * (255 / top) if real else values, 0, 255)).astype(np.uint8)
-    bits = next((depth for depth in (12, 14, 16) if high < 2**depth), int(high).bit_length())
-    return (np.clip(values, 0, None) // 2 ** (bits - 8)).astype(np.uint8)
-
-
 @contextmanager
 def _opened(source: Any, name: str) -> Iterator[Image.Image]:
     """A Pillow image of the source, header read; what goes wrong under it is told with the name of the picture."""
-    head = b""
     try:
         if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
-            with _stream(source) as stream:
-                head = stream.peek()[:64]
-                with Image.open(stream, formats=_formats()) as image:
-                    yield image
+            with _stream(source) as stream, _identified(stream) as image:
+                yield image
         elif isinstance(source, np.ndarray):
             yield _from_array(source)
         elif isinstance(source, Image.Image):
             _check_sides(*source.size)
             yield source
         else:
-            raise _Refused(f"{_kind(source)} is no picture", "Pass a path, bytes, a Pillow image or an array.")
+            raise Refused(f"{_kind(source)} is no picture", "Pass a path, bytes, a Pillow image or an array.")
     except FileNotFoundError:
         raise MissingFile(f"{_where(source, name)}: there is no such file. Check the path.") from None
     except _BROKEN as error:
-        raise UnreadableImage(_where(source, name), *_cause(error, head)) from error
+        raise UnreadableImage(_where(source, name), *_cause(error)) from error
+
+
+def _identified(stream: io.BufferedReader) -> Image.Image:
+    """The picture of a file, header read; what is none is refused with what it is instead."""
+    try:
+        return Image.open(stream, formats=_formats())
+    except UnidentifiedImageError:
+        stream.seek(0)
+        head = stream.read(_HEAD)
+        raise Refused(*(bits_not_read(head) or _what_instead(head[:64]))) from None
 
 
 def _where(source: object, name: str) -> str:
@@ -232,7 +189,7 @@ def _stream(source: str | os.PathLike[str] | bytes | bytearray | memoryview) -> 
     local = path_manager.get_local_path(os.fspath(source))
     mode = os.stat(local).st_mode
     if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
-        raise _Refused(f"this is {_KINDS.get(stat.S_IFMT(mode), 'a device')}, no file", _REMEDY)
+        raise Refused(f"this is {_KINDS.get(stat.S_IFMT(mode), 'a device')}, no file", _REMEDY)
     return open(local, "rb")
 
 
@@ -246,14 +203,14 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
-        raise _Refused(f"an array {array.shape}; (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) is accepted", "Reshape it.")
+        raise Refused(f"an array {array.shape}; (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) is accepted", "Reshape it.")
     _check_sides(array.shape[1], array.shape[0])
     return Image.fromarray(np.ascontiguousarray(to_eight_bits(array)))
 
 
 def _check_sides(width: int, height: int) -> None:
     if width < 1 or height < 1:
-        raise _Refused(f"the picture is empty ({height} x {width} pixels)", "Leave it out, or crop it again.")
+        raise Refused(f"the picture is empty ({height} x {width} pixels)", "Leave it out, or crop it again.")
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -291,23 +248,6 @@ def _to_srgb(profile: bytes, space: str) -> Any:
         return None
 
 
-def _is_deep_colour(image: Image.Image) -> bool:
-    """Whether it is a colour file of 16 bits, not loaded yet, of which Pillow will give the upper 8."""
-    raw = (str(part) for _, _, _, args in getattr(image, "tile", ()) for part in np.atleast_1d(args)[:1])
-    return image.mode in ("RGB", "RGBA", "LA") and any(";16" in mode for mode in raw)
-
-
-def _refuse_lower_bits(image: Image.Image) -> None:
-    """Refuse a loaded picture of `_is_deep_colour` that is nearly black because the upper 8 bits are hardly in use."""
-    top = int(np.max(image.convert("RGB").getextrema()))
-    if top < 2**6:
-        raise _Refused(
-            f"its colours have 16 bits of which the lower {8 + top.bit_length()} alone are in use, and only the upper "
-            f"8 are read",
-            "Convert it to 8 bits.",
-        )
-
-
 def _deep_as_rgb(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     gray = to_eight_bits(values)
@@ -334,15 +274,13 @@ def _orientation(image: Image.Image, header_only: bool = False) -> int:
     return value if value in _UPRIGHT else 1
 
 
-def _cause(error: BaseException, head: bytes) -> tuple[str, str]:
+def _cause(error: BaseException) -> tuple[str, str]:
     """What to say of an error: cause and remedy."""
-    if isinstance(error, _Refused):
+    if isinstance(error, Refused):
         return error.args[0], error.args[1]
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         return f"the picture is too large; at most {most:,} pixels are accepted", "Make it smaller, or leave it out."
-    if isinstance(error, UnidentifiedImageError):
-        return _what_instead(head)
     if isinstance(error, OSError) and error.strerror:
         return f"the file cannot be read ({error.strerror})", _REMEDY
     return f"the picture is damaged or cut off ({str(error) or type(error).__name__})", _REMEDY

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from fastreid_uns.engine.run_folder import RunFolder
-from fastreid_uns.engine.signals import Ending, ending_at_signals
 from fastreid_uns.errors import FailedElsewhere, InvalidState, UserError
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
 
 _LOST = 3
+_INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,6 +60,7 @@ def default_setup(cfg: Any, args: Any) -> None:
         ValueError, RuntimeError: the folder holds a run and neither flag is set; it cannot be written; no such device.
     """
     from fastreid_uns.engine.log import setup_logging
+    from fastreid_uns.engine.run_folder import RunFolder
     from fastreid_uns.utils import comm
 
     comm.init_from_environment(cfg.MODEL.DEVICE, cfg.DISTRIBUTED.TIMEOUT_MINUTES)
@@ -93,7 +90,7 @@ def launch(main: Callable[..., T], num_gpus: int = 1, args: Sequence[Any] = ()) 
         except UserError as error:
             _fail(error, str(error))
         except KeyboardInterrupt:  # before there was any other process; later torchrun passes it on
-            raise SystemExit(128 + signal.SIGINT) from None
+            raise SystemExit(_INTERRUPTED) from None
         return None
     return run_command(main, *args)
 
@@ -111,6 +108,8 @@ def run_command(main: Callable[..., T], *args: Any, last_line: Callable[[], str 
         SystemExit: 2 after a `UserError`, 3 where another process of the run is gone, 130 after Ctrl-C, 143 after
             SIGTERM.
     """
+    from fastreid_uns.engine.signals import Ending, ending_at_signals
+
     ending = Ending(last_line or _how_to_go_on)
     with ending_at_signals(ending):
         try:
@@ -128,7 +127,9 @@ def run_command(main: Callable[..., T], *args: Any, last_line: Callable[[], str 
 
 def _fail(error: Exception, message: str, code: int = 2) -> NoReturn:
     """One line, and the exit code."""
-    logger.debug("error: %s", message, exc_info=error)
+    import logging
+
+    logging.getLogger(__name__).debug("error: %s", message, exc_info=error)
     if not isinstance(error, FailedElsewhere) and _is_first_to_say(message):
         sys.stderr.write(f"error: {_one_line(message)}\n")
     raise SystemExit(code) from None
@@ -157,6 +158,8 @@ def _how_to_go_on() -> str | None:
     """The last line of an interrupted command; one process speaks for all."""
     if os.environ.get("RANK", "0") != "0":
         return None
+    from fastreid_uns.engine.run_folder import RunFolder
+
     run = RunFolder.current
     return f"stopped: {run.how_to_go_on()}" if run else "stopped: nothing was begun; start the same command again."
 
@@ -172,6 +175,8 @@ def _lost_a_process(error: RuntimeError) -> bool:
 
 def _run_again(count: int) -> None:
     """This command line once for each process, and one line if one of them fails without a word."""
+    import logging
+
     program = _this_program()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which says so in five lines
     from torch.distributed import run as torchrun
@@ -197,6 +202,8 @@ def _code_of(codes: Mapping[int, int], count: int) -> int:
         codes: exit code by rank, or minus the number of a signal; those that torchrun has ended are among them.
         count: of all processes.
     """
+    import signal
+
     told = [code for code in codes.values() if 0 < code < 128 and code != _LOST]
     killed = {rank: -code for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
     if told or not killed:

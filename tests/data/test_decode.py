@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pickle
@@ -19,8 +20,8 @@ from fastreid_uns.data.decode import (
     read_image,
     read_pixels,
     read_size,
-    to_eight_bits,
 )
+from fastreid_uns.data.depth import to_eight_bits
 from fastreid_uns.errors import InvalidValue, MissingFile, UserError
 
 ORIENTATION = 274
@@ -320,36 +321,94 @@ def png_of_sixteen_bits(values):
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def tiff_of_sixteen_bits(values):
-    """Little endian, one strip, not compressed; values (H,W,3)."""
+def tiff_of_colour(values, order="<", bits=16, compressed=False, planes=False):
+    """Pillow cannot write it; values (H,W,3), one strip for the picture or for each of its planes."""
     height, width, _ = values.shape
-    data = values.astype("<u2").tobytes()
-    short, long = 3, 4
-    count = 9
-    after = 8 + 2 + 12 * count + 4
+    parts = [values[..., i] for i in range(3)] if planes else [values]
+    strips = [part.astype(f"{order}u{bits // 8}").tobytes() for part in parts]
+    strips = [zlib.compress(strip) for strip in strips] if compressed else strips
+    short, long, entries, count = 3, 4, 10, len(strips)
+    depths = 8 + 2 + 12 * entries + 4
+    places = depths + 2 * 3
+    sizes = places + 4 * count
+    starts = [sizes + 4 * count + sum(map(len, strips[:i])) for i in range(count)]
     tags = [
         (256, short, 1, width),
         (257, short, 1, height),
-        (258, short, 3, after),
-        (259, short, 1, 1),
+        (258, short, 3, depths),
+        (259, short, 1, 8 if compressed else 1),
         (262, short, 1, 2),
-        (273, long, 1, after + 6),
+        (273, long, count, places if count > 1 else starts[0]),
         (277, short, 1, 3),
         (278, short, 1, height),
-        (279, long, 1, len(data)),
+        (279, long, count, sizes if count > 1 else len(strips[0])),
+        (284, short, 1, 2 if planes else 1),
     ]
-    table = b"".join(struct.pack("<HHII", *tag) for tag in tags)
-    return b"II*\0" + struct.pack("<IH", 8, count) + table + bytes(4) + struct.pack("<HHH", 16, 16, 16) + data
+    forms = {(short, 1): "HHIHxx", (short, 3): "HHII", (long, 1): "HHII", (long, 3): "HHII"}
+    table = b"".join(struct.pack(order + forms[tag[1], tag[2]], *tag) for tag in tags)
+    numbers = [*starts, *map(len, strips)]
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, entries) + table + bytes(4)
+    return head + struct.pack(f"{order}3H{2 * count}I", bits, bits, bits, *numbers) + b"".join(strips)
 
 
-@pytest.mark.parametrize("encode", [png_of_sixteen_bits, tiff_of_sixteen_bits])
-def test_colour_of_sixteen_bits(encode):
-    deep = noise(5, 4, 3, high=2**16, dtype=np.uint16)
-    deep[0, 0, 0] = 65535
-    assert np.array_equal(read(encode(deep)), deep >> 8)
-    for bits in (12, 14):
-        with pytest.raises(UnreadableImage, match=rf"16 bits of which the lower {bits} alone .*Convert it to 8 bits"):
-            read(encode(deep >> (16 - bits)))
+def ppm_of_sixteen_bits(values):
+    return b"P6 %d %d 65535\n" % (values.shape[1], values.shape[0]) + values.astype(">u2").tobytes()
+
+
+DEEP_FILES = {
+    "png": png_of_sixteen_bits,
+    "tiff": tiff_of_colour,
+    "big endian tiff": functools.partial(tiff_of_colour, order=">"),
+    "compressed tiff": functools.partial(tiff_of_colour, compressed=True),
+    "ppm": ppm_of_sixteen_bits,
+}
+
+
+def deep_colour(bits: int, channels: int = 3) -> np.ndarray:
+    values = noise(5, 4, channels, high=2**bits, dtype=np.uint16)
+    values[0, 0, 0] = 2**bits - 1
+    return values
+
+
+@pytest.mark.parametrize("encode", DEEP_FILES.values(), ids=DEEP_FILES)
+@pytest.mark.parametrize("bits", [8, 12, 14, 16])
+def test_colour_files_of_sixteen_bits_follow_the_same_rule(encode, bits):
+    values = deep_colour(bits)
+    rounding = 1 if encode is ppm_of_sixteen_bits and bits == 16 else 0  # Pillow scales its values
+    assert np.abs(read(encode(values)).astype(int) - (values >> (bits - 8))).max() <= rounding
+
+
+def test_a_picture_that_pillow_has_not_loaded_follows_it_too():
+    values = deep_colour(12)
+    assert np.array_equal(read(Image.open(io.BytesIO(png_of_sixteen_bits(values)))), values >> 4)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_alpha_has_a_depth_of_its_own(channels):
+    values = deep_colour(12, channels)
+    values[..., -1] = 65535
+    colours = np.repeat(values[..., :1], 3, axis=2) if channels == 2 else values[..., :3]
+    assert np.array_equal(read(png_of_sixteen_bits(values)), colours >> 4)
+    values[1, 1, -1] = 0
+    assert read(png_of_sixteen_bits(values))[1, 1].tolist() == [*WHITE]
+
+
+def test_colour_files_whose_depth_cannot_be_read():
+    apart = functools.partial(tiff_of_colour, planes=True)
+    assert "a plane of its own with 16 bits, which is not read. Convert it to 8 bits" in refusal(apart(deep_colour(16)))
+    assert np.array_equal(read(apart(deep_colour(16), compressed=True)), deep_colour(16) >> 8)
+    assert "16 bits of which the lower 12 alone are in use" in refusal(apart(deep_colour(12), compressed=True))
+    assert "have 32 bits each, which Pillow does not read in a TIFF" in refusal(
+        tiff_of_colour(deep_colour(16), bits=32)
+    )
+    plain = b"P3 4 5 65535\n" + b" ".join(b"%d" % value for value in deep_colour(14).ravel())
+    assert "16 bits of which the lower" in refusal(plain)
+
+
+def test_jpeg_files_of_twelve_bits():
+    start, frame = b"\xff\xd8\xff\xe0\0\x04ab", struct.pack(">HHBHHB", 0xFFC1, 17, 12, 16, 16, 3)
+    message = refusal(start + frame + bytes([1, 0x22, 0, 2, 0x11, 1, 3, 0x11, 1]))
+    assert "its colours have 12 bits each, which Pillow does not read in a JPEG file. Convert it to 8 bits." in message
 
 
 def test_one_transparent_value_of_sixteen_bits():
