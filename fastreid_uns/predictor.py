@@ -24,6 +24,7 @@ from fastreid_uns.published import WEIGHTS as PUBLISHED
 from fastreid_uns.structures import Record
 from fastreid_uns.utils.checkpoint import last_checkpoint, load_checkpoint, load_model
 from fastreid_uns.utils.paths import path_manager
+from fastreid_uns.utils.places import expanded
 
 
 class FeatureExtractor:
@@ -139,7 +140,7 @@ class FeatureExtractor:
         Args:
             images: a path, a folder (all images below it, in order of path), a Pillow image, an array, the bytes of a
                 file, or a list of these; arrays are grey, RGB or RGB with alpha (OpenCV reads BGR: pass
-                `array[..., ::-1]`), of any size and of the types that `decode.to_eight_bits` accepts. Or one tensor
+                `array[..., ::-1]`), of any size and of the types that `depth.to_eight_bits` accepts. Or one tensor
                 (B,3,H,W) of the encoder's size, uint8 or float in 0..1, not normalised.
 
         Returns:
@@ -195,11 +196,12 @@ def list_images(path: str | Path) -> list[str]:
     Raises:
         FileNotFoundError: there is nothing, or no image below the folder.
     """
-    if path_manager.isdir(str(path)):
-        return [record.path for record in images_below(root=str(path)).train]
-    if not path_manager.isfile(str(path)):
-        raise MissingFile(f"{path}: no such image or folder. Check the path.")
-    return [str(path)]
+    place = expanded(str(path))
+    if path_manager.isdir(place):
+        return [record.path for record in images_below(root=place).train]
+    if not path_manager.isfile(place):
+        raise MissingFile(f"{place}: no such image or folder. Check the path.")
+    return [place]
 
 
 def find_checkpoint(path: str | Path) -> str:
@@ -214,9 +216,10 @@ def find_checkpoint(path: str | Path) -> str:
     """
     if str(path).startswith(HUB):
         return str(fetch_published(str(path)))
-    if is_published(path):
-        return str(Path(path) / PUBLISHED)
-    return str(last_checkpoint(Path(path))) if path_manager.isdir(str(path)) else str(path)
+    place = expanded(str(path))
+    if is_published(place):
+        return str(Path(place) / PUBLISHED)
+    return str(last_checkpoint(Path(place))) if path_manager.isdir(place) else place
 
 
 def load_run(path: str | Path, *, trust: bool = False, plugins: Sequence[str] = ()) -> tuple[dict[str, Any], MetaArch]:

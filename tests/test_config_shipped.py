@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from fastreid_uns.config import load_config
-from fastreid_uns.config.shipped import shipped_configs, shipped_root
+from fastreid_uns.config.shipped import shipped_configs
+from fastreid_uns.utils.places import shipped_root
 
 ROOT = Path(__file__).parents[1]
 MARKET = "projects/ACFL/configs/market.yaml"

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from fastreid_uns.commands import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 IMPORT = ["-c", "import fastreid_uns"]
 PACKAGES = ["-c", "import fastreid_uns.engine, fastreid_uns.data, fastreid_uns.modeling, fastreid_uns.evaluation"]
+HEAVY = {"torch", "numpy", "numba", "yaml", "PIL", "scipy", "iopath", "fvcore", "logging", "multiprocessing"}
 HELP = [str(ROOT / "tools/train_net.py"), "--help"]
 
 
@@ -32,7 +35,22 @@ def test_nothing_heavy_is_imported(arguments):
     )
     modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "fastreid_uns" in modules or "argparse" in modules
-    assert not modules & {"torch", "numpy", "numba", "yaml", "PIL", "scipy"}
+    assert not modules & HEAVY
+
+
+def test_help_of_every_command_imports_little():
+    """In one process, one after the other."""
+    code = (
+        "import contextlib, sys\n"
+        "from fastreid_uns.commands import COMMANDS, main\n"
+        "for command in COMMANDS:\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        main([command, '--help'])\n"
+        "print(*sys.modules, file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.count("usage: ") == len(COMMANDS)
+    assert not set(done.stderr.split()) & HEAVY
 
 
 @pytest.mark.parametrize("package", ["", ".engine", ".data", ".modeling", ".evaluation"])

@@ -79,9 +79,11 @@ def show_photos(records, folder: Path) -> None:
 
 
 def main() -> None:
+    from fastreid_uns.utils.places import path_of
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-file", default=str(ROOT / "configs/quickstart.yaml"))
-    parser.add_argument("--output", default="output/demo")
+    parser.add_argument("--output", type=path_of, default="output/demo")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE")
     arguments = parser.parse_intermixed_args()
 
@@ -94,7 +96,7 @@ def main() -> None:
     from fastreid_uns.evaluation.retrieval import retrieve
     from fastreid_uns.registry import DATASET_REGISTRY
 
-    folder = Path(arguments.output)
+    folder = arguments.output
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     setup_logging(folder)

@@ -21,10 +21,14 @@ sys.path.insert(0, str(ROOT))
 
 def main() -> int:
     """The exit code of `compare`."""
+    from fastreid_uns.utils.places import path_of
+
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("archives", type=Path, help="folder of the archives")
-    parser.add_argument("--output", type=Path, default=Path("output/evidence"), help="folder of runs.jsonl and tables")
-    parser.add_argument("--work", type=Path, default=Path("output/compare"), help="folder of logs and pixels")
+    parser.add_argument("archives", type=path_of, help="folder of the archives")
+    parser.add_argument(
+        "--output", type=path_of, default=Path("output/evidence"), help="folder of runs.jsonl and tables"
+    )
+    parser.add_argument("--work", type=path_of, default=Path("output/compare"), help="folder of logs and pixels")
     parser.add_argument("--minutes", type=float, default=4.0, help="from now on; no run starts after them")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="runs at a time")
     parser.add_argument("--studies", nargs="*", default=[], help="of projects/studies.yaml; none = all")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from fastreid_uns.commands import finished
+from fastreid_uns.utils.places import path_of
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line of `add`."""
     parser = argparse.ArgumentParser(prog="fastreid-uns add", description=__doc__)
-    parser.add_argument("output", type=Path, metavar="OUT", help="folder that `group` wrote")
-    parser.add_argument("photos", type=Path, metavar="MORE_PHOTOS", help="folder of further photos")
+    parser.add_argument("output", type=path_of, metavar="OUT", help="folder that `group` wrote")
+    parser.add_argument("photos", type=path_of, metavar="MORE_PHOTOS", help="folder of further photos")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     return parser.parse_args(arguments)
 

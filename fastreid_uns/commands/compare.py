@@ -19,6 +19,7 @@ from typing import Any
 
 from fastreid_uns.commands import finished
 from fastreid_uns.errors import InvalidValue
+from fastreid_uns.utils.places import path_of
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, whose READMEs hold the tables
 
@@ -30,7 +31,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("configs", nargs="*", help="YAML files, relative to the checkout")
     parser.add_argument("--studies", nargs="*", metavar="NAME", help="instead of configs: these studies; none = all")
-    parser.add_argument("--study-file", type=Path, default=ROOT / "projects/studies.yaml")
+    parser.add_argument("--study-file", type=path_of, default=ROOT / "projects/studies.yaml")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of configs")
     parser.add_argument(
@@ -42,10 +43,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys changed in every run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out among them")
     parser.add_argument("--hold-out", type=float, default=0.0, help="fraction of the training identities to score on")
-    parser.add_argument("--output", type=Path, default=Path("output/compare"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, help="file of the finished runs (OUTPUT/runs.jsonl)")
-    parser.add_argument("--tables", type=Path, help="folder for the tables as Markdown, CSV and LaTeX")
-    parser.add_argument("--into", type=Path, help="Markdown file whose marked part becomes the tables")
+    parser.add_argument("--output", type=path_of, default=Path("output/compare"), help="folder of the runs")
+    parser.add_argument("--results", type=path_of, help="file of the finished runs (OUTPUT/runs.jsonl)")
+    parser.add_argument("--tables", type=path_of, help="folder for the tables as Markdown, CSV and LaTeX")
+    parser.add_argument("--into", type=path_of, help="Markdown file whose marked part becomes the tables")
     parser.add_argument("--table-only", action="store_true", help="train nothing")
     options = parser.parse_args(arguments)
     if not options.configs and options.studies is None:

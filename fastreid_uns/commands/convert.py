@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 from fastreid_uns.commands import finished
 from fastreid_uns.errors import InvalidValue
+from fastreid_uns.utils.places import expanded, path_of
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -17,8 +17,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         epilog="example: fastreid-uns convert lup_moco_r50.pth r50.safetensors MODEL.BACKBONE.MODEL resnet50",
     )
-    parser.add_argument("source", help="file, URL, hub:user/name, or imagenet")
-    parser.add_argument("output", type=Path, help="file to write: .safetensors or .pth")
+    parser.add_argument("source", type=expanded, help="file, URL, hub:user/name, or imagenet")
+    parser.add_argument("output", type=path_of, help="file to write: .safetensors or .pth")
     parser.add_argument("--config-file", help="YAML file that describes the encoder")
     parser.add_argument("--min-share", type=float, default=0.9, help="of the backbone, found in the file; 0..1")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="keys of the config to change")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from fastreid_uns.commands import finished
 from fastreid_uns.errors import InvalidState, InvalidValue
+from fastreid_uns.utils.places import path_of
 
 BATCHES = (1, 2, 5)  # sizes at which the exported file is compared with the encoder
 NORMALISATIONS = ("inside", "outside", "imagenet")
@@ -55,7 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("weights", help="checkpoint, OUTPUT_DIR of a run, or hub:user/name")
     parser.add_argument(
-        "output", type=Path, nargs="?", help="file to write (default: encoder.onnx beside the checkpoint)"
+        "output", type=path_of, nargs="?", help="file to write (default: encoder.onnx beside the checkpoint)"
     )
     parser.add_argument(
         "--normalisation",
@@ -119,11 +118,13 @@ def taking_normalised(extractor, normalisation: Normalisation):
 
     Where the network wants other numbers than the images were normalised with, the rest stays in the encoder.
     """
+    from copy import deepcopy
+
     from fastreid_uns.predictor import FeatureExtractor
 
     if normalisation.where == "inside":
         return extractor
-    encoder = copy.deepcopy(extractor.encoder)
+    encoder = deepcopy(extractor.encoder)
     mean, std = normalisation.tensors()
     encoder.mean.copy_((encoder.mean - mean) / std)
     encoder.std.copy_(encoder.std / std)
@@ -211,6 +212,8 @@ def run(arguments: argparse.Namespace) -> None:
         RuntimeError: the features differ by more than the tolerance; no file stays.
     """
     require_onnx()
+    from tempfile import TemporaryDirectory
+
     from fastreid_uns.commands.output import make_folder, write_output
     from fastreid_uns.predictor import FeatureExtractor, find_checkpoint
     from fastreid_uns.published import HUB

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fastreid_uns.commands import finished
 from fastreid_uns.errors import InvalidValue
+from fastreid_uns.utils.places import expanded, path_of
 
 if TYPE_CHECKING:
     from fastreid_uns.photos.store import PhotoRun
@@ -25,8 +26,8 @@ A command that was interrupted goes on when it is typed again.
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line of `group`; `output` names a folder."""
     parser = argparse.ArgumentParser(prog="fastreid-uns group", description=__doc__, epilog=EPILOG)
-    parser.add_argument("photos", nargs="?", type=Path, help="folder of photos, at any depth")
-    parser.add_argument("--output", type=Path, metavar="OUT", help="folder for the results")
+    parser.add_argument("photos", nargs="?", type=path_of, help="folder of photos, at any depth")
+    parser.add_argument("--output", type=path_of, metavar="OUT", help="folder for the results")
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -42,6 +43,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--weights",
+        type=expanded,
         metavar="NAME",
         help="imagenet (default), a network of timm, hf-hub:user/name, or a file",
     )

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fastreid_uns.commands import finished
+from fastreid_uns.utils.places import path_of
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line of `identify`."""
     parser = argparse.ArgumentParser(prog="fastreid-uns identify", description=__doc__)
-    parser.add_argument("output", type=Path, metavar="OUT", help="folder that `group` wrote")
-    parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO", help="photos, or folders of them")
+    parser.add_argument("output", type=path_of, metavar="OUT", help="folder that `group` wrote")
+    parser.add_argument("photos", type=path_of, nargs="+", metavar="PHOTO", help="photos, or folders of them")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each photo")
     return parser.parse_args(arguments)

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastreid_uns.commands import finished
-from fastreid_uns.commands.output import write_output
-from fastreid_uns.config.shipped import shipped_root
 from fastreid_uns.errors import InvalidState, InvalidValue
+from fastreid_uns.utils.places import path_of, shipped_root
 
 ROOT = shipped_root()
 QUICKSTART = "configs/quickstart.yaml"  # found among the configs that ship
@@ -170,7 +169,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", metavar="NAME", help="of the project, a Python name such as MyPaper")
     parser.add_argument(
-        "--into", type=Path, help="folder to write it into (default: projects of the checkout, else this folder)"
+        "--into", type=path_of, help="folder to write it into (default: projects of the checkout, else this folder)"
     )
     return parser.parse_args(arguments)
 
@@ -182,6 +181,8 @@ def write_project(name: str, into: Path | None) -> Path:
         ValueError: the name is none that Python can import.
         FileExistsError: the folder is there already.
     """
+    from fastreid_uns.commands.output import write_output
+
     if not name.isidentifier() or keyword.iskeyword(name):
         raise InvalidValue(f"{name!r} is no Python name; letters, digits and _ are accepted. Choose such as MyPaper.")
     into = into or (ROOT / "projects" if in_checkout() else Path.cwd())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastreid_uns.commands import finished
 from fastreid_uns.errors import InvalidState, InvalidValue, UnknownName
+from fastreid_uns.utils.places import path_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,8 +50,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line of `report`, with the defaults of `Options`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.set_defaults(**Options()._asdict())
-    parser.add_argument("run", type=Path, help="OUTPUT_DIR of a run, or a checkpoint")
-    parser.add_argument("--output", type=Path, help="folder of the page (default: report beside the checkpoint)")
+    parser.add_argument("run", type=path_of, help="OUTPUT_DIR of a run, or a checkpoint")
+    parser.add_argument("--output", type=path_of, help="folder of the page (default: report beside the checkpoint)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
     parser.add_argument("--test", metavar="NAME", help="name below DATASETS.TESTS (default: the first)")
     for name, what in {

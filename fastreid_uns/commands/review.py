@@ -10,10 +10,10 @@ import signal
 import sys
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastreid_uns.commands import finished
+from fastreid_uns.utils.places import path_of
 
 if TYPE_CHECKING:
     from fastreid_uns.photos.store import PhotoRun
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line of `review`."""
     parser = argparse.ArgumentParser(prog="fastreid-uns review", description=__doc__)
-    parser.add_argument("output", type=Path, metavar="OUT", help="folder that `group` wrote")
+    parser.add_argument("output", type=path_of, metavar="OUT", help="folder that `group` wrote")
     parser.add_argument("--port", type=int, default=0, help="of this computer (default: a free one)")
     parser.add_argument("--no-browser", action="store_true", help="only print the address")
     return parser.parse_args(arguments)

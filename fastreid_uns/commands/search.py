@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastreid_uns.commands import finished
 from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile
+from fastreid_uns.utils.places import path_of
 
 if TYPE_CHECKING:
     from fastreid_uns.photos.index import Index
@@ -27,22 +28,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="features of all images below a folder → index")
-    build.add_argument("folder", type=Path, help="images, at any depth")
-    build.add_argument("index", type=Path, help="file to write, for example gallery.safetensors")
-    build.add_argument("--weights", required=True, type=Path, help="checkpoint, or OUTPUT_DIR of a run")
+    build.add_argument("folder", type=path_of, help="images, at any depth")
+    build.add_argument("index", type=path_of, help="file to write, for example gallery.safetensors")
+    build.add_argument("--weights", required=True, type=path_of, help="checkpoint, or OUTPUT_DIR of a run")
     build.add_argument("--overwrite", action="store_true", help="replace an index that is there")
     add = commands.add_parser("add", help="take further images into an index")
-    add.add_argument("index", type=Path, help="file that build wrote")
-    add.add_argument("images", type=Path, nargs="+", help="images, or folders of them")
+    add.add_argument("index", type=path_of, help="file that build wrote")
+    add.add_argument("images", type=path_of, nargs="+", help="images, or folders of them")
     remove = commands.add_parser("remove", help="take images out of an index; their files stay")
-    remove.add_argument("index", type=Path, help="file that build wrote")
-    remove.add_argument("images", type=Path, nargs="+", help="images, which may be gone, or folders of them")
+    remove.add_argument("index", type=path_of, help="file that build wrote")
+    remove.add_argument("images", type=path_of, nargs="+", help="images, which may be gone, or folders of them")
     query = commands.add_parser("query", help="the images of an index that are nearest to each of some images")
-    query.add_argument("index", type=Path, help="file that build or group wrote")
-    query.add_argument("images", type=Path, nargs="+", metavar="image", help="what to look for")
+    query.add_argument("index", type=path_of, help="file that build or group wrote")
+    query.add_argument("images", type=path_of, nargs="+", metavar="image", help="what to look for")
     query.add_argument("--top", type=int, default=10, help="images to show for each (default: %(default)s)")
     query.add_argument("--json", action="store_true", help="one line of JSON for each image, and no page")
-    query.add_argument("--html", type=Path, help="page to write (default: the index with the suffix .html)")
+    query.add_argument("--html", type=path_of, help="page to write (default: the index with the suffix .html)")
     for command in (build, add, query):
         command.add_argument(
             "--plugins", action="append", default=[], metavar="FOLDER", help="plugin folder of the run"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from fastreid_uns.commands import finished
+from fastreid_uns.utils.places import path_of
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -18,7 +18,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         epilog="example: curl --data-binary @photo.jpg -H 'X-Token: TOKEN' http://127.0.0.1:8000/identify",
     )
-    parser.add_argument("output", type=Path, metavar="OUT", help="folder that `group` wrote")
+    parser.add_argument("output", type=path_of, metavar="OUT", help="folder that `group` wrote")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--port", type=int, default=0, help="of this computer (default: a free one)")
     return parser.parse_args(arguments)

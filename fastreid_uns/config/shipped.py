@@ -8,13 +8,7 @@ from pathlib import Path
 from fastreid_uns.errors import MissingFile
 from fastreid_uns.registry import did_you_mean
 from fastreid_uns.utils.paths import path_manager
-
-_PACKAGE = Path(__file__).resolve().parents[1]
-
-
-def shipped_root() -> Path:
-    """The folder below which `configs/` and `projects/` are: the installed package, or the checkout."""
-    return _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
+from fastreid_uns.utils.places import expanded, shipped_root
 
 
 def find_config(name: str | Path, named_by: Path | None = None) -> Path:
@@ -29,7 +23,7 @@ def find_config(name: str | Path, named_by: Path | None = None) -> Path:
     """
     by = f", named as _BASE_ by {named_by}" if named_by else ""
     try:
-        local = Path(path_manager.get_local_path(str(name)))
+        local = Path(path_manager.get_local_path(expanded(str(name))))
     except OSError as error:
         raise MissingFile(f"config file {name} cannot be fetched ({error}){by}. Check the address.") from error
     first = (named_by.parent if named_by else Path.cwd()) / local

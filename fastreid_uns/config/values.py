@@ -9,6 +9,7 @@ from typing import Any
 
 from fastreid_uns.config.yaml_text import parse_yaml
 from fastreid_uns.errors import InvalidValue, shown
+from fastreid_uns.utils.places import expanded
 
 REQUIRED = inspect.Parameter.empty
 SAMPLES: dict[str, Any] = {"str": "", "int": 0, "float": 0.0, "bool": False}  # of the types of required keys
@@ -35,6 +36,8 @@ def cast(value: Any, default: Any, where: str) -> Any:
         raise InvalidValue(f"{where} has no default; give it a value.")
     if isinstance(value, Typed):
         value = _read(value, default, where)
+    if isinstance(default, str) and isinstance(value, str):
+        return expanded(value)  # no text but a path begins with ~
     if default is None:
         return value
     if isinstance(default, float) and not isinstance(value, bool):

@@ -35,6 +35,7 @@ from fastreid_uns.photos.view_store import ViewStore
 from fastreid_uns.pseudo_labels.constraints import Constraints
 from fastreid_uns.utils.comm import choose_device
 from fastreid_uns.utils.environment import commit
+from fastreid_uns.utils.places import expanded, path_of
 
 MANY = 500  # photos from which on time and memory are stated before the work begins
 
@@ -108,7 +109,7 @@ def group_photos(
             no such device.
         InvalidValue: a wish or a size that the network does not accept, or decisions that contradict each other.
     """
-    teller, watch, output = teller or Teller(), _Watch(), Path(output)
+    teller, watch, output = teller or Teller(), _Watch(), path_of(str(output))
     choose_device(device or "auto")  # before anything is written
     before = PhotoRun(output) if resume else None
     place = Path(os.path.realpath(before.photos if before and photos is None else _given(photos)))
@@ -188,10 +189,10 @@ def _group(
         write_outcome(run, members, grouping, network, settings, constraints, copy=asked.copy, about=about, least=least)
 
 
-def _given(photos: str | Path | None) -> str | Path:
+def _given(photos: str | Path | None) -> str:
     if photos is None:
         raise InvalidValue("group: no folder of photos is named. Name one, or --resume with a finished output folder.")
-    return photos
+    return expanded(str(photos))
 
 
 def _added(before: PhotoRun | None) -> dict[str, str]:

@@ -32,6 +32,7 @@ from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile
 from fastreid_uns.photos.files import own_folder, write_file, write_json
 from fastreid_uns.photos.group_folders import arrange, layout, variants
 from fastreid_uns.photos.members import Member, groups_text, read_groups
+from fastreid_uns.utils.places import path_of
 
 
 class PhotoRun:
@@ -45,7 +46,7 @@ class PhotoRun:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = path_of(str(folder))
         if not self._about_file.is_file():
             raise MissingFile(
                 f"{self.folder}: no grouped photos were found (run.json is missing). Name the folder that "

@@ -18,6 +18,7 @@ from fastreid_uns.errors import InvalidValue, MissingFile
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
 from fastreid_uns.structures import FeatureBank, PseudoLabels
 from fastreid_uns.utils.paths import path_manager
+from fastreid_uns.utils.places import expanded
 
 ANSWERS = ("same", "different", "unsure")
 
@@ -233,6 +234,7 @@ def read_answers(sources: Iterable[str | Sequence[str]], paths: Sequence[str]) -
 
 def _rows(file: str) -> list[tuple[str, Sequence[str]]]:
     """Where each answer of a file is, and the answer; those that were taken back are left out."""
+    file = expanded(file)
     try:
         opened = path_manager.open(file, "r", encoding="utf-8", newline="")
     except FileNotFoundError:

@@ -191,7 +191,10 @@ def test_keys_take_the_type_of_the_signature(tool, tmp_path):
         (["market1501", "ROOT"], "market1501: key ROOT has no value; give KEY VALUE pairs."),
         (["csv_file"], "csv_file: PATH must be given; write PATH VALUE behind the name."),
         (["vehicleid", "SIZE", "7"], "vehicleid: SIZE is 7; accepted are 800, 1600, 2400."),
-        (["vehicleid", "SIZE", "{"], "vehicleid: SIZE is '{', which is no YAML. Write a value such as 800."),
+        (
+            ["vehicleid", "SIZE", "{"],
+            "vehicleid: SIZE is '{', text; a whole number such as 800 is accepted. Change the value.",
+        ),
     ],
 )
 def test_what_cannot_be_loaded(check, arguments, message):

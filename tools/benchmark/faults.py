@@ -426,11 +426,11 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     """0 if every trial ended as it should."""
+    options = parse()
     import torch
 
     from fastreid_uns.utils.environment import environment
 
-    options = parse()
     PLACE.mkdir(parents=True, exist_ok=True)
     warm_up()
     machine = environment(torch.device("cpu"))
