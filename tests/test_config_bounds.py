@@ -7,13 +7,16 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from fastreid_uns.bounds import BOUNDS
+import fastreid_uns.builtin  # noqa: F401  (fills the registries)
+from fastreid_uns import registry
+from fastreid_uns.bounds import BOUNDS, LARGEST
 from fastreid_uns.config import load_config
 from fastreid_uns.config.schema import COMPONENTS, FREE, MAPS
 from fastreid_uns.data.camera_style import KINDS
 from fastreid_uns.defaults import DEFAULTS
 from fastreid_uns.engine.solver import PRECISIONS, SCHEDULES
 
+HUGE = 10**9
 NOT_FINITE = ["nan", "inf", "-inf"]
 NO_NAME = ["''", "a\nb", "a\0b"]
 OUT_OF_BOUNDS = {
@@ -29,37 +32,37 @@ OUT_OF_BOUNDS = {
     "INPUT.ON_BAD_IMAGE": ["go on", "''"],
     "DATALOADER.CACHE": ["tape", "''"],
     "DATALOADER.CACHE_DIR": ["a\0b"],
-    "DATALOADER.WORKERS": [-1, 5000],
+    "DATALOADER.WORKERS": [-1, 5000, HUGE],
     "MODEL.DEVICE": ["gpu", "cuda:", "cuda:-1", "''", "CPU"],
     "MODEL.WEIGHTS": ["a\nb"],
-    "MODEL.GHOST_BATCH": [-1],
+    "MODEL.GHOST_BATCH": [-1, HUGE],
     "SOLVER.OPTIMIZER": NO_NAME,
     "SOLVER.BASE_LR": [-0.1, *NOT_FINITE],
     "SOLVER.WEIGHT_DECAY": [-0.1, *NOT_FINITE],
     "SOLVER.WEIGHT_DECAY_NORM": [-0.1, *NOT_FINITE],
-    "SOLVER.EPOCHS": [0, -1],
-    "SOLVER.ITERS_PER_EPOCH": [-1],
+    "SOLVER.EPOCHS": [0, -1, HUGE],
+    "SOLVER.ITERS_PER_EPOCH": [-1, HUGE],
     "SOLVER.SCHEDULE": ["cosin", "''"],
-    "SOLVER.STEP_EPOCHS": [0, -1],
-    "SOLVER.MILESTONES": [[-1], [10, -1]],
+    "SOLVER.STEP_EPOCHS": [0, -1, HUGE],
+    "SOLVER.MILESTONES": [[-1], [10, -1], [HUGE]],
     "SOLVER.GAMMA": [0, -0.1, 1.1, *NOT_FINITE],
     "SOLVER.MIN_LR": [-0.1, *NOT_FINITE],
-    "SOLVER.WARMUP_EPOCHS": [-1],
+    "SOLVER.WARMUP_EPOCHS": [-1, HUGE],
     "SOLVER.WARMUP_FACTOR": [-0.1, 1.1, *NOT_FINITE],
     "SOLVER.WARMUP_BY": ["steps", "''"],
     "SOLVER.FREEZE": [[""]],
     "SOLVER.AMP": ["fp16", "''"],
     "SOLVER.CLIP_NORM": [-1, *NOT_FINITE],
-    "SOLVER.ACCUMULATE": [0, -1],
-    "CHECKPOINT.PERIOD": [-1],
-    "CHECKPOINT.KEEP": [0, -1],
-    "LOG.PERIOD_STEPS": [-1],
+    "SOLVER.ACCUMULATE": [0, -1, HUGE],
+    "CHECKPOINT.PERIOD": [-1, HUGE],
+    "CHECKPOINT.KEEP": [0, -1, HUGE],
+    "LOG.PERIOD_STEPS": [-1, HUGE],
     "LOG.WRITERS": [["paper"], ["text", ""], ["json", "json"]],
     "DISTRIBUTED.TIMEOUT_MINUTES": [0, -1, 20_000, *NOT_FINITE],
-    "TEST.PERIOD": [-1],
-    "TEST.BATCH_SIZE": [0, -1],
+    "TEST.PERIOD": [-1, HUGE],
+    "TEST.BATCH_SIZE": [0, -1, HUGE],
     "TEST.RERANK": ["both", ""],
-    "TEST.PATIENCE": [-1],
+    "TEST.PATIENCE": [-1, HUGE],
 }
 
 
@@ -95,6 +98,47 @@ def test_the_weight_of_a_loss_is_not_negative():
     with pytest.raises(ValueError, match=r"command line: MODEL.LOSSES.contrast.WEIGHT is -1.0; a number from 0 is"):
         load_config(overrides=["MODEL.LOSSES.contrast.WEIGHT", "-1"])
     assert load_config(overrides=["MODEL.LOSSES.contrast.WEIGHT", "0"]).MODEL.LOSSES.contrast.WEIGHT == 0
+
+
+COMPONENTS_OF = {  # registry → a place where each of its components may be named
+    registry.AUGMENT_REGISTRY: "INPUT.AUGMENTS.train",
+    registry.BACKBONE_REGISTRY: "MODEL.BACKBONE",
+    registry.DATASET_REGISTRY: "DATASETS.TESTS.a",
+    registry.HEAD_REGISTRY: "MODEL.HEAD",
+    registry.HOOK_REGISTRY: "HOOKS.a",
+    registry.LOSS_REGISTRY: "MODEL.LOSSES.a",
+    registry.MEMORY_REGISTRY: "MODEL.MEMORY",
+    registry.META_ARCH_REGISTRY: "MODEL",
+    registry.PSEUDO_LABEL_REGISTRY: "PSEUDO_LABELS",
+    registry.SAMPLER_REGISTRY: "DATALOADER.SAMPLER",
+}
+WHOLE_NUMBERS = [
+    (place, name, key.upper(), HUGE if isinstance(default, int) else [HUGE])
+    for kind, place in COMPONENTS_OF.items()
+    for name, _ in kind
+    for key, default in kind.schema(name).items()
+    if kind.types(name)[key] in ("int", "Sequence[int]") and key != "seed"
+]
+
+
+@pytest.mark.parametrize(("place", "name", "key", "value"), WHOLE_NUMBERS, ids=lambda part: str(part))
+def test_a_whole_number_that_no_memory_holds_is_refused_in_every_component(place, name, key, value):
+    needed = ["DATASETS.TESTS.a.PATH=a.csv"] if name == "csv_file" else []
+    with pytest.raises(ValueError, match=rf"{key} is \[?1000000000\]?; a whole number up to [\d,]+ is accepted"):
+        load_config(overrides=[f"{place}.NAME={name}", f"{place}.{key}={json.dumps(value)}", *needed])
+
+
+def test_every_registry_and_every_limit_has_a_key():
+    assert {kind for kind in vars(registry).values() if isinstance(kind, registry.Registry)} == set(COMPONENTS_OF)
+    keys = {key.upper() for kind in COMPONENTS_OF for name, _ in kind for key in kind.schema(name)}
+    assert set(LARGEST) <= keys
+
+
+def test_an_epoch_is_small_enough_to_be_planned():
+    keys = ["SOLVER.ITERS_PER_EPOCH=1000000", "DATALOADER.SAMPLER.NUM_INSTANCES=1"]
+    with pytest.raises(ValueError, match=r"ITERS_PER_EPOCH is 1,000,000 and .*BATCH_SIZE is 101; .*100,000,000 images"):
+        load_config(overrides=[*keys, "DATALOADER.SAMPLER.BATCH_SIZE=101"])
+    assert load_config(overrides=[*keys, "DATALOADER.SAMPLER.BATCH_SIZE=100"]).DATALOADER.SAMPLER.BATCH_SIZE == 100
 
 
 @pytest.mark.parametrize("key", [key for key, value in KEYS.items() if isinstance(value, bool)])

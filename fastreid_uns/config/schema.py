@@ -117,8 +117,7 @@ class Completion:
             sample = samples.get(key) if default is REQUIRED else default
             source = self._source(f"{path}.{key}")
             filled[key] = cast(section.get(key, default), sample, source)
-            if key in kind.reserved:
-                check_bound(key, filled[key], source)
+            check_bound(f"{path}.{key}", filled[key], source)
         return filled
 
     def _name(self, kind: Registry, section: Mapping, path: str) -> str:

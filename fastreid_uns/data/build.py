@@ -19,8 +19,11 @@ from fastreid_uns.errors import InvalidValue, UnknownName
 from fastreid_uns.registry import AUGMENT_REGISTRY, DATASET_REGISTRY, SAMPLER_REGISTRY
 from fastreid_uns.structures import Record, ReIDData
 from fastreid_uns.utils.comm import rank, world
+from fastreid_uns.utils.memory import total_memory
 
 logger = logging.getLogger(__name__)
+
+_MOST_REPEATED = 1_024  # images of a batch that may be larger than its set
 
 
 def build_train_set(cfg: Any, device: torch.device) -> TrainSet:
@@ -68,9 +71,10 @@ def build_train_loader(cfg: Any, train_set: TrainSet, device: torch.device) -> T
 
     Raises:
         KeyError: `INPUT.VIEWS` names no preset.
-        ValueError, FileNotFoundError: see `Sampler`, `Augment` and `build_camera_style`.
+        ValueError, FileNotFoundError: see `Sampler`, `check_step`, `Augment` and `build_camera_style`.
     """
     sampler = _sampler(cfg, train_set)
+    check_step(cfg, "DATALOADER.SAMPLER.BATCH_SIZE", sampler.batch_size // world(), device, views=len(cfg.INPUT.VIEWS))
     augments = {
         name: AUGMENT_REGISTRY.build(preset, mean=cfg.INPUT.MEAN, std=cfg.INPUT.STD)
         for name, preset in cfg.INPUT.AUGMENTS.items()
@@ -111,7 +115,7 @@ def build_test_loader(cfg: Any, name: str, device: torch.device) -> tuple[ReIDDa
     A run that evaluates once takes no memory for the images: to fill a cache costs more than it saves.
 
     Raises:
-        ValueError: it has no query or no gallery images.
+        ValueError: it has no query or no gallery images; see also `check_step`.
     """
     section, what = cfg.DATASETS.TESTS[name], f"DATASETS.TESTS.{name}"
     data: ReIDData = DATASET_REGISTRY.build(section)
@@ -120,8 +124,32 @@ def build_test_loader(cfg: Any, name: str, device: torch.device) -> tuple[ReIDDa
             f"{what}: {section.NAME} has {len(data.query)} query and {len(data.gallery)} gallery images; evaluation "
             f"needs both. Drop it with `{what} null`, or add a split."
         )
+    images = min(cfg.TEST.BATCH_SIZE, len(data.query) + len(data.gallery))
+    check_step(cfg, "TEST.BATCH_SIZE", images, device)
     once = not 0 < cfg.TEST.PERIOD < cfg.SOLVER.EPOCHS
     return data, build_images(cfg, [*data.query, *data.gallery], device, what, once=once)
+
+
+def check_step(cfg: Any, key: str, images: int, device: torch.device, *, views: int = 1) -> None:
+    """Refuse a step whose images alone fill the memory of the device; a network holds many times their numbers.
+
+    Args:
+        cfg: a complete config.
+        key: gives the number of images.
+        images: of one step of this process.
+        views: versions of each image.
+
+    Raises:
+        ValueError: their numbers take more than a quarter of the memory.
+    """
+    height, width = cfg.INPUT.SIZE
+    needed, memory = images * views * 3 * height * width * 4, total_memory(device)
+    if needed > memory / 4:
+        raise InvalidValue(
+            f"{key}: {images:,} images of {height} x {width} pixels{f', {views} views of each,' if views > 1 else ''} "
+            f"take {needed / 2**30:,.1f} GiB in a step; {device} has {memory / 2**30:,.1f} GiB, of which a quarter is "
+            f"accepted for them. Lower {key} or INPUT.SIZE."
+        )
 
 
 def domains_of_tests(cfg: Any) -> dict[str, int]:
@@ -185,6 +213,11 @@ def _classes(records: list[Record], domains: list[int]) -> list[int]:
 
 def _sampler(cfg: Any, train_set: TrainSet) -> Sampler:
     sampler = _sampler_of(cfg, "SAMPLER", rank(), world())
+    if sampler.batch_size > max(_MOST_REPEATED, len(train_set)):
+        raise InvalidValue(
+            f"DATALOADER.SAMPLER.BATCH_SIZE is {sampler.batch_size:,} for {len(train_set):,} training images; a batch "
+            f"of more than {_MOST_REPEATED:,} must not hold images twice. Lower it."
+        )
     if train_set.source_classes is None:
         _sampler_of(cfg, "SOURCE_SAMPLER", 0, 1)  # not used, but its keys are held to what they accept
         return sampler

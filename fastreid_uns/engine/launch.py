@@ -14,6 +14,10 @@ T = TypeVar("T")
 
 _LOST = 3
 _INTERRUPTED = 130
+_SMALLER = (
+    "Lower the batch size (DATALOADER.SAMPLER.BATCH_SIZE, TEST.BATCH_SIZE) or the size of the images (INPUT.SIZE), or "
+    "take a smaller network; SOLVER.ACCUMULATE computes a batch in parts."
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,15 +102,15 @@ def launch(main: Callable[..., T], num_gpus: int = 1, args: Sequence[Any] = ()) 
 def run_command(main: Callable[..., T], *args: Any, last_line: Callable[[], str | None] | None = None) -> T:
     """`main(*args)` with the manners of a command.
 
-    A `UserError` is one line on stderr, its traceback is in the log. Ctrl-C and SIGTERM end within five seconds, also
-    inside a library, with one line that says what is saved. Every other exception keeps its traceback.
+    A `UserError` is one line on stderr, its traceback is in the log; so is memory that is not enough. Ctrl-C and
+    SIGTERM end within five seconds, also inside a library, with one line that says what is saved. Every other
+    exception keeps its traceback.
 
     Args:
         last_line: gives that line; by default it speaks of the newest checkpoint.
 
     Raises:
-        SystemExit: 2 after a `UserError`, 3 where another process of the run is gone, 130 after Ctrl-C, 143 after
-            SIGTERM.
+        SystemExit: 2 after these, 3 where another process of the run is gone, 130 after Ctrl-C, 143 after SIGTERM.
     """
     from fastreid_uns.engine.signals import Ending, ending_at_signals
 
@@ -118,10 +122,12 @@ def run_command(main: Callable[..., T], *args: Any, last_line: Callable[[], str 
             ending.end()
         except UserError as error:
             _fail(error, str(error))
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            reason = " ".join(str(error).split())[:200] or "no memory"
+            if _is_out_of_memory(error):
+                _fail(error, f"the memory is not enough ({reason}). {_SMALLER}")
             if not _lost_a_process(error):
                 raise
-            reason = " ".join(str(error).split())[:200]
             _fail(error, f"the connection to another process of the run was lost ({reason}).", code=_LOST)
 
 
@@ -164,7 +170,15 @@ def _how_to_go_on() -> str | None:
     return f"stopped: {run.how_to_go_on()}" if run else "stopped: nothing was begun; start the same command again."
 
 
-def _lost_a_process(error: RuntimeError) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory, of a GPU or of the machine, could not be had."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return True
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def _lost_a_process(error: Exception) -> bool:
     """Whether a collective operation failed because another process has ended."""
     dist = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_initialized():

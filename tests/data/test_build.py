@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import torch
 from PIL import Image
 
 from fastreid_uns.config import load_config
-from fastreid_uns.data import image_check, image_set
+from fastreid_uns.data import build, image_check, image_set
 from fastreid_uns.data.build import build_test_loader, build_train_loader, build_train_set
 from fastreid_uns.data.pixel_cache import CachedImageSet
 from fastreid_uns.engine.default import DefaultTrainer
 from fastreid_uns.errors import InvalidValue
+from fastreid_uns.utils import memory
 
 CPU = torch.device("cpu")
 IMAGES = 12
@@ -160,3 +162,34 @@ def test_a_sampler_of_sources_that_are_not_there_is_held_to_what_it_accepts(tiny
         cfg = config(tiny, photos, "none", **{f"DATALOADER.SOURCE_SAMPLER.{key}": value})
         with pytest.raises(InvalidValue, match=rf"^DATALOADER\.SOURCE_SAMPLER\.{key} (is )?{value}"):
             build_train_loader(cfg, build_train_set(cfg, CPU), CPU)
+
+
+def test_a_step_whose_images_fill_the_memory_is_refused(tiny, photos, monkeypatch):
+    """16 images of 32 x 16 pixels are 98,304 bytes as float32, two views of each twice as many."""
+    monkeypatch.setattr(build, "total_memory", lambda device: 4 * 98_304)
+    cfg = config(tiny, photos, "none")
+    train_set = build_train_set(cfg, CPU)
+    assert build_train_loader(cfg, train_set, CPU) is not None
+    with pytest.raises(
+        ValueError, match=r"SAMPLER.BATCH_SIZE: 16 images of 32 x 16 pixels, 2 views of each, take 0\.0"
+    ):
+        build_train_loader(config(tiny, photos, "none", **{"INPUT.VIEWS": ["train", "train"]}), train_set, CPU)
+    assert build_test_loader(cfg, "mine", CPU)[0].protocol == "plain"  # 6 images, though TEST.BATCH_SIZE is 256
+    monkeypatch.setattr(build, "total_memory", lambda device: 98_304)
+    with pytest.raises(ValueError, match=r"TEST\.BATCH_SIZE: 6 images .* Lower TEST\.BATCH_SIZE or INPUT\.SIZE"):
+        build_test_loader(cfg, "mine", CPU)
+
+
+def test_a_large_batch_is_not_larger_than_its_set(tiny, photos):
+    cfg = config(tiny, photos, "none", **{"DATALOADER.SAMPLER.BATCH_SIZE": 1028})
+    with pytest.raises(ValueError, match=r"SAMPLER\.BATCH_SIZE is 1,028 for 6 training images; .*1,024 must not hold"):
+        build_train_loader(cfg, build_train_set(cfg, CPU), CPU)
+
+
+def test_the_memory_of_a_machine_and_of_its_container(monkeypatch, tmp_path):
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(memory, "_LIMITS", (tmp_path / "memory.max", tmp_path / "gone"))
+    assert memory.total_memory(CPU) == whole
+    for text, expected in (("max\n", whole), ("4096\n", 4096), (f"{2 * whole}\n", whole)):
+        (tmp_path / "memory.max").write_text(text)
+        assert memory.total_memory(CPU) == expected

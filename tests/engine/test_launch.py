@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastreid_uns.engine import default_argument_parser, launch, run_command
 from fastreid_uns.engine.signals import Ending, ending_at_signals
@@ -66,6 +67,25 @@ def test_a_fault_of_the_code_keeps_its_traceback(error, capsys):
     with pytest.raises(type(error)):
         run_command(failing, error)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 9.00 TiB for an array"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB"),
+    ],
+    ids=str,
+)
+def test_memory_that_is_not_enough_is_one_line(error, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run_command(failing, error)
+    assert exit.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: the memory is not enough ({str(error) or 'no memory'}). Lower the batch size")
+    assert said.count("\n") == 1
 
 
 def test_the_other_processes_say_nothing_of_an_error_that_is_not_theirs(capsys):

@@ -1,0 +1,22 @@
+"""How much memory there is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # of a container
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of a GPU, or of this machine or what its container may use of it."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in _LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or the word "max"
+            found = min(found, int(limit.read_text()))
+    return found
