@@ -91,7 +91,7 @@ def small_run(shrink, learning_set, tmp_path) -> Callable[..., list[str]]:
 
 
 @pytest.fixture
-def check_learning(small_run, tmp_path) -> Callable[[str], None]:
+def assert_it_learns(small_run, tmp_path) -> Callable[[str], None]:
     """A run of a config below projects/ raises mAP, and is the same run if it is resumed from its middle."""
 
     def check(name: str, epochs: int = 6) -> None:
@@ -120,7 +120,7 @@ def check_learning(small_run, tmp_path) -> Callable[[str], None]:
 
 
 @pytest.fixture
-def check_two_processes(small_run, launch, tmp_path) -> Callable[[str], None]:
+def assert_processes_agree(small_run, launch, tmp_path) -> Callable[[str], None]:
     """Two processes train a config below projects/ to equal weights, and to those of one but for rounding."""
 
     def check(name: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from fastreid_uns import DefaultTrainer, hook, registry
 from fastreid_uns.commands import COMMANDS
@@ -226,7 +227,9 @@ def test_python_that_is_shown_can_be_imported(file):
         if language == "python" and "title=" not in rest:
             compile(content, str(file), "exec")
             for line in re.findall(r"^(?:from|import) .+$", content, re.MULTILINE):
-                exec(line, {})
+                names: dict[str, object] = {}
+                exec(line, names)
+                assert len(names) > 1, f"{line} gives no name"  # besides the built-in ones
 
 
 def test_what_a_detectron2_user_types_is_there():
@@ -253,7 +256,8 @@ def test_configs_that_are_shown_load(file, tmp_path):
     for language, rest, content in FENCE.findall(file.read_text(encoding="utf-8")):
         if language == "yaml" and "title=" not in rest:
             (tmp_path / "shown.yaml").write_text(content)
-            load_config(tmp_path / "shown.yaml")
+            cfg = load_config(tmp_path / "shown.yaml")
+            assert set(yaml.safe_load(content)) - {"_BASE_"} <= set(cfg)
 
 
 @pytest.mark.parametrize("file", READMES, ids=name_of)

@@ -103,9 +103,13 @@ def test_no_batch_and_no_step_waits_for_the_gpu(trainer):
     """The first step may: libraries measure kernels and allocate in it."""
     batches = trainer.train_loader.epoch(0)
     trainer.step(next(batches))
+    waited = ""
     torch.cuda.set_sync_debug_mode("error")
     try:
         trainer.step(next(batches))
         trainer._call("after_step")
+    except RuntimeError as error:
+        waited = str(error)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert waited == ""

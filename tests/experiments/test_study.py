@@ -7,7 +7,7 @@ import pytest
 
 from fastreid_uns.commands.compare import ROOT
 from fastreid_uns.config import load_config
-from fastreid_uns.errors import UnknownName
+from fastreid_uns.errors import UnknownName, UserError
 from fastreid_uns.experiments.agenda import Listed, Studied
 from fastreid_uns.experiments.runs import Job
 from fastreid_uns.experiments.study import Row, Study, Tuning, drawn, read_studies
@@ -110,9 +110,14 @@ def test_every_project_is_in_the_shipped_studies_with_its_baseline_and_the_same_
 @pytest.mark.parametrize("name", ["omniglot_from_random", "grocery_from_imagenet", "cattely_from_imagenet"])
 def test_the_shipped_studies_name_keys_that_their_configs_have(name):
     (one,) = read_studies(FILE, [name])
+    refused = []
     for row in one.rows:
         for job in [job for _, job in one.tried(row)][-1:] + one.measured(row, ())[:1]:
-            load_config(ROOT / job.config, job.overrides)
+            try:
+                load_config(ROOT / job.config, job.overrides)
+            except UserError as error:
+                refused.append(f"{row.name}: {error}")
+    assert refused == []
 
 
 def test_an_unknown_study_is_told_with_the_nearest_name():

@@ -180,6 +180,7 @@ def test_split_off_one_by_one(page, decisions):
     page.wait(lambda: page.count(".member") == 2)
     page.open("groups?order=number")
     page.wait(lambda: page.count(".card") == 6)
+    assert page.count(".card") == 6
 
 
 def test_two_windows(page, decisions):

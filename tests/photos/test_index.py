@@ -155,4 +155,10 @@ def test_views_and_shared_tensors_can_be_saved(tmp_path):
     base = torch.eye(8)
     weights = {"a": base[:4], "b": base[:4], "c": base.T}
     make(weights=weights, fingerprint=weights_fingerprint(weights)).save(tmp_path / "index")
-    Index.load(tmp_path / "index").check_weights(weights)
+    loaded = Index.load(tmp_path / "index")
+    loaded.check_weights(weights)
+    assert {name: value.tolist() for name, value in loaded.weights.items()} == {
+        "a": torch.eye(8)[:4].tolist(),
+        "b": torch.eye(8)[:4].tolist(),
+        "c": torch.eye(8).tolist(),
+    }

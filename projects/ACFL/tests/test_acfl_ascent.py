@@ -26,7 +26,7 @@ def loss_of(data, feats, **change):
     return F.cross_entropy(logits_of(data, feats, **change), data["in_y"], reduction="none")
 
 
-def close(found, expected, tolerance=1e-10):
+def assert_close(found, expected, tolerance=1e-10):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -40,49 +40,49 @@ def test_reference_of_the_plain_ascent(name):
     tau = float(data["par_tau"])
     found = ascent_of(data)(feats, data["in_C"], easy, data["in_y"], tau)
     assert not found.shift.requires_grad
-    close(found.shift, data["out_alpha"])
-    close(found.scale, torch.ones_like(found.scale))
-    close(found.products(feats, easy) / tau, data["out_zV"])
+    assert_close(found.shift, data["out_alpha"])
+    assert_close(found.scale, torch.ones_like(found.scale))
+    assert_close(found.products(feats, easy) / tau, data["out_zV"])
     stars = found.scale[..., None] * data["in_C"] + found.shift[..., None] * feats[:, None]
-    close(stars, data["out_Cstar"])
-    close(class_loss(easy, data["in_y"], tau), data["out_loss_easy"])
+    assert_close(stars, data["out_Cstar"])
+    assert_close(class_loss(easy, data["in_y"], tau), data["out_loss_easy"])
     loss = class_loss(found.products(feats, easy), data["in_y"], tau)
-    close(loss, data["out_loss"])
+    assert_close(loss, data["out_loss"])
     loss.mean().backward()
-    close(feats.grad, data["out_grad_q"])
-    close(raw.grad, data["out_grad_u"])
+    assert_close(feats.grad, data["out_grad_q"])
+    assert_close(raw.grad, data["out_grad_u"])
 
 
 def test_reference_of_features_that_are_no_unit_vectors():
     data = golden("acfl_hpf_05_rawq")
     feats = data["in_q"].requires_grad_()
-    close(logits_of(data, feats), data["out_zV"])
+    assert_close(logits_of(data, feats), data["out_zV"])
     loss = loss_of(data, feats)
-    close(loss, data["out_loss"])
+    assert_close(loss, data["out_loss"])
     loss.mean().backward()
-    close(feats.grad, data["out_grad_q"])
+    assert_close(feats.grad, data["out_grad_q"])
 
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_reference_of_one_side(name):
     data = golden(name)
     feats = F.normalize(data["in_u"])
-    close(loss_of(data, feats, hard="positive"), data["out_loss_posonly"])
-    close(loss_of(data, feats, hard="negative"), data["out_loss_negonly"])
-    close(loss_of(data, feats, hard="none"), data["out_loss_easy"])
+    assert_close(loss_of(data, feats, hard="positive"), data["out_loss_posonly"])
+    assert_close(loss_of(data, feats, hard="negative"), data["out_loss_negonly"])
+    assert_close(loss_of(data, feats, hard="none"), data["out_loss_easy"])
 
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_reference_of_the_sphere(name):
     data = golden(name)
     feats = F.normalize(data["in_u"])
-    close(logits_of(data, feats, sphere="end"), data["var_finalrenorm_logits"])
-    close(loss_of(data, feats, sphere="end"), data["var_finalrenorm_loss"])
+    assert_close(logits_of(data, feats, sphere="end"), data["var_finalrenorm_logits"])
+    assert_close(loss_of(data, feats, sphere="end"), data["var_finalrenorm_loss"])
     if name in ON_SPHERE:
-        close(logits_of(data, feats, sphere="step"), data["var_sphere_logits"])
-        close(loss_of(data, feats, sphere="step"), data["var_sphere_loss"])
-        close(logits_of(data, feats, sphere="tangent"), data["var_sphere_tangent_logits"])
-        close(loss_of(data, feats, sphere="tangent"), data["var_sphere_tangent_loss"])
+        assert_close(logits_of(data, feats, sphere="step"), data["var_sphere_logits"])
+        assert_close(loss_of(data, feats, sphere="step"), data["var_sphere_loss"])
+        assert_close(logits_of(data, feats, sphere="tangent"), data["var_sphere_tangent_logits"])
+        assert_close(loss_of(data, feats, sphere="tangent"), data["var_sphere_tangent_loss"])
 
 
 def copies_by_autograd(feats, centroids, labels, temperature, ascent: FeatureAscent):
@@ -123,9 +123,9 @@ def test_recurrence_equals_explicit_copies(sphere, length, rates):
     easy = feats @ centroids.T
     found = ascent(feats, centroids, easy, labels, temperature)
     logits = found.products(feats, easy) / temperature
-    close(logits, expected, 1e-9)
-    close(found.scale[..., None] * centroids + found.shift[..., None] * feats.detach()[:, None], stars, 1e-9)
-    close(torch.autograd.grad(F.cross_entropy(logits, labels), feats)[0], slope, 1e-9)
+    assert_close(logits, expected, 1e-9)
+    assert_close(found.scale[..., None] * centroids + found.shift[..., None] * feats.detach()[:, None], stars, 1e-9)
+    assert_close(torch.autograd.grad(F.cross_entropy(logits, labels), feats)[0], slope, 1e-9)
 
 
 def test_two_steps_in_plain_floats():
@@ -142,7 +142,7 @@ def test_two_steps_in_plain_floats():
     easy = feats @ centroids.T
     ascent = FeatureAscent("both", "none", 2, 0.01, 0.02)
     found = ascent(feats, centroids, easy, torch.tensor([0]), tau).products(feats, easy)
-    close(found[0], torch.tensor(products, dtype=torch.float64), 1e-12)
+    assert_close(found[0], torch.tensor(products, dtype=torch.float64), 1e-12)
     assert found[0, 0] < 0.5
     assert found[0, 1] > 0.4
 
@@ -151,7 +151,7 @@ def test_the_size_of_the_batch_does_not_change_the_ascent():
     data = golden("acfl_hpf_02_paper")
     feats = F.normalize(data["in_u"])
     alone = [logits_of({**data, "in_y": data["in_y"][i : i + 1]}, feats[i : i + 1]) for i in range(len(feats))]
-    close(torch.cat(alone), logits_of(data, feats), 1e-12)
+    assert_close(torch.cat(alone), logits_of(data, feats), 1e-12)
 
 
 def test_single_precision_stays_near_double():
@@ -199,22 +199,22 @@ def divergence_to(data, direction, encode):
 def test_reference_of_hard_images(name, direction, key):
     data = golden(name)
     encode = encoder_of(data)
-    close(encode(data["in_xi"]), data["out_q_i"])
+    assert_close(encode(data["in_xi"]), data["out_q_i"])
     loss = divergence_to(data, direction, encode)
     for steps in range(int(data["par_Z"]) + 1):
         images = hard_images(data["in_xj"], loss, steps=steps, rate=float(data["par_eta3"]))
-        close(images, data[f"out_traj_{key}"][steps], 1e-8)
-        close(loss(images), data[f"out_kl_{key}"][steps], 1e-8)
+        assert_close(images, data[f"out_traj_{key}"][steps], 1e-8)
+        assert_close(loss(images), data[f"out_kl_{key}"][steps], 1e-8)
         if steps < int(data["par_Z"]):
             slope = torch.autograd.grad(loss(images.requires_grad_()).sum(), images)[0]
-            close(slope.flatten(1).norm(dim=1), data[f"out_gnorm_{key}"][steps], 1e-8)
+            assert_close(slope.flatten(1).norm(dim=1), data[f"out_gnorm_{key}"][steps], 1e-8)
 
 
 def test_each_image_takes_a_step_of_one_length_whatever_the_others_do():
     data = golden("acfl_hpi_01")
     loss = divergence_to(data, "forward", encoder_of(data))
     moved = hard_images(data["in_xj"], loss, steps=1, rate=0.7) - data["in_xj"]
-    close(moved.flatten(1).norm(dim=1), torch.full((5,), 0.7, dtype=torch.float64), 1e-12)
+    assert_close(moved.flatten(1).norm(dim=1), torch.full((5,), 0.7, dtype=torch.float64), 1e-12)
 
 
 def test_steps_are_measured_in_normalised_pixels():
@@ -223,7 +223,7 @@ def test_steps_are_measured_in_normalised_pixels():
     loss = divergence_to(data, "forward", encoder_of(data))
     normalised = hard_images(data["in_xj"], loss, steps=3, rate=1.0)
     raw = hard_images(data["in_xj"] * std, lambda images: loss(images / std), steps=3, rate=1.0, std=std)
-    close(raw / std, normalised, 1e-10)
+    assert_close(raw / std, normalised, 1e-10)
 
 
 def test_images_and_parameters_stay_as_they_were():

@@ -21,7 +21,7 @@ from fastreid_uns.projects.ACFL.losses import (
 from fastreid_uns.projects.ACFL.tests.acfl_golden import golden
 
 
-def close(found, expected, tolerance=1e-10):
+def assert_close(found, expected, tolerance=1e-10):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -37,21 +37,21 @@ def pair(data):
 def test_reference_of_the_divergence(name, direction, key):
     data = golden(name)
     raw, _, logs = pair(data)
-    close(logs[0], data["out_logp_i"])
-    close(logs[1], data["out_logp_j"])
+    assert_close(logs[0], data["out_logp_i"])
+    assert_close(logs[1], data["out_logp_j"])
     loss = divergence(*logs, direction)
-    close(loss, data[f"out_kl_{key}"])
-    close(loss.mean(), data[f"out_kl_{key}_mean"])
+    assert_close(loss, data[f"out_kl_{key}"])
+    assert_close(loss.mean(), data[f"out_kl_{key}_mean"])
     loss.mean().backward()
-    close(raw[0].grad, data[f"out_grad_ui_kl_{key}"])
-    close(raw[1].grad, data[f"out_grad_uj_kl_{key}"])
+    assert_close(raw[0].grad, data[f"out_grad_ui_kl_{key}"])
+    assert_close(raw[1].grad, data[f"out_grad_uj_kl_{key}"])
 
 
 @pytest.mark.parametrize("name", ["acfl_kl_01", "acfl_kl_02_tau01"])
 def test_symmetric_divergence_is_the_mean_of_both(name):
     data = golden(name)
     _, _, logs = pair(data)
-    close(divergence(*logs, "symmetric"), (data["out_kl_ij"] + data["out_kl_ji"]) / 2)
+    assert_close(divergence(*logs, "symmetric"), (data["out_kl_ij"] + data["out_kl_ji"]) / 2)
 
 
 @pytest.mark.parametrize("name", ["acfl_kl_01", "acfl_kl_02_tau01"])
@@ -59,11 +59,11 @@ def test_reference_of_the_distance(name):
     data = golden(name)
     raw, feats, _ = pair(data)
     loss = squared_distance(*feats)
-    close(loss, data["out_dist"])
-    close(loss, (feats[0] - feats[1]).pow(2).sum(1))
+    assert_close(loss, data["out_dist"])
+    assert_close(loss, (feats[0] - feats[1]).pow(2).sum(1))
     loss.mean().backward()
-    close(raw[0].grad, data["out_grad_ui_dist"])
-    close(raw[1].grad, data["out_grad_uj_dist"])
+    assert_close(raw[0].grad, data["out_grad_ui_dist"])
+    assert_close(raw[1].grad, data["out_grad_uj_dist"])
 
 
 def test_divergence_in_plain_floats():
@@ -122,7 +122,7 @@ def test_the_order_of_the_batch_does_not_matter():
     data = golden("acfl_kl_01")
     _, _, logs = pair(data)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    close(divergence(logs[0][order], logs[1][order]), data["out_kl_ij"][order])
+    assert_close(divergence(logs[0][order], logs[1][order]), data["out_kl_ij"][order])
 
 
 def test_partner_is_the_next_image_of_the_cluster():

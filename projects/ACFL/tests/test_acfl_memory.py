@@ -32,19 +32,19 @@ def batches(generator, labels, count: int = 12, size: int = 10):
         yield F.normalize(torch.randn(size, 8, generator=generator)), rows
 
 
-def close(found, expected, tolerance=1e-6):
+def assert_close(found, expected, tolerance=1e-6):
     torch.testing.assert_close(found, expected.float(), rtol=0, atol=tolerance)
 
 
 def test_reference():
     data = golden("acfl_mem_01")
     memory = filled(data["in_M"], data["in_labels"])
-    close(memory.centroids, data["out_C_before"])
+    assert_close(memory.centroids, data["out_C_before"])
     memory.update(data["in_q"], data["in_idx"])
-    close(memory.features, data["out_M_after"])
-    close(memory.centroids, data["out_C_after"])
+    assert_close(memory.features, data["out_M_after"])
+    assert_close(memory.centroids, data["out_C_after"])
     memory.unit = True
-    close(memory.centroids, data["out_C_after_unit"])
+    assert_close(memory.centroids, data["out_C_after_unit"])
 
 
 def test_a_repeated_image_keeps_its_last_feature_and_counts_once():
@@ -62,8 +62,8 @@ def test_running_means_equal_the_means_of_the_rows_after_many_steps():
         for feat, row in zip(batch, rows.tolist(), strict=True):  # the definition
             feats[row] = feat
         memory.update(batch, rows)
-    close(memory.features, feats, 0)
-    close(memory.centroids, torch.stack([feats[labels == a].mean(0) for a in range(7)]))
+    assert_close(memory.features, feats, 0)
+    assert_close(memory.centroids, torch.stack([feats[labels == a].mean(0) for a in range(7)]))
 
 
 def test_logits_of_the_step_keep_their_rows():
@@ -119,11 +119,11 @@ def test_limited_memory_is_a_queue_that_keeps_one_row_of_each_cluster(fraction):
             memory.update(batch, rows)
         expected = torch.zeros(60, 8)
         expected[queue] = held[queue]
-        close(memory.features, expected, 0)
+        assert_close(memory.features, expected, 0)
         assert ((memory.written >= 0).nonzero().flatten()).tolist() == sorted(queue)
         assert memory.counts.tolist() == [sum(names[row] == a for row in queue) for a in range(7)]
         assert len(queue) == max(min(capacity, int((labels >= 0).sum())), 7)
-        close(memory.centroids, torch.stack([expected[labels == a].sum(0) / memory.counts[a] for a in range(7)]))
+        assert_close(memory.centroids, torch.stack([expected[labels == a].sum(0) / memory.counts[a] for a in range(7)]))
 
 
 def test_hardest_rows_by_a_plain_loop():

@@ -8,9 +8,9 @@ WITH_PARTS, PLAIN = "NCPLR/configs/synthetic.yaml", "NCPLR/configs/synthetic_pla
 
 
 @pytest.mark.parametrize("config", [WITH_PARTS, PLAIN])
-def test_it_learns_and_a_resumed_run_is_the_same_run(check_learning, config):
-    check_learning(config)
+def test_it_learns_and_a_resumed_run_is_the_same_run(assert_it_learns, config):
+    assert_it_learns(config)
 
 
-def test_two_processes_agree_with_each_other_and_with_one(check_two_processes):
-    check_two_processes(WITH_PARTS)
+def test_two_processes_agree_with_each_other_and_with_one(assert_processes_agree):
+    assert_processes_agree(WITH_PARTS)
