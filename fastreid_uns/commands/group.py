@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastreid_uns.commands import finished
@@ -60,9 +59,9 @@ def _folders(given: argparse.Namespace) -> argparse.Namespace:
         SystemExit: no output folder is named, or two.
     """
     if isinstance(given.resume, str):
-        if given.output is not None and Path(given.resume) != given.output:
+        if given.output is not None and path_of(given.resume) != given.output:
             sys.exit(f"error: --resume {given.resume} and --output {given.output} name two folders. Leave one out.")
-        given.output = Path(given.resume)
+        given.output = path_of(given.resume)
     given.resume = given.resume is not None
     if given.output is None:
         sys.exit("error: no output folder is named; say --output OUT, or --resume OUT for a finished one.")

@@ -97,4 +97,6 @@ def _answers(run: PhotoRun) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """See `commands.main`."""
-    return finished(run, parse_arguments(arguments), last_line=lambda: None)
+    given = parse_arguments(arguments)
+    kept = f"stopped: all answers are kept in {given.output}; the same command goes on with them."
+    return finished(run, given, last_line=lambda: kept)

@@ -117,18 +117,26 @@ def run_command(main: Callable[..., T], *args: Any, last_line: Callable[[], str 
     ending = Ending(last_line or _how_to_go_on)
     with ending_at_signals(ending):
         try:
-            return main(*args)
+            result = main(*args)
+            ending.end_if_told()  # some library has swallowed the interrupt
+            return result
         except KeyboardInterrupt:
             ending.end()
-        except UserError as error:
-            _fail(error, str(error))
-        except (RuntimeError, MemoryError) as error:
-            reason = " ".join(str(error).split())[:200] or "no memory"
-            if _is_out_of_memory(error):
-                _fail(error, f"the memory is not enough ({reason}). {_SMALLER}")
-            if not _lost_a_process(error):
-                raise
-            _fail(error, f"the connection to another process of the run was lost ({reason}).", code=_LOST)
+        except Exception as error:
+            ending.end_if_told()  # or has made another exception of it
+            _fail_if_known(error)
+            raise
+
+
+def _fail_if_known(error: Exception) -> None:
+    """One line and the exit code for what a user can mend."""
+    if isinstance(error, UserError):
+        _fail(error, str(error))
+    reason = " ".join(str(error).split())[:200] or "no memory"
+    if _is_out_of_memory(error):
+        _fail(error, f"the memory is not enough ({reason}). {_SMALLER}")
+    if _lost_a_process(error):
+        _fail(error, f"the connection to another process of the run was lost ({reason}).", code=_LOST)
 
 
 def _fail(error: Exception, message: str, code: int = 2) -> NoReturn:

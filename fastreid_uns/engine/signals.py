@@ -60,6 +60,11 @@ class Ending:
         sys.stdout.flush()
         os._exit(128 + self.signal)
 
+    def end_if_told(self) -> None:
+        """End the process if a signal has come, although nothing of it has reached the end of the command."""
+        if self.signal is not None:
+            self.end()
+
     def enforce(self, notes: socket.socket) -> None:
         """End the process when its main thread does not: it may be inside a library, or wait for a queue."""
         while number := notes.recv(1):

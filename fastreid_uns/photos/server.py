@@ -40,6 +40,7 @@ WEB = Path(__file__).parent / "web"
 HOST = "127.0.0.1"
 OWN_NAMES = {HOST, "localhost", "::1"}
 LARGEST_IMAGE = 64 * 2**20  # bytes
+PATIENCE = 2  # seconds for requests that are being answered when the server is told to end
 LARGEST_ANSWER = 4 * 2**20
 SECURITY = {
     "Content-Security-Policy": (
@@ -105,7 +106,14 @@ class Server:
             raise InvalidState(f"server: port {port} cannot be used ({error.strerror}). Choose another one.") from error
         self.address = f"http://{HOST}:{self._socket.getsockname()[1]}/{self.token}/"
         app = create_app(review, self.token, identify)
-        settings = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off")
+        settings = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_graceful_shutdown=PATIENCE,
+        )
         self._server = uvicorn.Server(settings)
 
     def run(self) -> None:

@@ -134,6 +134,34 @@ run_command(main, sys.argv[1])
 """
 
 
+SWALLOWED = """
+import os, signal, sys
+from fastreid_uns.engine import run_command
+
+def main(what):
+    try:
+        os.kill(os.getpid(), int(what[0]))
+        for _ in range(10**6):
+            pass
+    except KeyboardInterrupt:
+        if what[1] == "error":
+            raise RuntimeError("a worker has died") from None
+    print("all done", flush=True)
+
+run_command(main, sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("kind", ["end", "error"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_ends_soon_after_a_library_has_swallowed_the_signal(kind, number, code):
+    words = [sys.executable, "-c", SWALLOWED, str(int(number)), kind]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == code
+    assert done.stdout == ("all done\n" if kind == "end" else "")
+    assert done.stderr == "stopped: nothing was begun; start the same command again.\n"
+
+
 def test_an_interrupt_that_a_finalizer_swallows_is_not_shown(monkeypatch):
     """Python would write its traceback; the process ends a little later."""
     told: list[type] = []

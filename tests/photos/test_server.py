@@ -8,6 +8,8 @@ import json
 import os
 import socket
 import sys
+import threading
+from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
@@ -244,3 +246,26 @@ def test_answers_are_json_that_cannot_be_taken_for_html(client):
     answer = get(client, "api/groups/2")
     assert answer.headers["content-type"] == "application/json"
     assert json.loads(answer.content)["size"] == 3
+
+
+def test_a_request_that_does_not_end_does_not_hold_up_the_end(small_run):
+    begun, ended = threading.Event(), threading.Event()
+
+    def endless(content: bytes) -> dict:
+        begun.set()
+        ended.wait(60)
+        return {}
+
+    server = Server(Review(small_run), endless)
+    running = threading.Thread(target=server.run, daemon=True)
+    running.start()
+    place = urlsplit(server.address)
+    with socket.create_connection((place.hostname, place.port)) as client:
+        token = place.path.strip("/") or place.query.partition("=")[2]
+        head = f"POST /identify HTTP/1.1\r\nHost: {place.netloc}\r\nX-Token: {token}\r\nContent-Length: 1\r\n\r\nx"
+        client.sendall(head.encode())
+        assert begun.wait(20)
+        server.stop()
+        running.join(20)
+        ended.set()
+        assert not running.is_alive()

@@ -1,5 +1,7 @@
 """The trial by force: what it compares, what it accepts as a refusal, and where it kills."""
 
+import functools
+import importlib
 import json
 import signal
 import subprocess
@@ -98,3 +100,41 @@ def test_a_few_faults_are_found_harmless(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert len(json.loads((tmp_path / "faults.json").read_text())["outcomes"]) >= 14
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_is_struck_in_the_function_that_is_asked_for(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(fault_commands, "STRUCK", tmp_path / "struck")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys; from pathlib import Path; from fastreid_uns.utils import atomic\n"
+        "print('begun', flush=True); atomic.append(Path(sys.argv[1]), b'a')\n"
+    )
+    words = [str(program), str(tmp_path / "written")]
+    code, text = fault_commands.Command(words, struck=("fastreid_uns.utils.atomic:append", number)).wait()
+    assert text.startswith("begun")
+    assert code == (-number if number == signal.SIGTERM else 1)  # a traceback of KeyboardInterrupt
+    assert not (tmp_path / "written").exists()
+    assert float((tmp_path / "struck").read_text()) > 0
+
+
+@pytest.mark.parametrize("places", [faults.STAGES, faults.STAGES_OF_PHOTOS])
+def test_the_stages_are_functions_that_exist(places):
+    for place in places.values():
+        module, _, name = place.partition(":")
+        assert callable(functools.reduce(getattr, name.split("."), importlib.import_module(module))), place
+
+
+def test_what_is_heard_of_a_signal():
+    line = "stopped: all is saved.\n"
+    assert faults.unheard(fault_commands.Ended(130, line), 1.0, signal.SIGINT) == ""
+    for ended, seconds in (
+        (fault_commands.Ended(0, line), 1.0),
+        (fault_commands.Ended(143, line), 1.0),
+        (fault_commands.Ended(130, line * 2), 1.0),
+        (fault_commands.Ended(130, ""), 1.0),
+        (fault_commands.Ended(130, f"Traceback\n{line}"), 1.0),
+        (fault_commands.Ended(130, line), 5.1),
+        (fault_commands.Ended(130, line), float("nan")),
+    ):
+        assert faults.unheard(ended, seconds, signal.SIGINT), ended

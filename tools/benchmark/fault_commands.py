@@ -32,6 +32,7 @@ from measuring import FOLDER, ROOT
 THREADS = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 TIMEOUT = 300  # seconds after which a command counts as hanging
 PLACE = FOLDER / "faults"
+STRUCK = PLACE / "struck"  # when the last command of `strike_in` was struck, by the clock that all processes share
 EPOCHS = 3
 IMAGES = {
     "NAME": "synthetic",
@@ -103,9 +104,18 @@ class Command:
         limit: bytes beyond which none of its files may grow; None = no limit.
         cold: start Python anew.
         line: SIGKILL it before that line of `TRACED`, see `die_at_line`.
+        struck: a function, and the signal that it gets when it first enters it, see `strike_in`.
     """
 
-    def __init__(self, words: Sequence[str], *, limit: int | None = None, cold: bool = False, line: int | None = None):
+    def __init__(
+        self,
+        words: Sequence[str],
+        *,
+        limit: int | None = None,
+        cold: bool = False,
+        line: int | None = None,
+        struck: tuple[str, int] | None = None,
+    ):
         read, write = os.pipe()
         fcntl.fcntl(read, fcntl.F_SETPIPE_SZ, 1 << 20)
 
@@ -129,6 +139,8 @@ class Command:
             if self.pid == 0:
                 os.setpgid(0, 0)
                 before()
+                if struck:
+                    strike_in(*struck)
                 _become(words, write, line)
             with contextlib.suppress(OSError):  # both do it, so that neither has to wait for the other
                 os.setpgid(self.pid, self.pid)
@@ -145,6 +157,11 @@ class Command:
                 if hasattr(self, "process"):
                     self.process.returncode = self.code
         return self.code is None
+
+    def wait_for(self, text: str) -> None:
+        """Until it has said that, or has ended."""
+        while self.runs() and text.encode() not in self._text:
+            self._read(0.05)
 
     def kill(self) -> None:
         """SIGKILL to it and to all that it has started."""
@@ -235,6 +252,27 @@ def _become(words: Sequence[str], output: int, line: int | None) -> None:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(code)
+
+
+def strike_in(place: str, number: int) -> None:
+    """Let this process send itself a signal when it first calls a function.
+
+    Args:
+        place: `module:function` or `module:Class.method`, looked up where the callers look it up.
+        number: of the signal.
+    """
+    module, _, name = place.partition(":")
+    *classes, last = name.split(".")
+    holder: Any = functools.reduce(getattr, classes, importlib.import_module(module))
+    whole = getattr(holder, last)
+
+    def struck(*args: Any, **keys: Any) -> Any:
+        setattr(holder, last, whole)
+        STRUCK.write_text(str(time.monotonic()))
+        os.kill(os.getpid(), number)
+        return whole(*args, **keys)
+
+    setattr(holder, last, struck)
 
 
 def die_at_line(number: int) -> None:

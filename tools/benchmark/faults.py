@@ -26,12 +26,33 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fault_commands import EPOCHS, PLACE, THREADS, Command, Ended, arguments_of, run, warm_up
+from fault_commands import EPOCHS, PLACE, STRUCK, THREADS, Command, Ended, arguments_of, run, warm_up
 from fault_inputs import wrong_files, wrong_keys
-from measuring import FOLDER
+from measuring import FOLDER, ROOT
 
 METHODS = ("core", "SpCL", "ICE", "PPLR")
 COUNTS = {"kills": 4, "interrupts": 4, "lines": 4, "truncations": 10, "flips": 20, "inputs": 10}  # cases by default
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LIMIT = 5.0  # seconds from a signal to the end of a command
+GROUPED = (str(ROOT / "fastreid_uns/__main__.py"),)
+STAGES = {
+    "decoding": "fastreid_uns.data.image_set:_Decoder.__getitem__",
+    "extraction": "fastreid_uns.evaluation.extract:_forward_all",
+    "labels": "fastreid_uns.pseudo_labels.dbscan:_clusters",
+    "training step": "fastreid_uns.engine.trainer:Trainer._backward",
+    "evaluation": "fastreid_uns.evaluation.evaluator:Evaluator.score",
+    "checkpoint": "fastreid_uns.utils.checkpoint:_seal",
+    "best checkpoint": "fastreid_uns.utils.checkpoint:copy_checkpoint",
+    "line of the epoch": "fastreid_uns.engine.log:JsonWriter.epoch",
+}
+STAGES_OF_PHOTOS = {
+    "look through the folder": "fastreid_uns.photos.road:read_album",
+    "features": "fastreid_uns.photos.road:embed",
+    "groups": "fastreid_uns.photos.road:cluster",
+    "report": "fastreid_uns.photos.road:write_report",
+}
 
 
 class Outcome(NamedTuple):
@@ -181,6 +202,76 @@ def struck(method: str, folder: Path, place: float, number: signal.Signals) -> E
         os.kill(command.pid, number)
     ended = command.wait()
     return ended if sent else None
+
+
+def stages(options: argparse.Namespace) -> Iterator[Outcome]:
+    """Ctrl-C and SIGTERM in each stage of training and of photo grouping, to two processes, and to the review page."""
+    for number in SIGNALS:
+        for stage, place in STAGES.items():
+            folder = fresh("stages")
+            ended, seconds = struck_in(arguments_of("core", folder), place, number)
+            fault = unheard(ended, seconds, number) or goes_on("core", folder)
+            yield Outcome("stages", f"{stage}, {number.name}, {seconds:.1f} s", fault)
+        folder = fresh("stages")
+        command = Command(arguments_of("core", folder, processes=2), cold=True)
+        while command.runs() and not lines_in(folder):
+            time.sleep(0.05)
+        ended, seconds = told(command, number, group=number == signal.SIGINT)
+        fault = unheard(ended, seconds, number) or goes_on("core", folder, processes=2)
+        yield Outcome("stages", f"two processes, {number.name}, {seconds:.1f} s", fault)
+        words = grouping(fresh("stages"))
+        for stage, place in STAGES_OF_PHOTOS.items():
+            ended, seconds = struck_in(words, place, number)
+            again = run(words)
+            fault = unheard(ended, seconds, number) or ("" if again.code == 0 else f"again: {again.text[-200:]}")
+            yield Outcome("stages", f"group: {stage}, {number.name}, {seconds:.1f} s", fault)
+            shutil.rmtree(PLACE / "stages")
+        run(words)
+        command = Command([*GROUPED, "review", str(PLACE / "stages"), "--no-browser"], cold=True)
+        command.wait_for("Ctrl-C ends")
+        ended, seconds = told(command, number)
+        usual = ended.code == 0 and "Traceback" not in ended.text  # Ctrl-C is how one leaves the page
+        fault = "" if number == signal.SIGINT and usual else unheard(ended, seconds, number)
+        yield Outcome("stages", f"review page, {number.name}, {seconds:.1f} s", fault)
+
+
+def grouping(output: Path) -> list[str]:
+    """The command that groups a few generated pictures without training, by a network of random numbers."""
+    import numpy as np
+    from PIL import Image
+
+    photos, network = PLACE / "photos", PLACE / "network.yaml"
+    network.write_text("MODEL: {WEIGHTS: '', BACKBONE: {NAME: timm, MODEL: tf_efficientnet_lite0}}\n")
+    photos.mkdir(exist_ok=True)
+    for number in range(12):
+        pattern = np.kron(np.random.default_rng(number % 3).integers(0, 256, (4, 4, 3)), np.ones((8, 8, 1)))
+        Image.fromarray((0.9 * pattern + number).astype(np.uint8)).save(photos / f"{number}.png")
+    wishes = ["--size", "32", "32", "--no-training", "--no-questions", "--config-file", str(network)]
+    return [*GROUPED, "group", str(photos), "--output", str(output), *wishes]
+
+
+def struck_in(words: Sequence[str], place: str, number: signal.Signals) -> tuple[Ended, float]:
+    """How a command ends that gets a signal in a function, and the seconds until then."""
+    STRUCK.unlink(missing_ok=True)
+    ended = Command(words, struck=(place, number)).wait()
+    return ended, time.monotonic() - float(STRUCK.read_text()) if STRUCK.exists() else float("nan")
+
+
+def told(command: Command, number: signal.Signals, *, group: bool = False) -> tuple[Ended, float]:
+    """How a command ends that is sent a signal, its children as well if `group`, and the seconds until then."""
+    began = time.monotonic()
+    (os.killpg if group else os.kill)(command.pid, number)
+    return command.wait(), time.monotonic() - began
+
+
+def unheard(ended: Ended, seconds: float, number: signal.Signals) -> str:
+    """Why this is not how a command ends at a signal; empty if it is."""
+    if seconds != seconds:
+        return f"it was never there: {ended.code}: {ended.text[-300:]!r}"
+    if seconds > LIMIT:
+        return f"it took {seconds:.1f} s"
+    right = ended.code == 128 + number and ended.text.count("stopped: ") == 1 and "Traceback" not in ended.text
+    return "" if right else f"{ended.code}: {ended.text[-1000:]!r}"
 
 
 def interrupts(options: argparse.Namespace) -> Iterator[Outcome]:
@@ -388,6 +479,7 @@ def inputs(options: argparse.Namespace) -> Iterator[Outcome]:
 
 TRIALS: dict[str, Callable[[argparse.Namespace], Iterator[Outcome]]] = {
     "kills": kills,
+    "stages": stages,
     "interrupts": interrupts,
     "lines": lines,
     "truncations": truncations,
