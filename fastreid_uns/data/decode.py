@@ -65,12 +65,16 @@ _BROKEN = (
     Image.DecompressionBombWarning,  # where warnings are errors
 )
 _SIGNATURES = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"II*\0", b"MM\0*", b"BM", b"GIF8", b"\0\0\0\x0cjP")
+_HEIF = ("hei", "hev", "mif", "msf", "avi")  # how the brands of still pictures begin; others are videos
 _OTHERS = {
     b"%PDF": "a PDF document",
     b"PK\x03\x04": "a ZIP archive",
     b"%!PS": "a PostScript document",
     b"8BPS": "a Photoshop document",
     b"\x1f\x8b": "a gzip archive",
+    b"\xff\x0a": "a JPEG XL picture",
+    b"\0\0\0\x0cJXL ": "a JPEG XL picture",
+    b"\0\0\1\0": "an icon",
 }
 
 
@@ -297,9 +301,12 @@ def _what_instead(head: bytes) -> tuple[str, str]:
         return "the file is a web page (HTML), no picture", "Download it again, or leave it out."
     if head[4:8] == b"ftyp":
         brand = head[8:12].decode("ascii", "replace")
-        return f"the file is of the HEIF family ({printable(brand)}), which is not read", "Convert it to JPEG or PNG."
+        kind = "of the HEIF family" if brand.lower().startswith(_HEIF) else "a video"
+        return f"the file is {kind} ({printable(brand)}), which is not read", "Convert it to JPEG or PNG."
     if head.startswith(_SIGNATURES):
         return "the picture is damaged or cut off, or of a variant that Pillow does not know", _REMEDY
+    if b"<svg" in text:
+        return "the file is an SVG drawing, which is not read", "Convert it to PNG."
     kind = next((what for start, what in _OTHERS.items() if head.startswith(start)), "")
     if not kind and all(byte >= 32 or byte in b"\t\r\n" for byte in head):
         kind = "text"

@@ -20,6 +20,15 @@ from fastreid_uns.utils import comm
 logger = logging.getLogger(__name__)
 
 SCHEDULES = ("step", "milestones", "cosine", "constant")
+_OWN_KEYS = {  # arguments of optimisers → the key that gives them
+    "params": "the model and SOLVER.FREEZE",
+    "lr": "SOLVER.BASE_LR",
+    "weight_decay": "SOLVER.WEIGHT_DECAY",
+}
+_UNFIT = {
+    "LBFGS": "evaluates the loss several times in a step, which a training step cannot",
+    "SparseAdam": "takes sparse gradients, which no network here has",
+}
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None}
 
 
@@ -31,21 +40,33 @@ def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
 
     Raises:
         KeyError: neither torch.optim nor timm knows the name; no parameter that trains has the name.
-        ValueError: a factor that is no positive number, or no parameter trains.
+        ValueError: a factor that is no positive number, arguments that the optimiser does not accept, an optimiser
+            that cannot train a network, or no parameter trains.
     """
     groups = _groups(cfg.SOLVER, model)
-    kind = _optimizer_class(cfg.SOLVER.OPTIMIZER)
-    options = {"lr": cfg.SOLVER.BASE_LR, **cfg.SOLVER.OPTIMIZER_ARGS}
+    name, given = cfg.SOLVER.OPTIMIZER, cfg.SOLVER.OPTIMIZER_ARGS
+    kind = _optimizer_class(name)
+    for argument in given.keys() & _OWN_KEYS.keys():
+        raise InvalidValue(
+            f"SOLVER.OPTIMIZER_ARGS: {argument} is given by {_OWN_KEYS[argument]}. Take it out and set that."
+        )
+    options = {"lr": cfg.SOLVER.BASE_LR, **given}
     accepted = inspect.signature(kind).parameters
-    for name in options:
-        if name not in accepted:
+    for argument in options:
+        if argument not in accepted:
             raise UnknownName(
-                f"SOLVER.OPTIMIZER_ARGS: {cfg.SOLVER.OPTIMIZER} takes no {name!r}{did_you_mean(name, accepted)} "
+                f"SOLVER.OPTIMIZER_ARGS: {name} takes no {argument!r}{did_you_mean(argument, accepted)} "
                 f"Accepted: {', '.join(accepted)}."
             )
     if "fused" in accepted:
         options.setdefault("fused", True)
-    return kind(groups, **options)
+    try:
+        return kind(groups, **options)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InvalidValue(
+            f"SOLVER.OPTIMIZER_ARGS is {shown(dict(given))}, which {name} does not accept "
+            f"({type(error).__name__}: {error}). See the documentation of {name}."
+        ) from error
 
 
 def _groups(solver: Any, model: nn.Module) -> list[dict[str, Any]]:
@@ -111,6 +132,8 @@ def _named(prefix: str, names: Iterable[str], key: str) -> list[str]:
 
 
 def _optimizer_class(name: str) -> Any:
+    if name in _UNFIT:
+        raise InvalidValue(f"SOLVER.OPTIMIZER: {name} {_UNFIT[name]}. Choose another one, such as Adam or SGD.")
     kind = getattr(torch.optim, name, None)
     if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer):
         return kind
@@ -119,7 +142,7 @@ def _optimizer_class(name: str) -> Any:
     if name in timm.optim.list_optimizers():
         return timm.optim.get_optimizer_class(name, bind_defaults=False)
     from_timm: list[str] = timm.optim.list_optimizers()  # type: ignore[assignment]
-    known = [n for n, v in vars(torch.optim).items() if inspect.isclass(v) and n != "Optimizer"]
+    known = [n for n, v in vars(torch.optim).items() if inspect.isclass(v) and n not in ("Optimizer", *_UNFIT)]
     raise UnknownName(
         f"SOLVER.OPTIMIZER: {name!r} is unknown{did_you_mean(name, [*known, *from_timm])} "
         f"A class of torch.optim ({', '.join(known)}) or a name of timm.optim is accepted."

@@ -229,7 +229,7 @@ class Trainer:
             if not losses:
                 raise InvalidState(
                     f"{type(self.model).__name__}.forward returned {', '.join(outputs) or 'nothing'}; at least one "
-                    f"key must begin with 'loss'."
+                    f"key must begin with 'loss'. Name a loss in MODEL.LOSSES."
                 )
             return outputs, torch.stack([at_least_float32(value) for value in losses]).sum()
 

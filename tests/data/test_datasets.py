@@ -645,6 +645,14 @@ def test_csv_root_and_absolute_paths(tmp_path):
             r"line 3 has another number of cells than the header \(4: path, identity",
         ),
         (["a.png,1,1,train,9"], r"line 2 has another number of cells"),
+        (
+            ["a.png,1,1,train", '"b.png,1,1,train', "c.png,1,1,train"],
+            r"a quotation mark of line 3 is not closed there and takes up the lines until 4\. Remove it",
+        ),
+        (
+            ['"a.png,1,1,train', "b.png,1,1,train", 'c.png",1,1', "d.png,1,1,train"],
+            r"a quotation mark of line 2 is not closed there and takes up the lines until 4\.",
+        ),
         (["a.png,,1,query", "b.png,1,1,gallery"], r"line 2 has no identity; each query image needs one"),
         (["a.png,1,1,query"], r"there is no gallery image; a score needs query and gallery"),
         ([], r"there is a header but no line below it"),

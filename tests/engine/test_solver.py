@@ -12,6 +12,7 @@ from fastreid_uns.engine.solver import (
     learning_rate_factor,
     precision,
 )
+from fastreid_uns.errors import InvalidValue
 
 
 def config(*overrides: str):
@@ -240,3 +241,25 @@ def test_rates_are_those_of_the_closed_form_bit_for_bit(keys, warmup, length):
     assert [lambdas[0](epoch * iters) for epoch in range(epochs + 1)] == [
         closed_form(cfg.SOLVER, epoch * iters) for epoch in range(epochs + 1)
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("{betas: [0.9]}", r"OPTIMIZER_ARGS is \{'betas': \[0\.9\]\}, which Adam does not accept \(IndexError"),
+        ("{betas: [2, 2]}", "which Adam does not accept .ValueError: Invalid beta"),
+        ("{eps: small}", "which Adam does not accept .TypeError"),
+        ("{lr: 3}", r"OPTIMIZER_ARGS: lr is given by SOLVER\.BASE_LR\. Take it out"),
+        ("{weight_decay: 0.1}", r"weight_decay is given by SOLVER\.WEIGHT_DECAY"),
+        ("{params: 3}", r"params is given by the model"),
+    ],
+)
+def test_arguments_that_the_optimiser_does_not_accept(arguments, message):
+    with pytest.raises(InvalidValue, match=message):
+        build_optimizer(config(f"SOLVER.OPTIMIZER_ARGS={arguments}"), nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "SparseAdam"])
+def test_optimisers_that_cannot_train_a_network(name):
+    with pytest.raises(InvalidValue, match=rf"SOLVER\.OPTIMIZER: {name} .* Choose another one"):
+        build_optimizer(config(f"SOLVER.OPTIMIZER={name}"), nn.Linear(1, 1))

@@ -78,6 +78,16 @@ def csv_file(*, path: str, root: str = "", protocol: str = "auto") -> ReIDData:
     return ReIDData(parts["train"], parts["query"], parts["gallery"], protocol)
 
 
+def _refuse_open_quote(where: str, line: int, cells: list[str]) -> None:
+    """Say where a cell begins that takes up the lines behind it."""
+    taken = sum(cell.rstrip("\r\n").count("\n") for cell in cells)
+    if taken:
+        raise InvalidValue(
+            f"{where}: a quotation mark of line {line - taken} is not closed there and takes up the lines until "
+            f"{line}. Remove it, or close it."
+        )
+
+
 def _read(path: str) -> list[_Row]:
     if not path_manager.isfile(path):
         raise MissingFile(f"csv_file: there is no manifest {printable(path)}; PATH names a CSV file. {HELP}")
@@ -97,6 +107,7 @@ def _read(path: str) -> list[_Row]:
             while len(cells) > len(header) and not cells[-1].strip():
                 cells.pop()
             if len(cells) != len(header):
+                _refuse_open_quote(where, lines.line_num, cells)
                 raise InvalidValue(
                     f"{where}: line {lines.line_num} has another number of cells than the header ({len(header)}: "
                     f"{', '.join(header)}). Put a path that holds a comma in double quotes."
