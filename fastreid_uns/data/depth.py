@@ -66,7 +66,7 @@ def to_eight_bits(values: np.ndarray) -> np.ndarray:
     return (np.clip(values, 0, None) // 2 ** (bits - 8)).astype(np.uint8)
 
 
-def deep_colour_file(image: Image.Image) -> bytes | None:
+def deep_colour_file(image: Any) -> bytes | None:
     """The file of a colour picture of 16 bits that is not loaded yet; None for all others.
 
     Raises:
@@ -96,17 +96,18 @@ def colour_by_largest_value(image: Image.Image, file: bytes) -> Image.Image:
     Raises:
         ValueError: its values have 14 bits or fewer, and the lower ones cannot be had.
     """
-    if max(high for _, high in image.convert("RGB").getextrema()) > 2**6:
+    top = int(np.max(image.convert("RGB").getextrema()))
+    if top > 2**6:
         return image  # more than 14 bits are in use
-    values = _all_bits(image, file)
+    values = _all_bits(image, file, top)
     parts = [to_eight_bits(values[..., :3]), *([to_eight_bits(values[..., 3:])] if values.shape[2] == 4 else [])]
     shallow = Image.fromarray(np.concatenate(parts, axis=2))
     shallow.info = image.info
     return shallow
 
 
-def _all_bits(image: Image.Image, file: bytes) -> np.ndarray:
-    """(H,W,3) or (H,W,4) uint16."""
+def _all_bits(image: Image.Image, file: bytes, top: int) -> np.ndarray:
+    """(H,W,3) or (H,W,4) uint16; `top` is the largest of the upper 8 bits."""
     again: Any = Image.open(io.BytesIO(file), formats=[str(image.format)])
     codec, _, offset, _ = again.tile[0]
     if codec == "ppm":
@@ -117,7 +118,6 @@ def _all_bits(image: Image.Image, file: bytes) -> np.ndarray:
         return np.ascontiguousarray(np.asarray(again)).view(">u2")[..., [0, 0, 0, 1]].astype(np.uint16)
     layouts = [_LAYOUT.fullmatch(_raw_mode(tile)) for tile in again.tile]
     if _is_planar(again) or not all(layouts):
-        top = int(np.max(image.convert("RGB").getextrema()))
         raise Refused(
             f"its colours have 16 bits of which the lower {8 + top.bit_length()} alone are in use, and only the upper "
             f"8 are read",

@@ -16,6 +16,7 @@ from fastreid_uns.errors import InvalidState, InvalidValue, UserError
 from fastreid_uns.utils.atomic import replacing
 
 LOCK = ".lock"
+_IN_ITS_PLACE = {errno.ELOOP: "a symbolic link, which is never followed,", errno.EISDIR: "a folder"}
 
 
 class RunFolder:
@@ -136,6 +137,11 @@ class RunFolder:
 
 def unwritable(path: Path, error: OSError) -> InvalidState:
     """The error for a file or folder of the run that cannot be written."""
+    if error.errno in _IN_ITS_PLACE:
+        return InvalidState(
+            f"OUTPUT_DIR: {path} cannot be written: {_IN_ITS_PLACE[error.errno]} is in its place, a file is needed. "
+            f"Move it away, or choose another OUTPUT_DIR."
+        )
     return InvalidState(
         f"OUTPUT_DIR: {path} cannot be written ({error.strerror or error}); a folder with free space is needed. Free "
         f"some space, change its permissions, or choose another OUTPUT_DIR."

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from fastreid_uns.errors import InvalidState, MissingFile, MissingPackage
+from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile, MissingPackage
 from fastreid_uns.modeling.backbones.base import Backbone
 from fastreid_uns.utils.file_kind import foreign_kind, is_safetensors
 from fastreid_uns.utils.paths import path_manager
 
 _BY_HAND = "Download the file by hand and set MODEL.WEIGHTS to it, or to '' for random initialisation."
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # of a repository of which no file is named
+_OF_HUB = re.compile(r"hub:[^/@\s]+/[^/@\s]+(@[^/\s]+)?(/.+)?")
 _log = logging.getLogger(__name__)
 
 
@@ -29,10 +30,16 @@ def fetch(source: str) -> Path:
         source: file, URL, or `hub:user/name` with or without a file of that repository.
 
     Raises:
+        InvalidValue: `hub:` without a user and a name.
         MissingFile: no such file.
         MissingPackage: `hub:` without huggingface_hub.
         InvalidState: the download fails.
     """
+    if source.startswith("hub:") and not _OF_HUB.fullmatch(source):
+        raise InvalidValue(
+            f"MODEL.WEIGHTS {source}: no repository is named; hub:user/name is accepted, with @revision and /file "
+            f"behind it. Correct it."
+        )
     try:
         path = _from_hub(source) if source.startswith("hub:") else Path(path_manager.get_local_path(source))
     except ImportError as error:
@@ -41,6 +48,14 @@ def fetch(source: str) -> Path:
         ) from error
     except OSError as error:
         raise InvalidState(f"MODEL.WEIGHTS {source}: the download failed ({error}). {_BY_HAND}") from error
+    if path.is_dir():
+        inside = sorted(file.name for file in path.glob("*.pth")) + sorted(
+            file.name for file in path.glob("*.safetens*")
+        )
+        raise MissingFile(
+            f"MODEL.WEIGHTS {source}: this is a folder; a file is needed. Name one of it: "
+            f"{', '.join(inside) or 'none'}."
+        )
     if not path.is_file():
         raise MissingFile(f"MODEL.WEIGHTS {source}: there is no such file. Change MODEL.WEIGHTS, or '' for none.")
     return path

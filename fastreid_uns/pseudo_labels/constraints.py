@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastreid_uns.errors import InvalidValue, MissingFile
+from fastreid_uns.errors import InvalidValue, MissingFile, shown
 from fastreid_uns.pseudo_labels.base import PseudoLabelGenerator, centroids
 from fastreid_uns.structures import FeatureBank, PseudoLabels
 from fastreid_uns.utils.paths import path_manager
@@ -218,11 +218,16 @@ def read_answers(sources: Iterable[str | Sequence[str]], paths: Sequence[str]) -
     """
     rows: list[tuple[str, Sequence[str]]] = []
     for place, source in enumerate(sources):
+        if not isinstance(source, (str, list, tuple)):
+            raise InvalidValue(
+                f"PSEUDO_LABELS.DECISIONS[{place}] is {shown(source)}; a CSV file, or [first, second, same or "
+                f"different], is accepted. Correct it."
+            )
         rows += _rows(source) if isinstance(source, str) else [(f"PSEUDO_LABELS.DECISIONS[{place}]", source)]
     names = _Names(paths)
     found = []
     for origin, row in rows:
-        if len(row) != 3 or row[2] not in ANSWERS:
+        if len(row) != 3 or not all(isinstance(word, str) for word in row) or row[2] not in ANSWERS:
             raise InvalidValue(
                 f"{origin}: found {list(row)}; two images and one of {', '.join(ANSWERS)} are accepted. Correct it."
             )

@@ -197,7 +197,8 @@ def last_checkpoint(folder: Path) -> Path:
 def numbered_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of single epochs, the oldest first."""
     epochs = {file: file.stem.removeprefix("checkpoint_") for file in folder.glob("checkpoint_*.pth")}
-    return sorted((file for file, epoch in epochs.items() if epoch.isdecimal()), key=lambda file: int(epochs[file]))
+    found = [file for file, epoch in epochs.items() if epoch.isdecimal() and file.is_file()]
+    return sorted(found, key=lambda file: int(epochs[file]))
 
 
 def point_to_last(file: Path) -> None:

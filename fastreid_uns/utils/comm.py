@@ -43,16 +43,19 @@ def choose_device(device: str) -> torch.device:
     """The device that `MODEL.DEVICE` or `--device` names: `auto` is CUDA where there is one.
 
     Raises:
-        InvalidState: CUDA was asked for and there is none, or fewer devices than processes.
+        InvalidState: CUDA or MPS was asked for and there is none, or fewer devices than processes.
         InvalidValue: there is no such kind of device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not device.startswith("cuda"):
         try:
-            return torch.device(device)
+            place = torch.device(device)
         except RuntimeError as error:
             raise InvalidValue(f"device: {device!r} is unknown; choose one of auto, cpu and cuda.") from error
+        if place.type == "mps" and not torch.backends.mps.is_available():
+            raise InvalidState("device: mps was asked for, but torch finds no GPU of Apple; set it to cpu or auto.")
+        return place
     if not torch.cuda.is_available():
         raise InvalidState(f"device: {device} was asked for, but torch finds no CUDA device; set it to cpu or auto.")
     place = torch.device(device) if ":" in device else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

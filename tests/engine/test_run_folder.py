@@ -98,15 +98,19 @@ def test_planted_links_are_not_followed(tmp_path):
     for name in ("config.yaml", "log.txt"):
         (run.path / name).symlink_to(victim)
     run.accept({"config.yaml": "SEED: 1\n"})
-    with pytest.raises(RuntimeError, match=r"log\.txt cannot be written"):
+    with pytest.raises(RuntimeError, match=r"log\.txt cannot be written: a symbolic link, .* Move it away"):
         setup_logging(run.path)
     assert victim.read_text() == "precious"
     assert (run.path / "config.yaml").read_text() == "SEED: 1\n"
     run.release()
     (run.path / LOCK).symlink_to(victim)
-    with pytest.raises(RuntimeError, match=r"\.lock cannot be written"):
+    with pytest.raises(RuntimeError, match=r"\.lock cannot be written: a symbolic link"):
         run.claim()
     assert victim.read_text() == "precious"
+    (run.path / LOCK).unlink()
+    (run.path / LOCK).mkdir()
+    with pytest.raises(RuntimeError, match=r"\.lock cannot be written: a folder is in its place, a file is needed"):
+        run.claim()
 
 
 @contextlib.contextmanager

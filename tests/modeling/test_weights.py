@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastreid_uns.errors import MissingPackage
+from fastreid_uns.errors import InvalidValue, MissingPackage
 from fastreid_uns.modeling import weight_files
 from fastreid_uns.modeling.backbones.base import Backbone
 from fastreid_uns.modeling.backbones.osnet import OSNet
@@ -422,3 +422,18 @@ def test_hub_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingPackage, match=r"hub:me/net: needs huggingface_hub; install the extra \[hub\]"):
         load_weights(nn.Linear(2, 2), "hub:me/net")
+
+
+@pytest.mark.parametrize("source", ["hub:", "hub:x", "hub:/x", "hub:a/", "hub:a b/c", "hub:a/b@", "hub:a/b@/c"])
+def test_hub_without_a_repository(source: str) -> None:
+    with pytest.raises(InvalidValue, match=r"no repository is named; hub:user/name is accepted"):
+        load_weights(nn.Linear(2, 2), source)
+
+
+def test_a_folder_is_no_file_of_weights(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"this is a folder; a file is needed\. Name one of it: none\."):
+        load_weights(nn.Linear(2, 2), str(tmp_path))
+    for name in ("best.pth", "checkpoint_0003.pth", "w.safetensors", "log.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError, match=r"of it: best\.pth, checkpoint_0003\.pth, w\.safetensors\."):
+        load_weights(nn.Linear(2, 2), str(tmp_path))

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastreid_uns.errors import InvalidValue
 from fastreid_uns.pseudo_labels.constraints import Answer, ConstrainedLabels, Constraints, read_answers
 from fastreid_uns.pseudo_labels.dbscan import DBSCANLabels
 from fastreid_uns.pseudo_labels.linkage import AverageLinkageLabels
@@ -170,3 +171,9 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
         read_answers([str(file)], PATHS)
     with pytest.raises(FileNotFoundError, match="is missing; a CSV file is needed"):
         read_answers([str(tmp_path / "none.csv")], PATHS)
+
+
+@pytest.mark.parametrize("source", [5, None, {"a": 1}, [1, 2, "same"], ["a", "b", ["same"]], ["a", "b"]])
+def test_answers_that_are_none(source):
+    with pytest.raises(InvalidValue, match=r"DECISIONS\[0\].* accepted\. Correct it"):
+        read_answers([source], ["a", "b"])

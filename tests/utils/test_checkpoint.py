@@ -136,6 +136,7 @@ def test_the_mask_of_the_user_decides_who_may_read(tmp_path):
 def test_without_a_good_pointer_the_newest_checkpoint_is_found(tmp_path, pointer, caplog):
     for name in ("checkpoint_0003.pth", "checkpoint_0012.pth", "checkpoint_10000.pth", "checkpoint_x.pth", "best.pth"):
         (tmp_path / name).touch()
+    (tmp_path / "checkpoint_20000.pth").mkdir()
     (tmp_path.parent / "elsewhere.pth").touch()
     if pointer is not None:
         (tmp_path / "last").write_text(pointer)
