@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import yaml
 
 from fastreid_uns.config import CfgNode, load_config, parse_config
-from fastreid_uns.errors import InvalidValue
+from fastreid_uns.errors import InvalidValue, MissingFile
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.meta_arch import MetaArch, build_model, warn_of_other_input
 from fastreid_uns.modeling.weights import load_weights
@@ -21,6 +22,7 @@ from fastreid_uns.predictor import find_checkpoint, load_run
 from fastreid_uns.utils.checkpoint import load_checkpoint, numbered_checkpoints, point_to_last, save_checkpoint
 from fastreid_uns.utils.paths import path_manager
 
+_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")  # of files of weights; names of networks have none of them
 _FIXED = (  # what a config of grouped photos has in common
     "MODEL.HEAD.NAME=PooledHead",
     f"MODEL.HEAD.DIM={DIM}",
@@ -150,6 +152,8 @@ def describe(
     usual = weights == "imagenet"
     if not usual and path_manager.exists(weights):
         return _of_file(find_checkpoint(weights), common)
+    if weights.startswith((".", os.sep)) or Path(weights).suffix in _SUFFIXES:
+        raise MissingFile(f"weights: there is no file {weights}. Check the path, or name a network of timm.")
     backbone = ["MODEL.BACKBONE.NAME=timm", f"MODEL.BACKBONE.MODEL={MODEL if usual else weights}"]
     return load_config(None, [*backbone, "MODEL.WEIGHTS=imagenet", *common])
 

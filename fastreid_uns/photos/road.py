@@ -51,8 +51,11 @@ class Wishes:
         size: height and width in pixels; None = about 224 x 224 pixels in the shape of the photos.
         training: adapt the network to the photos.
         config_file: YAML of the network.
-        seed: of views and training.
+        seed: of views and training, from 0.
         copy: copies of the photos in groups/, not links.
+
+    Raises:
+        InvalidValue: the seed is out of range.
     """
 
     weights: str = "imagenet"
@@ -61,6 +64,10 @@ class Wishes:
     config_file: str | None = None
     seed: int = 0
     copy: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**31:
+            raise InvalidValue(f"seed is {self.seed}; whole numbers from 0 to {2**31 - 1:,} are accepted. Change it.")
 
 
 @dataclass

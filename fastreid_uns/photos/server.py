@@ -101,9 +101,10 @@ class Server:
         try:
             self._socket.bind((HOST, port))
             self._socket.listen(128)  # a browser that is opened before `run` waits
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             self._socket.close()
-            raise InvalidState(f"server: port {port} cannot be used ({error.strerror}). Choose another one.") from error
+            reason = getattr(error, "strerror", None) or "ports are 0 to 65535"
+            raise InvalidState(f"server: port {port} cannot be used ({reason}). Choose another one.") from error
         self.address = f"http://{HOST}:{self._socket.getsockname()[1]}/{self.token}/"
         app = create_app(review, self.token, identify)
         settings = uvicorn.Config(

@@ -22,6 +22,7 @@ from fastreid_uns.photos.group import Features, Settings
 from fastreid_uns.photos.identify import Identity
 from fastreid_uns.photos.index import Index
 from fastreid_uns.photos.known import Known, said
+from fastreid_uns.photos.network import describe
 from fastreid_uns.photos.store import PhotoRun
 from fastreid_uns.photos.teller import Teller
 from fastreid_uns.photos.verdict import judge, open_pairs, questions
@@ -513,3 +514,16 @@ def test_why_no_photo_is_called_known_is_said(run):
         "note": "because",
     }
     assert "note" not in said(Identity("new", 1, 0.5), "because")
+
+
+@pytest.mark.parametrize("weights", ["nowhere.pth", "./nowhere", "/nowhere/net", "a/b.safetensors"])
+def test_weights_that_are_not_there_are_no_network_of_timm(tmp_path, weights):
+    with pytest.raises(FileNotFoundError, match=rf"weights: there is no file {weights}\. Check the path"):
+        describe(tmp_path, tmp_path / "out", SIZE, weights)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_a_seed_that_no_generator_takes(tmp_path, network, seed):
+    draw_things(tmp_path / "photos", range(2), range(2))
+    with pytest.raises(InvalidValue, match=rf"seed is {seed}; whole numbers from 0 to 2,147,483,647 are accepted"):
+        grouped(tmp_path / "photos", tmp_path / "out", network, seed=seed)

@@ -233,6 +233,8 @@ def test_the_server_listens_on_this_computer_only(small_run):
     with pytest.raises(InvalidState, match="cannot be used"):
         Server(Review(small_run), port=taken.getsockname()[1])
     taken.close()
+    with pytest.raises(InvalidState, match=r"port 80000 cannot be used \(ports are 0 to 65535\)"):
+        Server(Review(small_run), port=80_000)
 
 
 def test_without_its_packages_the_way_to_get_them_is_named(monkeypatch):
