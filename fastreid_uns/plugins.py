@@ -25,7 +25,7 @@ def resolve_plugin(entry: str, folder: Path) -> str:
         entry: dotted module, entry point, or a folder given with a slash or a leading dot.
         folder: where the file that names it lies.
     """
-    return str((folder / expanded(entry)).resolve()) if "/" in entry or entry.startswith((".", "~")) else entry
+    return str((folder / expanded(entry)).resolve()) if "/" in entry or entry.startswith(".") else entry
 
 
 def is_installed(entry: str) -> bool:

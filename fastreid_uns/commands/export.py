@@ -88,8 +88,18 @@ def require_onnx() -> None:
 
 
 def export(extractor, output: Path, opset: int) -> None:
-    """Write the encoder with a free batch size, in one file."""
+    """Write the encoder with a free batch size, in one file.
+
+    Raises:
+        RuntimeError: it cannot be written in that version of the operators.
+    """
+    import logging
+
+    import onnx
     import torch
+
+    for name in ("torch.onnx", "onnxscript"):  # which warn, with tracebacks, and keep another version
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
     class Features(torch.nn.Module):
         def __init__(self, encoder):
@@ -111,6 +121,12 @@ def export(extractor, output: Path, opset: int) -> None:
         external_data=False,
         verbose=False,
     )
+    held = next(entry.version for entry in onnx.load(str(output)).opset_import if entry.domain in ("", "ai.onnx"))
+    if held != opset:
+        raise InvalidState(
+            f"export: this network cannot be written with --opset {opset}, only with {held}. Leave the flag out, or "
+            f"choose a version nearer to {held}."
+        )
 
 
 def taking_normalised(extractor, normalisation: Normalisation):

@@ -9,8 +9,11 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def expanded(path: str) -> str:
-    """The path with a home folder in place of a leading `~` or `~name`; other texts, such as addresses, stay."""
-    return os.path.expanduser(path)
+    """The path with a home folder in place of a leading `~/` or `~name/`; other texts, such as addresses, stay.
+
+    So does `~` alone, which is null in YAML and hardly ever a home folder that somebody means.
+    """
+    return os.path.expanduser(path) if "/" in path else path
 
 
 def path_of(text: str) -> Path:

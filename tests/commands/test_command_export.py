@@ -49,6 +49,15 @@ def test_the_file_gives_the_features_of_the_encoder(checkpoint, tmp_path, capsys
     assert sidecar["config"]["MODEL"]["BACKBONE"]["NAME"] == "SmallNet"
 
 
+@needs_onnx
+def test_a_version_of_the_operators_that_cannot_be_written(checkpoint, tmp_path, capsys):
+    assert export.main([str(checkpoint), str(tmp_path / "a.onnx"), "--opset", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be written with --opset 3, only with 18. Leave the flag out" in said
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
 MEAN, STD = [0.3, 0.5, 0.7], [0.5, 0.25, 0.2]  # no numbers of anybody
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 

@@ -41,8 +41,8 @@ def at(cfg, key):
 
 def test_what_is_a_path_in_the_home_folder(home):
     assert expanded("~/x") == f"{home}/x"
-    assert path_of("~") == home
-    for text in ("a~/b", "/x/~", "~nobody-of-that-name/x", "hub:user/name", "https://a.b/~c", "", "a"):
+    assert path_of("~/") == home
+    for text in ("a~/b", "/x/~", "~nobody-of-that-name/x", "hub:user/name", "https://a.b/~c", "", "a", "~"):
         assert expanded(text) == text
 
 
@@ -97,9 +97,10 @@ def test_answers(home):
 def test_paths_of_the_python_interface(home):
     assert find_checkpoint("~/a.pth") == f"{home}/a.pth"
     (home / "a.jpg").touch()
-    assert list_images("~/a.jpg") == list_images("~") == [f"{home}/a.jpg"]
+    assert list_images("~/a.jpg") == [f"{home}/a.jpg"]
+    assert [Path(path).name for path in list_images("~/")] == ["a.jpg"]
     (home / "run.json").write_text("{}")
-    assert PhotoRun("~").folder == home
+    assert PhotoRun("~/").folder == home
 
 
 def test_no_command_has_an_argument_that_is_taken_as_it_is_typed():
