@@ -70,13 +70,13 @@ def deep_colour_file(image: Any) -> bytes | None:
     """The file of a colour picture of 16 bits that is not loaded yet; None for all others.
 
     Raises:
-        ValueError: its colours are in planes of 16 bits without compression, of which Pillow gives wrong pixels.
+        ValueError: it has planes of 16 bits without compression, of which Pillow gives wrong pixels.
     """
     stream = getattr(image, "fp", None)
+    if stream is not None and _is_planar(image) and image.tile and image.tile[0][0] == "raw":
+        raise Refused("its values are stored in planes of 16 bits, which are not read", _CONVERT)
     if stream is None or image.mode not in ("RGB", "RGBA", "LA"):
         return None
-    if _is_planar(image) and image.tile[0][0] == "raw":
-        raise Refused("each of its colours has a plane of its own with 16 bits, which is not read", _CONVERT)
     if not any(";16" in _raw_mode(tile) or _largest(tile) == 65535 for tile in image.tile):
         return None
     place = stream.tell()
@@ -97,13 +97,18 @@ def colour_by_largest_value(image: Image.Image, file: bytes) -> Image.Image:
         ValueError: its values have 14 bits or fewer, and the lower ones cannot be had.
     """
     top = int(np.max(image.convert("RGB").getextrema()))
-    if top > 2**6:
+    key = image.info.get("transparency")  # PNG: one colour of 16 bits is transparent
+    if top > 2**6 and key is None:
         return image  # more than 14 bits are in use
     values = _all_bits(image, file, top)
-    parts = [to_eight_bits(values[..., :3]), *([to_eight_bits(values[..., 3:])] if values.shape[2] == 4 else [])]
-    shallow = Image.fromarray(np.concatenate(parts, axis=2))
-    shallow.info = image.info
-    return shallow
+    parts = [to_eight_bits(values[..., :3])]
+    if values.shape[2] == 4:
+        parts.append(to_eight_bits(values[..., 3:]))
+    elif isinstance(key, tuple):
+        parts.append(np.where((values == key).all(2, keepdims=True), np.uint8(0), np.uint8(255)))
+    eight = Image.fromarray(np.concatenate(parts, axis=2))
+    eight.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    return eight
 
 
 def _all_bits(image: Image.Image, file: bytes, top: int) -> np.ndarray:

@@ -304,13 +304,14 @@ def test_deep_tiff_files_follow_the_same_rule(dtype):
     assert np.array_equal(read(encoded(Image.fromarray(deep), "TIFF"))[..., 0], deep.astype(int) // 16)
 
 
-def png_of_sixteen_bits(values):
+def png_of_sixteen_bits(values, transparent=None):
     """Pillow cannot write colour of 16 bits; values (H,W,C), big endian, no filter."""
     height, width, channels = values.shape
     kind = {2: 4, 3: 2, 4: 6}[channels]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     parts = {
         b"IHDR": struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0),
+        **({} if transparent is None else {b"tRNS": struct.pack(">3H", *transparent)}),
         b"IDAT": zlib.compress(rows),
         b"IEND": b"",
     }
@@ -393,9 +394,18 @@ def test_alpha_has_a_depth_of_its_own(channels):
     assert read(png_of_sixteen_bits(values))[1, 1].tolist() == [*WHITE]
 
 
+@pytest.mark.parametrize("bits", [12, 16])
+def test_one_transparent_colour_of_sixteen_bits(bits):
+    values = deep_colour(bits)
+    values[1, 1] = values[2, 2] + [0, 0, 1]  # the upper 8 bits are those of the transparent one
+    expected = values >> (bits - 8)
+    expected[2, 2] = WHITE
+    assert np.array_equal(read(png_of_sixteen_bits(values, transparent=values[2, 2])), expected)
+
+
 def test_colour_files_whose_depth_cannot_be_read():
     apart = functools.partial(tiff_of_colour, planes=True)
-    assert "a plane of its own with 16 bits, which is not read. Convert it to 8 bits" in refusal(apart(deep_colour(16)))
+    assert "stored in planes of 16 bits, which are not read. Convert it to 8 bits" in refusal(apart(deep_colour(16)))
     assert np.array_equal(read(apart(deep_colour(16), compressed=True)), deep_colour(16) >> 8)
     assert "16 bits of which the lower 12 alone are in use" in refusal(apart(deep_colour(12), compressed=True))
     assert "have 32 bits each, which Pillow does not read in a TIFF" in refusal(
