@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastreid_uns.engine.solver import precision
 from fastreid_uns.photos.embed import BATCH, Stages
 from fastreid_uns.photos.group import Settings
 from fastreid_uns.photos.network import Network
@@ -38,8 +37,7 @@ class Cost(NamedTuple):
 def estimate(count: int, network: Network, settings: Settings) -> Cost:
     """What grouping so many photos takes on the device of the network; a second of work."""
     device, training = network.encoder.mean.device, settings.adaptation.steps > 0
-    amp = precision(settings.amp, device)
-    stages = Stages.of(network.encoder, trained=training, amp=amp)
+    stages = Stages.of(network.encoder, network.size, trained=training, amp=settings.amp)
     tried = _TRIED if device.type == "cpu" else BATCH * settings.views
     views = torch.rand(tried, 3, *network.size, device=device)
     stages.pooled(stages.activations(views[:1] if device.type == "cpu" else views))

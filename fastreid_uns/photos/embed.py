@@ -11,16 +11,21 @@ from torch import Tensor, nn
 
 from fastreid_uns.data.augment import Augment
 from fastreid_uns.data.image_set import ImageSet
+from fastreid_uns.engine.cpu_precision import faster_inference
+from fastreid_uns.engine.solver import precision
 from fastreid_uns.errors import InvalidState, InvalidValue
 from fastreid_uns.modeling.backbones.base import feature_map
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.heads import PooledHead
+from fastreid_uns.modeling.norm import folded_norms
 from fastreid_uns.modeling.whitening import ViewWhitening
 from fastreid_uns.photos.view_store import ViewStore
 from fastreid_uns.utils.transfer import to_device
 
 BATCH = 32  # photos that are read at a time
-_PASS = 16  # images that go through the trunk at a time on a CPU; on a GPU all of a batch
+_PASS = (
+    8  # images that go through the trunk at a time on a CPU: their maps fit into its caches; on a GPU all of a batch
+)
 _LARGEST = 65504  # of float16
 _ASPECT = 0.85  # smallest width / height of a crop, with that of the photo as 1
 
@@ -84,7 +89,7 @@ class Stages:
     """An encoder in two parts, on its device: what stays as it is, and what may be trained.
 
     Attributes:
-        trunk: normalised images → activations.
+        trunk: normalised images → activations; its weights and those of the encoder must not change.
         top: activations → feature map.
         head: feature map → pooled features; its whitening is fitted to the photos.
         amp: precision of the trunk, None for float32.
@@ -97,19 +102,26 @@ class Stages:
     amp: torch.dtype | None = None
 
     @classmethod
-    def of(cls, encoder: Encoder, *, trained: bool, amp: torch.dtype | None = None) -> Stages:
+    def of(cls, encoder: Encoder, size: tuple[int, int], *, trained: bool, amp: str = "none") -> Stages:
         """The parts of an encoder with a `PooledHead`.
 
         Args:
+            size: height and width of the images in pixels.
             trained: the last two stages are to be trained; else all of the network is the trunk.
-            amp: bfloat16 computes the trunk under autocast; None in full precision.
+            amp: precision of the trunk: `auto` takes bfloat16 on a GPU that computes in it and on a CPU on which the
+                trunk is faster in it, by measurement; else a name that `solver.precision` accepts.
 
         Raises:
             InvalidState: they cannot be told apart.
         """
         trunk, top = encoder.backbone.split() if trained else (encoder.backbone, nn.Identity())  # type: ignore[operator]
         encoder.eval().to(memory_format=torch.channels_last)  # half as long on the CPU
-        return cls(encoder, trunk, top, encoder.head, amp)  # type: ignore[arg-type]
+        device = encoder.mean.device
+        images = _channels_last(torch.rand(_PASS, 3, *size, generator=torch.Generator().manual_seed(0))).to(device)
+        trunk = folded_norms(trunk, images)
+        measured = amp == "auto" and device.type == "cpu"
+        dtype = faster_inference(trunk, images) if measured else precision(amp, device)
+        return cls(encoder, trunk, top, encoder.head, dtype)  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:

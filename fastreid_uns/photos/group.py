@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fastreid_uns.data.image_set import ImageSet
-from fastreid_uns.engine.solver import precision
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.whitening import in_main_directions
 from fastreid_uns.photos.adapt import Adaptation, adapt
@@ -145,7 +144,7 @@ def _embed(
 ) -> Features:
     how, number, count = settings.adaptation, settings.views, len(images)
     training = how.steps > 0 and count > 1
-    stages = Stages.of(encoder, trained=training, amp=precision(settings.amp, encoder.mean.device))
+    stages = Stages.of(encoder, images.size, trained=training, amp=settings.amp)
     trained = 2 * how.steps * min(how.batch, count) * _TRAINED_VIEW if training else 0
     left = count - kept.done
     clock = Clock(left * number + (2 * count * number * _TOP_VIEW if training else 0) + trained, told)
@@ -269,5 +268,5 @@ def features(images: ImageSet, encoder: Encoder, settings: Settings) -> Tensor:
     The device of the encoder computes; the features are on the CPU.
     """
     with full_precision(encoder.mean.device):
-        stages = Stages.of(encoder, trained=False, amp=precision(settings.amp, encoder.mean.device))
+        stages = Stages.of(encoder, images.size, trained=False, amp=settings.amp)
         return whitened(stages.head, direct_features(stages, images, settings.views, settings.seed)).cpu()

@@ -1,9 +1,11 @@
 """The precision of a CPU is that which was measured, once, and a run keeps the one that it began in."""
 
 import json
+import time
 
 import pytest
 import torch
+from torch import nn
 
 from fastreid_uns.config import load_config
 from fastreid_uns.engine import cpu_precision
@@ -45,6 +47,30 @@ def test_it_is_measured_once_for_each_machine(machine, tmp_path):
     file.write_text("no JSON")
     cpu_precision.faster_precision.cache_clear()
     assert cpu_precision.faster_precision() is None
+
+
+class Halved(nn.Conv2d):
+    """A convolution that bfloat16 makes faster, and wrong for so many images."""
+
+    seconds, wrong = 0.01, 0
+
+    def forward(self, images):
+        low = torch.is_autocast_enabled("cpu")
+        if not low:
+            time.sleep(self.seconds)
+        return super().forward(images) * (torch.nan if low and len(images) == self.wrong else 1)
+
+
+@pytest.mark.parametrize(("seconds", "wrong", "chosen"), [(0.02, 0, torch.bfloat16), (0, 0, None), (0.02, 3, None)])
+def test_inference_is_measured_on_the_network_itself(machine, monkeypatch, seconds, wrong, chosen):
+    network = Halved(3, 4, 3).requires_grad_(False)
+    network.seconds, network.wrong = seconds, wrong
+    if not seconds:
+        monkeypatch.setattr(cpu_precision, "_best_inference", lambda *a: 1.0)
+    images = torch.rand(4, 3, 8, 8)
+    assert cpu_precision.faster_inference(network, images) is chosen
+    network.seconds, network.wrong = (0.02, 0) if chosen is None else (0, 0)
+    assert cpu_precision.faster_inference(network, images) is chosen  # it is remembered
 
 
 def test_seconds_of_real_convolutions():

@@ -17,6 +17,8 @@ from fastreid_uns.modeling.norm import (
     GhostBatchNorm,
     domain_batch_norm,
     evaluated_domain,
+    folded_norms,
+    freeze_norm_statistics,
     frozen_statistics,
     ghost_batch_norm,
     rows_of_domains,
@@ -380,3 +382,30 @@ def test_frozen_statistics_normalise_by_the_batch_and_change_no_buffer(group: in
     assert not torch.equal(moved.state_dict()["0.running_mean"], before["0.running_mean"])
     model(x)
     assert all(torch.equal(value, moved.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+class Reversed(nn.Sequential):
+    """Its children, from the last to the first."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for child in reversed(self):
+            x = child(x)
+        return x
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_folded_norms_leave_the_output_and_the_model_alone(frozen):
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3, bias=False), a_norm().float(), nn.ReLU(), nn.Conv2d(5, 4, 1), a_norm(4).float()
+    )
+    model = (freeze_norm_statistics(model) if frozen else model).eval()
+    names, images = list(model.state_dict()), torch.randn(2, 3, 6, 6)
+    folded = folded_norms(model, images)
+    assert not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in folded.modules())
+    torch.testing.assert_close(folded(2 * images), model(2 * images))
+    assert list(model.state_dict()) == names
+
+
+def test_a_model_that_does_not_compute_in_the_order_of_its_children_is_not_folded():
+    model = Reversed(nn.Conv2d(3, 3, 1), a_norm(3).float()).eval()
+    assert folded_norms(model, torch.randn(2, 3, 6, 6)) is model

@@ -89,7 +89,7 @@ def test_the_parts_of_a_network_are_the_network(encoder):
 
 
 def test_cached_activations_give_the_features_of_the_network(encoder, photos, tmp_path):
-    stages, whole = Stages.of(encoder, trained=True), Stages.of(encoder, trained=False)
+    stages, whole = Stages.of(encoder, SIZE, trained=True), Stages.of(encoder, SIZE, trained=False)
     expected = direct_features(whole, image_set(photos), 2, 0)
     kept = cache_activations(stages, image_set(photos), 2, 0)
     assert (len(kept), kept.number) == (20, 2)
@@ -120,7 +120,7 @@ def test_features_are_those_of_a_loop_over_single_views(encoder, photos):
 def test_training_moves_the_last_stages_only(encoder, photos):
     own = copy.deepcopy(encoder)
     before = {name: value.clone() for name, value in own.state_dict().items()}
-    stages = Stages.of(own, trained=True)
+    stages = Stages.of(own, SIZE, trained=True)
     kept = cache_activations(stages, image_set(photos), 3, 0)
     stages.head.whitening.fit(pooled_features(stages, kept))
     space = {name: value.clone() for name, value in stages.head.whitening.state_dict().items()}
@@ -266,7 +266,7 @@ def test_a_gpu_gives_the_features_and_groups_of_the_cpu(encoder, photos, setting
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_gpu_trains_on_activations_wherever_they_are(encoder, photos, share, monkeypatch, tmp_path):
     monkeypatch.setattr(view_store, "_SHARE", share)
-    stages = Stages.of(copy.deepcopy(encoder).cuda(), trained=True)
+    stages = Stages.of(copy.deepcopy(encoder).cuda(), SIZE, trained=True)
     kept = cache_activations(stages, image_set(photos), 3, 0, ViewStore(tmp_path / "kept.bin"))
     assert kept.values.device.type == ("cuda" if share else "cpu")
     assert (tmp_path / "kept.bin").exists() == (not share)

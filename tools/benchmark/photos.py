@@ -165,7 +165,6 @@ class Photos:
         import torch
 
         from fastreid_uns.data.image_set import ImageSet
-        from fastreid_uns.engine.solver import precision
         from fastreid_uns.photos.embed import Stages, cache_activations
         from fastreid_uns.photos.encoder import pretrained_encoder
         from fastreid_uns.photos.group import Settings, for_count
@@ -176,7 +175,7 @@ class Photos:
         self.device, self.seconds = device, defaultdict(float)
         self.encoder = pretrained_encoder(found.size, weights=weights).to(device)
         self.published = copy.deepcopy(self.encoder.state_dict())
-        self.stages = Stages.of(self.encoder, trained=True, amp=precision(self.settings.amp, device))
+        self.stages = Stages.of(self.encoder, found.size, trained=True, amp=self.settings.amp)
         workers = torch.get_num_threads() if torch.get_num_threads() > 1 else 0
         images = ImageSet([Record(photo, -1, -1) for photo in found.photos], found.size, workers=workers)
         with self.timed("views"):
