@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ from fastreid_uns.errors import InvalidValue, MissingFile
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.meta_arch import MetaArch, build_model, warn_of_other_input
 from fastreid_uns.modeling.weights import load_weights
-from fastreid_uns.photos.encoder import DIM, MODEL
 from fastreid_uns.photos.index import Index, Preprocessing, weights_fingerprint
 from fastreid_uns.predictor import find_checkpoint, load_run
 from fastreid_uns.utils.checkpoint import load_checkpoint, numbered_checkpoints, point_to_last, save_checkpoint
 from fastreid_uns.utils.paths import path_manager
+
+MODELS = ("tf_efficientnet_lite0", "tf_efficientnet_lite2")  # in timm; packages carry their weights
+DIM = 256  # of the features
 
 _SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")  # of files of weights; names of networks have none of them
 _FIXED = (  # what a config of grouped photos has in common
@@ -138,8 +141,9 @@ def describe(
 
     Args:
         size: height and width of the input in pixels.
-        weights: `imagenet` for the usual network; the name of a network of timm or `hf-hub:user/name`, with what is
-            published for it; a checkpoint of this package, a folder that has one, or another file of weights.
+        weights: `imagenet` for the usual networks, whose features are joined; the name of a network of timm or
+            `hf-hub:user/name`, with what is published for it; a checkpoint of this package, a folder that has one, or
+            another file of weights.
         config_file: a YAML file that says what network it is; head and norm layers are those of this road.
 
     Raises:
@@ -149,13 +153,13 @@ def describe(
     common += ["DATASETS.TRAIN.NAME=folder", f"DATASETS.TRAIN.ROOT={photos}"]
     if config_file is not None:
         return load_config(config_file, [*([] if weights == "imagenet" else [f"MODEL.WEIGHTS={weights}"]), *common])
-    usual = weights == "imagenet"
-    if not usual and path_manager.exists(weights):
+    if weights != "imagenet" and path_manager.exists(weights):
         return _of_file(find_checkpoint(weights), common)
     if weights.startswith((".", os.sep)) or Path(weights).suffix in _SUFFIXES:
         raise MissingFile(f"weights: there is no file {weights}. Check the path, or name a network of timm.")
-    backbone = ["MODEL.BACKBONE.NAME=timm", f"MODEL.BACKBONE.MODEL={MODEL if usual else weights}"]
-    return load_config(None, [*backbone, "MODEL.WEIGHTS=imagenet", *common])
+    usual = f"{{NAME: ensemble, MODELS: [{', '.join(MODELS)}]}}"
+    backbone = usual if weights == "imagenet" else f"{{NAME: timm, MODEL: {json.dumps(weights)}}}"
+    return load_config(None, [f"MODEL.BACKBONE={backbone}", "MODEL.WEIGHTS=imagenet", *common])
 
 
 def _of_file(file: str, common: Sequence[str]) -> CfgNode:
@@ -163,6 +167,6 @@ def _of_file(file: str, common: Sequence[str]) -> CfgNode:
     try:
         text = load_checkpoint(file)["config"]
     except InvalidValue:
-        backbone = ["MODEL.BACKBONE.NAME=timm", f"MODEL.BACKBONE.MODEL={MODEL}"]
-        return load_config(None, [*backbone, f"MODEL.WEIGHTS={file}", *common])
+        backbone = f"MODEL.BACKBONE={{NAME: timm, MODEL: {MODELS[0]}}}"
+        return load_config(None, [backbone, f"MODEL.WEIGHTS={file}", *common])
     return parse_config(text, Path(file).name, [f"MODEL.WEIGHTS={file}", *common], model_only=True)

@@ -165,15 +165,16 @@ class Photos:
         import torch
 
         from fastreid_uns.data.image_set import ImageSet
+        from fastreid_uns.photos import network as networks
         from fastreid_uns.photos.embed import Stages, cache_activations
-        from fastreid_uns.photos.encoder import pretrained_encoder
         from fastreid_uns.photos.group import Settings, for_count
         from fastreid_uns.structures import Record
 
         self.seed, self.usual = seed, Settings(seed=seed)
         self.settings = for_count(self.usual, len(found.photos))
         self.device, self.seconds = device, defaultdict(float)
-        self.encoder = pretrained_encoder(found.size, weights=weights).to(device)
+        network, _ = networks.start(networks.describe(ROOT, ROOT, found.size, weights), len(found.photos))
+        self.encoder = network.encoder.to(device)
         self.published = copy.deepcopy(self.encoder.state_dict())
         self.stages = Stages.of(self.encoder, found.size, trained=True, amp=self.settings.amp)
         workers = torch.get_num_threads() if torch.get_num_threads() > 1 else 0
