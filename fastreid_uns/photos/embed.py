@@ -84,22 +84,47 @@ def _generator(photo: Tensor, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(photo.numpy().tobytes(), seed))  # it takes 32 bits
 
 
+class Fixed:
+    """A part of a network whose weights do not change: norms folded, in the faster precision, few images at a time.
+
+    Args:
+        part: in evaluation mode.
+        maps: (B, C, H, W) of what it gets, on its device, for trials.
+        amp: `auto` takes bfloat16 on a GPU that computes in it, and on a CPU where the part is faster in it, by
+            measurement; else a name that `solver.precision` accepts.
+    """
+
+    def __init__(self, part: nn.Module, maps: Tensor, amp: str) -> None:
+        maps = _channels_last(maps)
+        self.part = folded_norms(part, maps)
+        self.on_cpu = maps.device.type == "cpu"
+        measured = amp == "auto" and self.on_cpu
+        self.dtype = faster_inference(self.part, maps) if measured else precision(amp, maps.device)
+
+    @torch.no_grad()
+    def __call__(self, maps: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, D, h, w) float32."""
+        pieces = maps.split(_PASS if self.on_cpu else len(maps))
+        with torch.autocast(maps.device.type, self.dtype, enabled=self.dtype is not None):
+            return torch.cat([feature_map(self.part(_channels_last(piece))).float() for piece in pieces])
+
+
 @dataclass(frozen=True)
 class Stages:
     """An encoder in two parts, on its device: what stays as it is, and what may be trained.
 
     Attributes:
-        trunk: normalised images → activations; its weights and those of the encoder must not change.
+        trunk: normalised images → activations.
         top: activations → feature map.
         head: feature map → pooled features; its whitening is fitted to the photos.
-        amp: precision of the trunk, None for float32.
+        amp: precision of what is not being trained, see `Fixed`.
     """
 
     encoder: Encoder
-    trunk: nn.Module
+    trunk: Fixed
     top: nn.Module
     head: PooledHead
-    amp: torch.dtype | None = None
+    amp: str
 
     @classmethod
     def of(cls, encoder: Encoder, size: tuple[int, int], *, trained: bool, amp: str = "none") -> Stages:
@@ -108,20 +133,15 @@ class Stages:
         Args:
             size: height and width of the images in pixels.
             trained: the last two stages are to be trained; else all of the network is the trunk.
-            amp: precision of the trunk: `auto` takes bfloat16 on a GPU that computes in it and on a CPU on which the
-                trunk is faster in it, by measurement; else a name that `solver.precision` accepts.
+            amp: see `Fixed`.
 
         Raises:
             InvalidState: they cannot be told apart.
         """
         trunk, top = encoder.backbone.split() if trained else (encoder.backbone, nn.Identity())  # type: ignore[operator]
         encoder.eval().to(memory_format=torch.channels_last)  # half as long on the CPU
-        device = encoder.mean.device
-        images = _channels_last(torch.rand(_PASS, 3, *size, generator=torch.Generator().manual_seed(0))).to(device)
-        trunk = folded_norms(trunk, images)
-        measured = amp == "auto" and device.type == "cpu"
-        dtype = faster_inference(trunk, images) if measured else precision(amp, device)
-        return cls(encoder, trunk, top, encoder.head, dtype)  # type: ignore[arg-type]
+        images = torch.rand(_PASS, 3, *size, generator=torch.Generator().manual_seed(0)).to(encoder.mean.device)
+        return cls(encoder, Fixed(trunk, images, amp), top, encoder.head, amp)  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:
@@ -129,15 +149,16 @@ class Stages:
         return self.encoder.mean.device
 
     def activations(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in 0..1 → what the trunk gives; on a CPU a few images at a time, whose maps fit into memory."""
-        some = _PASS if self.device.type == "cpu" else len(images)
-        parts = ((part - self.encoder.mean) / self.encoder.std for part in images.split(some))
-        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-            return torch.cat([feature_map(self.trunk(_channels_last(part))).float() for part in parts])
+        """(B, 3, H, W) in 0..1 → what the trunk gives."""
+        return self.trunk((images - self.encoder.mean) / self.encoder.std)
 
-    def pooled(self, activations: Tensor) -> Tensor:
-        """What the trunk gave → (B, 2C), without whitening."""
-        return self.head(self.top(_channels_last(activations))).pooled
+    def fixed_top(self, activations: Tensor) -> Fixed:
+        """The top as it is now; some activations are for trials."""
+        return Fixed(self.top, activations[:_PASS], self.amp)
+
+    def pooled(self, activations: Tensor, top: nn.Module | Fixed | None = None) -> Tensor:
+        """What the trunk gave → (B, 2C), without whitening; by the top itself, in float32, unless one is named."""
+        return self.head((top or self.top)(_channels_last(activations))).pooled
 
 
 def _channels_last(maps: Tensor) -> Tensor:
@@ -170,9 +191,10 @@ def cache_activations(
 def pooled_features(stages: Stages, kept: ViewStore, told: Told = lambda done: None) -> Tensor:
     """(N, V, 2C) float32 pooled features of activations, on the device; `told` counts views."""
     parts = []
+    top = stages.fixed_top(kept.take(slice(0, _PASS)).flatten(0, 1))
     for start in range(0, len(kept), BATCH):
         values = kept.take(slice(start, start + BATCH))
-        parts.append(stages.pooled(values.flatten(0, 1)).unflatten(0, values.shape[:2]))
+        parts.append(stages.pooled(values.flatten(0, 1), top).unflatten(0, values.shape[:2]))
         told(values.shape[0] * values.shape[1])
     return torch.cat(parts)
 

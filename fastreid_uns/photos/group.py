@@ -52,8 +52,8 @@ class Settings:
         threshold: average distance up to which groups are merged.
         positives: the same for the smaller groups whose photos are each other's positives in training.
         k1, k2, cosine: of `multi_scale_distance`; see `for_count`.
-        amp: precision of the stages that are not trained: `auto` takes bfloat16 where the processor is faster in it,
-            so that groups may differ a little between processors; `none` float32.
+        amp: precision of what is not being trained: `auto` takes bfloat16 where the processor is faster in it, so that
+            groups may differ a little between processors; `none` float32.
         seed: of views and training.
     """
 

@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "datasets", help="folder of the real sets")
     parser.add_argument("--sets", nargs="+", default=SETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="answers50 needs answers15, that trained")
     parser.add_argument("--identities", type=int, default=0, help="take every n-th identity only; 0 = all photos")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument(
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        print(json.dumps(measure(given.data, given.device, given.weights, **json.loads(given.one))))
+        print(json.dumps(measure(given.data, given.device, given.weights, given.rows, **json.loads(given.one))))
     elif given.table:
         print(table(read_lines(given.output)))
     else:
@@ -85,7 +86,7 @@ def run_all(given: argparse.Namespace) -> None:
     cases = [
         {"name": name, "seed": seed, "identities": given.identities} for seed in given.seeds for name in given.sets
     ]
-    cases = [case for case in cases if not any(case.items() <= earlier.items() for earlier in done)]
+    cases = [case for case in cases if any({**case, "row": row} not in done for row in given.rows)]
     for name in GENERATED_SETS.intersection(case["name"] for case in cases):
         photos_of(given.data, name, 0)  # processes at the same time must not generate it
     failed = []
@@ -97,6 +98,8 @@ def run_all(given: argparse.Namespace) -> None:
                 continue
             found = future.result()
             for row, result in found["rows"].items():
+                if {**running[future], "row": row} in done:
+                    continue
                 line = {"case": {**running[future], "row": row}, "result": result, "environment": found["environment"]}
                 with given.output.open("a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -110,7 +113,7 @@ def run_one(given: argparse.Namespace, case: dict[str, Any]) -> dict[str, Any] |
     share = str(max((os.cpu_count() or 1) // given.jobs, 1))
     variables = {name: os.environ.get(name, share) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
     command = [sys.executable, __file__, "--data", str(given.data), "--device", given.device]
-    command += ["--weights", given.weights, "--one", json.dumps(case)]
+    command += ["--weights", given.weights, "--rows", *given.rows, "--one", json.dumps(case)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **variables})
     return None if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
@@ -119,7 +122,9 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def measure(data: Path, device: str, weights: str, name: str, seed: int, identities: int) -> dict[str, Any]:
+def measure(
+    data: Path, device: str, weights: str, rows: list[str], name: str, seed: int, identities: int
+) -> dict[str, Any]:
     """The numbers of each row, and what they were measured on.
 
     What rows share is computed once, and counted in the seconds of each of them.
@@ -143,7 +148,7 @@ def measure(data: Path, device: str, weights: str, name: str, seed: int, identit
             photos = Photos(found, seed, place, weights)
         once = dict(photos.seconds)
         results: dict[str, dict[str, Any]] = {}
-        for row in ROWS:
+        for row in (row for row in ROWS if row in rows):
             own: dict[str, Any] = {}
             photos.seconds.clear()
             with measuring.measured(own):
@@ -152,7 +157,7 @@ def measure(data: Path, device: str, weights: str, name: str, seed: int, identit
             seconds = own["seconds"] + base["seconds"]
             results[row] = {**shared, **own, **numbers, "seconds": seconds, "stages": {**once, **photos.seconds}}
     hardware = {**environment(place), "processor": processor(), "threads": str(torch.get_num_threads())}
-    return {"rows": results, "environment": {**hardware, "precision": str(photos.stages.amp or torch.float32)}}
+    return {"rows": results, "environment": {**hardware, "precision": str(photos.stages.trunk.dtype or torch.float32)}}
 
 
 class Photos:
@@ -166,7 +171,7 @@ class Photos:
 
         from fastreid_uns.data.image_set import ImageSet
         from fastreid_uns.photos import network as networks
-        from fastreid_uns.photos.embed import Stages, cache_activations
+        from fastreid_uns.photos.embed import Stages, cache_activations, pooled_features
         from fastreid_uns.photos.group import Settings, for_count
         from fastreid_uns.structures import Record
 
@@ -181,6 +186,8 @@ class Photos:
         images = ImageSet([Record(photo, -1, -1) for photo in found.photos], found.size, workers=workers)
         with self.timed("views"):
             self.kept = cache_activations(self.stages, images, self.settings.views, seed)
+        with self.timed("features"):
+            self.published_features = pooled_features(self.stages, self.kept)
         self.groups: Any = None
         self.asked: Any = None  # groups, threshold and answers so far
 
@@ -203,7 +210,7 @@ class Photos:
         import torch
 
         from fastreid_uns.photos.adapt import adapt
-        from fastreid_uns.photos.embed import whitening_of
+        from fastreid_uns.photos.embed import pooled_features, whitening_of
         from fastreid_uns.photos.group import for_count, positive_groups
 
         self.encoder.load_state_dict(self.published, strict=False)
@@ -211,7 +218,7 @@ class Photos:
         how = self.settings.adaptation
         how = how if steps is None else dataclasses.replace(how, steps=steps)
         space = whitening_of(self.stages.head)
-        feats = self._fitted(kept)
+        feats = self._fitted(self.published_features if rows is None else self.published_features[rows])
         if how.steps:
             with self.timed("training"):
                 part = kept if trained_on is None else kept.part(torch.from_numpy(trained_on))
@@ -219,16 +226,17 @@ class Photos:
                     known = feats if trained_on is None else feats[torch.from_numpy(trained_on)]
                     unit = positive_groups(known, for_count(self.usual, len(known)))
                 adapt(self.stages, part, space, how, unit, seed=self.seed)
-            feats = self._fitted(kept)
+            with self.timed("features"):
+                pooled = pooled_features(self.stages, kept)
+            feats = self._fitted(pooled)
         return feats
 
-    def _fitted(self, kept: Any) -> Any:
-        from fastreid_uns.photos.embed import pooled_features, whitened, whitening_of
+    def _fitted(self, pooled: Any) -> Any:
+        from fastreid_uns.photos.embed import whitened, whitening_of
 
         with self.timed("features"):
-            self.pooled = pooled_features(self.stages, kept)
-            whitening_of(self.stages.head).fit(self.pooled)
-            return whitened(self.stages.head, self.pooled).cpu()
+            whitening_of(self.stages.head).fit(pooled)
+            return whitened(self.stages.head, pooled).cpu()
 
     def more_features(self, rows: Any) -> Any:
         """Features of other photos by the network as it is now."""
@@ -285,12 +293,11 @@ def scramble(sources: list[Path], folder: Path, seed: int) -> dict[Path, int]:
 def today(photos: Photos, truth) -> dict[str, Any]:
     import torch
 
-    from fastreid_uns.photos.embed import pooled_features
     from fastreid_uns.pseudo_labels.dbscan import DBSCANLabels
     from fastreid_uns.structures import FeatureBank, NoClusters
 
     with photos.timed("features"):
-        pooled = pooled_features(photos.stages, photos.kept)[:, 0].cpu()
+        pooled = photos.published_features[:, 0].cpu()
         feats = torch.nn.functional.normalize(pooled[:, : pooled.shape[1] // 2])
     try:
         with photos.timed("clustering"):
@@ -370,8 +377,7 @@ def identified(photos: Photos, truth) -> dict[str, Any]:
     individuals = draw.permutation(np.unique(truth))
     known = np.isin(truth, individuals[: len(individuals) // 2])
     inside = known & (draw.random(len(truth)) < 0.8)
-    photos.features(np.flatnonzero(inside), steps=0)
-    views = in_main_directions(photos.pooled, photos.stages.head.dim).cpu()
+    views = in_main_directions(photos.published_features[np.flatnonzero(inside)], photos.stages.head.dim).cpu()
     feats = photos.features(np.flatnonzero(inside))
     settings = for_count(photos.usual, int(inside.sum()))
     grouping = photos.cluster(feats, k1=settings.k1)
