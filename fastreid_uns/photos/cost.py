@@ -17,6 +17,7 @@ from fastreid_uns.photos.view_store import on_device
 
 _TRIED = 16  # views whose time is taken on a CPU; on a GPU as many as one pass has
 _REST = 1.5  # work of everything, with that of the views through the network as 1: reading, changing, training
+_TRAINED = 1.4  # work of a view that is trained on, in the same unit
 _BASE = 0.7e9  # bytes of Python, torch and the network
 _READ = 0.04  # seconds of one core to read a photo
 
@@ -49,7 +50,7 @@ def estimate(count: int, network: Network, settings: Settings) -> Cost:
     features = 4.0 * number * pooled.shape[1]
     stored = 2.0 * number * np.prod(kept.shape[1:]) if training else features
     pixels = 3.0 * count * np.prod(network.size)
-    trained = 2 * settings.adaptation.steps * min(settings.adaptation.batch, count) * each
+    trained = 2 * settings.adaptation.steps * min(settings.adaptation.batch, count) * _TRAINED * each
     return Cost(
         _READ * count / (os.cpu_count() or 1) + _REST * number * each + trained,
         _BASE + 2 * features,

@@ -32,8 +32,8 @@ from fastreid_uns.utils.precision import full_precision
 
 logger = logging.getLogger(__name__)
 
-_TRAINED_VIEW = 0.6  # work of a view that the top is trained on, with that of a view through the whole network as 1
-_TOP_VIEW = 0.15  # work of a view through the top
+_TRAINED_VIEW = 1.4  # work of a view that the top is trained on, with that of a view through the whole network as 1
+_TOP_VIEW = 0.3  # work of a view through the top
 
 Told = Callable[[str, float, "float | None"], None]  # stage, share of the work that is done, seconds left
 
