@@ -30,14 +30,15 @@ class EnsembleBackbone(Backbone):
         super().__init__()
         if not models:
             raise InvalidValue("MODEL.BACKBONE.MODELS: it names no network. Name one or more networks of timm.")
-        self.members = nn.ModuleList(TimmBackbone(size, model=model) for model in models)
-        maps = {model: tuple(net.map_size) for model, net in zip(models, self.members, strict=True)}
+        nets = [TimmBackbone(size, model=model) for model in models]
+        self.members = nn.ModuleList(nets)
+        maps = {model: net.map_size for model, net in zip(models, nets, strict=True)}
         if len(set(maps.values())) > 1:
             raise InvalidValue(
                 f"MODEL.BACKBONE.MODELS: maps of one size are needed, and images of {size[0]}x{size[1]} pixels give "
                 f"{', '.join(f'{h}x{w} ({model})' for model, (h, w) in maps.items())}. Take other networks."
             )
-        self.out_channels = sum(net.out_channels for net in self.members)
+        self.out_channels = sum(net.out_channels for net in nets)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B,3,H,W) → (B,C,h,w), C of all networks together."""
@@ -49,7 +50,7 @@ class EnsembleBackbone(Backbone):
         Raises:
             InvalidState: it is not known where the stages of a network begin.
         """
-        trunks, tops = zip(*(net.split() for net in self.members), strict=True)
+        trunks, tops = zip(*(net.split() for net in self.members), strict=True)  # type: ignore[operator]
         return _Trunks(trunks), _Tops(tops, [_inputs(top) for top in tops])
 
     @classmethod

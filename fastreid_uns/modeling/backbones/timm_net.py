@@ -77,7 +77,8 @@ class TimmBackbone(Backbone):
         elif pretrained_grid:
             raise InvalidValue(f"{what}: PRETRAINED_GRID is set, but it has no position embedding. Set it to [].")
         self.model = model
-        _, self.out_channels, *self.map_size = output_shape(self, size, what)
+        _, self.out_channels, height, width = output_shape(self, size, what)
+        self.map_size = (height, width)
 
     def forward(self, images: Tensor) -> Tensor | Tokens:
         """(B,3,H,W) → (B,C,h,w), of a transformer with class token `Tokens`."""
