@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import islice, pairwise
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 _SMALL = 8192  # images below which float32 takes less time than the choice
 _SIDE = 1024  # rows of a block: products of a pair of blocks fit into the cache
-_NOTED = 8192  # images to which the estimates are noted for the limits; each further process adds as many
+_NOTED = 8192  # images to which the estimates are noted for the limits
+_PAUSES = (1 / 4, 1 / 2)  # of all rounds, after which processes tell each other their limits
 _MEASURED = 1 / 30  # of all pairs that 8 bits may leave to be measured; more take longer than products in float32
 _UNIT_ROUNDOFF = 2.0**-24  # of float32
 _SLACK = 2.0**-19  # of both squared lengths: float32 arithmetic around the product, and rounding of the true distance
@@ -83,7 +85,11 @@ def search_by_candidates(
                 kernels.keep_farthest(products, coarse.norms, row0, col0, far)
             return kernels.offer_to_each_other(products, row0, col0, *known)
 
-        measured = blocks.show(offer, blocks.count)
+        measured = 0
+        for rounds in _stages(blocks.count):
+            measured += blocks.show(offer, rounds)
+            if rounds.stop < blocks.count and k > first:
+                _tell_limits(limits, sq[:, first:], coarse.errors)
     warn_of_clumps(sum(sharing.from_all(measured)), n)
     if sharing.ranks() > 1:
         far = np.maximum.reduce(sharing.from_all(far))
@@ -107,11 +113,10 @@ class _Blocks:
         for _ in range(workers.count):
             self.memory.put(coarse.memory(min(side, n) ** 2))
 
-    def show(self, to: Callable[[np.ndarray, int, int], int], rounds: int) -> int:
+    def show(self, to: Callable[[np.ndarray, int, int], int], rounds: range) -> int:
         """Sum of `to(products, row0, col0)` over the pairs of this process; an image meets a block in each round."""
-        return sum(
-            sum(self.workers.pool.map(partial(self._one, to), pairs)) for pairs in _own(_rounds(self.count, rounds))
-        )
+        own = islice(_own(_rounds(self.count, rounds.stop), self.count), rounds.start, None)
+        return sum(sum(self.workers.pool.map(partial(self._one, to), pairs)) for pairs in own)
 
     def _one(self, to: Callable[[np.ndarray, int, int], int], pair: tuple[int, int]) -> int:
         row0, col0 = self.side * pair[0], self.side * pair[1]
@@ -141,10 +146,23 @@ def _limits(blocks: _Blocks, n: int, k: int) -> np.ndarray:
         kernels.note_nearest(products, row0, col0, coarse.scales, coarse.norms, nearest, blocks.groups)
         return 0
 
-    blocks.show(note, min(blocks.count, math.ceil(_NOTED * sharing.ranks() / blocks.side)))
+    blocks.show(note, range(min(blocks.count, math.ceil(_NOTED / blocks.side))))
     lists = torch.cat(sharing.parts_of_own_rows(torch.from_numpy(nearest)), 1)
     last = np.concatenate(sharing.from_all(smallest(lists, k)[:, -1].numpy()))
     return np.nextafter(last + 2 * coarse.errors, np.float32(np.inf))
+
+
+def _stages(rounds: int) -> list[range]:
+    """All rounds, in parts if several processes have something to tell each other between them."""
+    ends = [math.ceil(share * rounds) for share in _PAUSES] if sharing.ranks() > 1 else []
+    return [range(start, stop) for start, stop in pairwise([0, *ends, rounds]) if stop > start]
+
+
+def _tell_limits(limits: np.ndarray, sq: np.ndarray, errors: np.ndarray) -> None:
+    """Lower the limits to what the k nearest others (N, k) leave that the processes have found together."""
+    lists = torch.cat(sharing.parts_of_own_rows(torch.from_numpy(sq)), 1)
+    last = np.concatenate(sharing.from_all(smallest(lists, sq.shape[1])[:, -1].numpy()))
+    np.minimum(limits, last + errors, out=limits)
 
 
 def _joined(sq: Tensor, index: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -203,12 +221,21 @@ def _rounds(blocks: int, rounds: int) -> Iterator[list[tuple[int, int]]]:
         yield [(a, (turn - a) % blocks) for a in range(blocks) if a <= (turn - a) % blocks]
 
 
-def _own(rounds: Iterable[list[tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:
-    """Of each round the pairs of this process, which gets every W-th of all."""
-    done = 0
+def _own(rounds: Iterable[list[tuple[int, int]]], blocks: int) -> Iterator[list[tuple[int, int]]]:
+    """Of each round the pairs of this process."""
     for pairs in rounds:
-        yield [pair for at, pair in enumerate(pairs, done) if sharing.is_own(at)]
-        done += len(pairs)
+        yield [pair for pair in pairs if sharing.is_own(_number(pair, blocks))]
+
+
+def _number(pair: tuple[int, int], blocks: int) -> int:
+    """By which a pair is dealt out: so each process meets all blocks about equally often, from the first rounds on.
+
+    A process that has met a block late knows little of its images, and measures much in vain. The number is that of the
+    first of the two in the ring of all blocks, plus half of the steps to the other.
+    """
+    first, second = pair
+    steps = second - first
+    return first + steps // 2 if 2 * steps <= blocks else second + (blocks - steps) // 2
 
 
 @contextmanager

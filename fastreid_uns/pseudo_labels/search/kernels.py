@@ -33,7 +33,6 @@ def squared_distance(feats, i, j):
 squared_distance = nnan_fastmath(squared_distance, "reassoc", "contract")
 
 
-@nnan_fastmath
 def round_rows(start, stop, feats, mean, rows, scales, lengths, kept, lost):
     """Centre rows and measure them: their length, the length of what is kept of them and of what is lost.
 
@@ -66,6 +65,9 @@ def round_rows(start, stop, feats, mean, rows, scales, lengths, kept, lost):
             rest += (centred[c] - value) * (centred[c] - value)
         kept[i] = np.sqrt(square) * _ROUND_UP
         lost[i] = np.sqrt(rest) * _ROUND_UP
+
+
+round_rows = nnan_fastmath(round_rows, "reassoc", "contract")  # `_ROUND_UP` covers sums in any order
 
 
 @nnan_fastmath
