@@ -17,10 +17,13 @@ logger = logging.getLogger("fastreid_uns")
 torch.set_num_threads(1)  # networks this small gain nothing from a second thread
 
 
+def pytest_runtest_setup(item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> torch.device:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     return torch.device(request.param)
 
 

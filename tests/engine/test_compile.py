@@ -11,6 +11,8 @@ from fastreid_uns.config import load_config
 from fastreid_uns.engine.default import DefaultTrainer
 from fastreid_uns.hook import HookBase
 from fastreid_uns.modeling.encoder import Encoder, compile_encoders
+from fastreid_uns.modeling.norm import ghost_batch_norm
+from fastreid_uns.registry import BACKBONE_REGISTRY, HEAD_REGISTRY
 
 ROOT = Path(__file__).parents[2]
 PROJECTS = sorted(path.parents[1].name for path in ROOT.glob("projects/*/configs/synthetic.yaml"))
@@ -58,6 +60,35 @@ def test_no_graph_breaks_and_none_is_made_after_the_second_epoch(tiny, graphs):
     assert graphs.after[0] >= 3  # a step, a batch of images to extract, the smaller one
 
 
+@pytest.mark.parametrize(
+    ("backbone", "head"),
+    [
+        pytest.param({"NAME": "torchvision", "MODEL": "resnet18"}, {"POOLING": "gem"}, id="ResNet-18"),
+        pytest.param({"NAME": "ResNetIBN", "DEPTH": 18}, {"NAME": "PartHead", "PARTS": 2}, id="ResNet-18-IBN, parts"),
+        pytest.param({"NAME": "OSNet", "WIDTH": 0.25}, {"DIM": 16}, id="OSNet"),
+        pytest.param({"NAME": "timm", "MODEL": "resnet10t"}, {"NECK": "none"}, id="timm"),
+        pytest.param(
+            {"NAME": "ViT", "WIDTH": 48, "HEADS": 3, "DEPTH": 2, "PART_TOKENS": 2, "DROP_PATH": 0.1, "CONV_STEM": True},
+            {"NAME": "TokenHead"},
+            id="ViT",
+        ),
+    ],
+)
+def test_an_encoder_is_one_graph_for_each_use_and_size(backbone, head, graphs):
+    """Training with shared norm statistics, evaluation of whole batches, and of a last one."""
+    size = (64, 32)
+    network = BACKBONE_REGISTRY.build(backbone, size)
+    made = HEAD_REGISTRY.build({"NAME": "EmbeddingHead", **head}, network.out_channels)
+    encoder = ghost_batch_norm(Encoder(network, made, mean=[0.5] * 3, std=[0.5] * 3), 4)
+    compile_encoders(encoder, backend=graphs, fullgraph=True)
+    for _ in range(3):
+        encoder.train()(torch.rand(8, 3, *size)).feats.sum().backward()
+        with torch.no_grad():
+            encoder.eval()(torch.zeros(8, 3, *size, dtype=torch.uint8))
+            encoder(torch.zeros(3, 3, *size, dtype=torch.uint8))
+        assert graphs.count == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROJECTS)
 def test_no_graph_of_a_project_breaks(name, shrink, tiny_set, tmp_path, graphs):
@@ -76,6 +107,7 @@ def test_the_key_compiles_the_encoders(tiny):
 
 @pytest.mark.gpu
 def test_a_compiled_run_on_a_gpu_has_the_losses_of_a_plain_one_and_never_waits(tiny):
+    pytest.importorskip("triton")
     keys = ["MODEL.DEVICE=cuda", "MODEL.GHOST_BATCH=8", "SOLVER.EPOCHS=1", "DATALOADER.CACHE=device"]
     keys += ["PSEUDO_LABELS.MIN_SAMPLES=2", "PSEUDO_LABELS.K1=8", "LOG.PERIOD_STEPS=0"]
     losses = []

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastreid_uns.evaluation.extract import _filled, evaluation_mode, extract_features, share
+from fastreid_uns.utils.precision import full_precision
 
 sys.path.insert(0, str(Path(__file__).parent))
 from evaluation_stubs import Images, Model, reid_task
@@ -34,10 +35,11 @@ def test_a_gpu_sees_batches_of_one_size(device):
     images = reid_task()[1]
     model, sizes = Model().to(device), []
     model.conv.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
-    found = extract_features(model, images, batch_size=5)
+    with full_precision(device):
+        found = extract_features(model, images, batch_size=5)
     assert sizes == [5] * 6 + ([5] if device.type == "cuda" else [2])
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(device):
         single = [model.extract(images.pixels[i : i + 1].to(device))["feats"] for i in range(32)]
     torch.testing.assert_close(found["feats"], torch.cat(single), rtol=1e-3, atol=1e-4)
 

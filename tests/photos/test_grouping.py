@@ -240,7 +240,6 @@ def cosines(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_sees_the_same_views(photos):
     (_, host), *_ = views(image_set(photos), 3, seed=1)
     (_, device), *_ = views(image_set(photos), 3, seed=1, device="cuda")
@@ -248,7 +247,6 @@ def test_a_gpu_sees_the_same_views(photos):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("settings", [START, FEW])
 def test_a_gpu_gives_the_features_and_groups_of_the_cpu(encoder, photos, settings):
     exact = dataclasses.replace(settings, amp="none")
@@ -262,7 +260,6 @@ def test_a_gpu_gives_the_features_and_groups_of_the_cpu(encoder, photos, setting
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_gpu_trains_on_activations_wherever_they_are(encoder, photos, share, monkeypatch, tmp_path):
     monkeypatch.setattr(view_store, "_SHARE", share)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -12,10 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from fastreid_uns.pseudo_labels import jaccard_kernels
-from fastreid_uns.pseudo_labels.search import candidates
+from fastreid_uns.pseudo_labels.search import candidates, exact
 from fastreid_uns.pseudo_labels.search.candidates import CoarseFeatures, search_by_candidates
 from fastreid_uns.pseudo_labels.search.exact import nearest_neighbours, nearest_of_others, neighbours_and_farthest
-from fastreid_uns.pseudo_labels.search.gpu import pair_distances, search_by_rows
+from fastreid_uns.pseudo_labels.search.gpu import RoundedFeatures, pair_distances, search_by_rows, triton_works
+from fastreid_uns.utils.precision import full_precision
 
 SEARCHES = {
     "8 bits": partial(search_by_candidates, int8=True),
@@ -148,6 +152,19 @@ def test_each_pair_of_blocks_meets_once_and_no_block_is_in_two_places(blocks):
     for pairs in rounds:
         busy = [block for pair in pairs for block in set(pair)]
         assert len(busy) == len(set(busy))
+
+
+@pytest.mark.parametrize(("blocks", "world"), [(8, 2), (32, 2), (33, 3), (64, 4)])
+def test_each_process_gets_as_many_pairs_of_blocks_and_of_each_block(blocks, world):
+    rounds = list(candidates._rounds(blocks, blocks))
+    owned = [
+        [pair for pairs in rounds for pair in pairs if candidates._number(pair, blocks) % world == rank]
+        for rank in range(world)
+    ]
+    assert sum(map(len, owned)) == blocks * (blocks + 1) // 2
+    assert max(map(len, owned)) - min(map(len, owned)) <= 1
+    met = [[sum(block in pair for pair in pairs) for block in range(blocks)] for pairs in owned]
+    assert np.max(met) - np.min(met) <= 2
 
 
 @pytest.mark.parametrize("search", ["8 bits", "float32"])
@@ -306,47 +323,74 @@ def test_memory_stays_far_below_all_pairs():
     assert float(done.stdout) / unit < 100
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def on(device: torch.device, search: Callable, *args: object) -> list[torch.Tensor]:
+    """What a public search finds on a GPU; on a CPU what it would: the same operations on tensors of the CPU."""
+    if device.type == "cuda":
+        found = search(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in args))
+    else:
+        feats, *groups, k = args
+        with full_precision(device):
+            found = exact._by_rows(feats, k, 2048, *groups)
+    return [part.cpu() for part in found]
+
+
 @pytest.mark.parametrize(
-    "feats",
+    ("feats", "k"),
     [
-        pytest.param(random_feats(5000, 256), id="random"),
-        pytest.param(random_feats(2177, 2048), id="long"),
-        pytest.param(grid_feats(3000, 5), id="grid"),
-        pytest.param(alike_feats(2500), id="alike"),
-        pytest.param(random_feats(40, 64).repeat_interleave(60, 0), id="doubles"),
-        pytest.param(random_feats(8, 32, 1).repeat_interleave(300, 0) + 1e-5 * random_feats(2400, 32), id="clumps"),
-        pytest.param(1000 + 20 * random_feats(2000, 32), id="afar"),
+        pytest.param(random_feats(2500, 256), 30, id="random"),
+        pytest.param(random_feats(1177, 2048), 30, id="long"),
+        pytest.param(grid_feats(3000, 5), 30, id="grid"),
+        pytest.param(grid_feats(1000, 2), 1000, id="all of a grid"),
+        pytest.param(alike_feats(2500), 30, id="alike"),
+        pytest.param(random_feats(40, 64).repeat_interleave(60, 0), 30, id="doubles"),
+        pytest.param(random_feats(3, 64).repeat(700, 1), 690, id="doubles everywhere"),
+        pytest.param(random_feats(8, 32, 1).repeat_interleave(300, 0) + 1e-5 * random_feats(2400, 32), 30, id="clumps"),
+        pytest.param(1000 + 20 * random_feats(2000, 32), 30, id="afar"),
+        pytest.param(random_feats(257, 24), 256, id="nearly all"),
+        pytest.param(random_feats(2049, 3), 2, id="one more than a block"),
     ],
 )
-def test_a_gpu_finds_what_the_cpu_finds(feats):
-    sq, index = nearest_neighbours(feats, 30)
-    found = nearest_neighbours(feats.cuda(), 30)
-    assert torch.equal(found[1].cpu(), index)
-    assert torch.equal(found[0].cpu(), sq)
+def test_a_gpu_finds_what_the_cpu_finds(feats, k, device):
+    sq, index = nearest_neighbours(feats, k)
+    found = on(device, nearest_neighbours, feats, k)
+    assert torch.equal(found[1], index)
+    assert torch.equal(found[0], sq)
+
+
+@pytest.mark.parametrize("feats", [random_feats(1500, 40), grid_feats(900, 3)], ids=["random", "grid"])
+def test_a_gpu_finds_others_as_the_cpu_does(feats, device):
+    groups = torch.arange(len(feats)) % 7
+    groups[groups > 5] = -1
+    sq, index = nearest_of_others(feats, groups, 20)
+    found = on(device, nearest_of_others, feats, groups, 20)
+    assert torch.equal(found[1], index)
+    assert torch.equal(found[0], sq)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_finds_others_and_the_farthest_as_the_cpu_does():
-    feats, groups = random_feats(1500, 40), torch.arange(1500) % 7
-    expected, found = (nearest_of_others(rows, groups, 20) for rows in (feats, feats.cuda()))
-    assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, found, strict=True))
-    far, found_far = (neighbours_and_farthest(rows, 5)[2] for rows in (feats, feats.cuda()))
-    torch.testing.assert_close(found_far.cpu(), far, atol=2e-6, rtol=0)
+def test_a_gpu_finds_the_farthest():
+    feats = random_feats(1500, 40)
+    far, found = (neighbours_and_farthest(rows, 5)[2] for rows in (feats, feats.cuda()))
+    torch.testing.assert_close(found.cpu(), far, atol=2e-6, rtol=0)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_no_product_of_a_gpu_is_farther_off_than_the_bound(dtype):
-    """Large features of one sign make the sums of a tensor core lose the most; there is one fused loop as well."""
-    from fastreid_uns.pseudo_labels.search.gpu import RoundedFeatures, triton_works
-
-    feats = torch.cat([random_feats(300, 2048).abs(), -random_feats(200, 2048).abs()]).cuda()
+def test_no_product_is_farther_off_than_the_bound_where_a_tensor_core_loses_the_most(dtype, device):
+    """In the sums of large features of one sign."""
+    feats = torch.cat([random_feats(300, 2048).abs(), -random_feats(200, 2048).abs()]).to(device)
     coarse = RoundedFeatures(feats, dtype)
     found = coarse.estimates(range(500), slice(0, 500)).double() + coarse.norms[:, None]
     true = torch.stack([(feats.double() - row.double()).square().sum(1) for row in feats]) * coarse.unit
     assert ((found - true).abs() <= coarse.errors[:, None]).all()
+
+
+@pytest.mark.gpu
+def test_the_loop_of_triton_measures_on_a_gpu_what_torch_does():
+    pytest.importorskip("triton")
+    if "CC" not in os.environ and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        pytest.skip("Triton needs a C compiler")
     assert triton_works()
+    for d in (1, 37, 256, 1500):
+        feats, pairs = random_feats(40, d), torch.randint(0, 40, (2, 300), generator=torch.Generator().manual_seed(d))
+        found = pair_distances(feats.cuda(), *pairs.cuda())
+        assert torch.equal(found.cpu(), pair_distances(feats, *pairs))
