@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -45,6 +46,35 @@ def test_a_command_ends_with_its_limit_and_with_it_all_that_it_started(session, 
 def test_nothing_begins_after_the_deadline(session):
     session.end = time.monotonic() + 1
     assert session.run("late", ["true"], 60) == gpu.Done(None, "")
+
+
+def test_a_phase_ends_before_the_session(session):
+    session.device = "cuda"
+    part = session.within(2)
+    assert 0 < part.left <= 2
+    assert part.run("late", ["true"], 60) == gpu.Done(None, "")
+    part.record("feeding", {"form": "host", "device": "cpu"}, {"images_per_second": 7.0})
+    session.record("feeding", {"form": "disk", "device": "cpu"}, {"images_per_second": 5.0})
+    assert len(measuring.read(session.out / "feeding.json")) == 2
+    assert session.within(1e9).end == session.end
+    assert list(gpu.PHASES)[-1] == "compile"  # the slowest, and what is missed least
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_tests_that_failed_are_named(workers, cut_off, tmp_path):
+    file = tmp_path / "test_some.py"
+    file.write_text(
+        "import pytest\n\n\n@pytest.mark.parametrize('x', ['a', 'b c'])\ndef test_one(x):\n    assert x == 'a'\n\n\n"
+        "@pytest.fixture\ndef broken():\n    raise OSError('no disk')\n\n\ndef test_two(broken):\n    pass\n"
+    )
+    options = ["-v", "-rfE", "-p", "no:cacheprovider", *(["-n", str(workers)] if workers else [])]
+    command = [sys.executable, "-m", "pytest", *options, str(file)]
+    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    if cut_off:
+        output = output.partition("=== ERRORS ===")[0]
+    found = gpu.failed_tests(output)
+    assert [name.rpartition("::")[2] for name in found] == ["test_one[b c]", "test_two"]
 
 
 def test_results_have_the_form_of_the_benchmarks(session):

@@ -3,16 +3,20 @@
     python tools/benchmark/gpu.py --deadline 280 --phases tests smoke+resume step labels eval
     python tools/benchmark/gpu.py --device cpu --size small --deadline 600     # to see that it runs
 
-Phases follow each other; a plus puts phases side by side, which is for those that measure no time. Each part of a phase
-has its own limit and ends with it, and all end at the deadline. The output goes to `log.txt`, results to one JSON file
-for each benchmark, in the form of the files beside this one, and for the checks to `checks.json`; all in `--out`.
+Phases follow each other; a plus puts phases side by side, which is for those that measure no time. Each phase has its
+own limit, each part of a phase as well, and all end at the deadline; what was found until then is written. The output
+goes to `log.txt`, results to one JSON file for each benchmark, in the form of the files beside this one, and for the
+checks to `checks.json`, with the names of tests that failed; all in `--out`.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -40,11 +44,11 @@ PROJECTS = sorted(path.parents[1].name for path in ROOT.glob("projects/*/configs
 LEAST = 5.0  # seconds that must be left for a part to begin
 PATIENCE = 4  # times as long as a GPU may a CPU take
 SINGLE = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}  # of parts that run side by side
-STEP_WAVES = (  # forms that are prepared beside each other; what they hold at a time has to fit the card
-    ("ours", "extract", "plain", "deterministic"),
+# forms that are prepared beside each other; what they hold at a time has to fit the card
+STEP_WAVES = (("ours", "extract", "plain", "deterministic"), ("ACFL", "float32"))
+COMPILE_WAVES = (
     ("compile", "compile:blocks", "compile:tuned", "extract:compile"),
-    ("ACFL", "ACFL:compile", "compile:graphs"),
-    ("float32", "compile:max"),
+    ("ACFL:compile", "compile:graphs", "compile:max"),
 )
 # seconds of a form; as long as one compiles, those of its wave that are ready wait, so the slow ones get less
 STEP_LIMITS = {"compile:tuned": 75, "compile": 110, "ACFL:compile": 110, "compile:max": 90}
@@ -81,6 +85,16 @@ class Session:
         """Seconds to the deadline."""
         return self.end - time.monotonic()
 
+    def within(self, seconds: float) -> Session:
+        """The same session with an earlier deadline."""
+        part = copy.copy(self)
+        part.end = min(self.end, time.monotonic() + self.patient(seconds))
+        return part
+
+    def patient(self, limit: float) -> float:
+        """A limit for a GPU, or as much longer as a CPU may take."""
+        return limit if self.device == "cuda" else PATIENCE * limit
+
     def say(self, *words: object) -> None:
         """One line on the terminal and in the log."""
         line = f"[{time.monotonic() - self.start:6.1f}] " + " ".join(map(str, words))
@@ -94,7 +108,7 @@ class Session:
 
     def run(self, name: str, command: list[str], limit: float, **environment: str) -> Done:
         """Run a command of this checkout; it ends with its limit, and all that it started."""
-        limit = min(limit if self.device == "cuda" else PATIENCE * limit, self.left)
+        limit = min(self.patient(limit), self.left)
         if limit < LEAST:
             self.say(name, "left out, no time")
             return Done(None, "")
@@ -168,13 +182,23 @@ SHOWN = {
 
 def tests(session: Session) -> None:
     """The tests that need a GPU."""
-    options = ["-m", "gpu", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "-n", "6"]
+    options = ["-m", "gpu", "-v", "-rfE", "--import-mode=importlib", "-p", "no:cacheprovider"]
+    options += ["-n", "6"] if importlib.util.find_spec("xdist") else []
     folders = ["tests", "projects"]
     if session.size == "small":
-        options, folders = ["-q", "-k", "largest", "-o", "addopts=--import-mode=importlib"], ["tests/tools/test_gpu.py"]
+        options, folders = ["-v", "-k", "largest", "-o", "addopts=--import-mode=importlib"], ["tests/tools/test_gpu.py"]
     done = session.run("tests", [sys.executable, "-m", "pytest", "-o", "addopts=", *options, *folders], 170)
     last = done.text.strip().splitlines()[-1:] or [""]
-    session.record("checks", {"check": "tests"}, {"passed": done.code == 0, "last": last[0]})
+    result = {"passed": done.code == 0, "failed": failed_tests(done.text), "last": last[0]}
+    session.record("checks", {"check": "tests"}, result)
+
+
+def failed_tests(output: str) -> list[str]:
+    """Names of the tests that failed by the output of pytest with -v, also by one that was cut off."""
+    plain = re.findall(r"^(\S+::.+?) (?:FAILED|ERROR)\b", output, re.MULTILINE)
+    by_workers = re.findall(r"^\[gw\d+\] .*?(?:FAILED|ERROR) (\S+::.+?) *$", output, re.MULTILINE)
+    summed_up = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
+    return sorted({*plain, *by_workers, *summed_up})
 
 
 def configs() -> dict[str, str]:
@@ -187,18 +211,17 @@ TINY = {"SOLVER__AMP": "none", "SOLVER__ITERS_PER_EPOCH": 6, "CHECKPOINT__PERIOD
 
 def smoke(session: Session) -> None:
     """Two epochs of the core and of each project on this device and on the CPU, whose losses should agree."""
-    jobs = [(name, device) for name in chosen(session, configs()) for device in dict.fromkeys((session.device, "cpu"))]
     images = "import fastreid_uns.builtin; from fastreid_uns.config import load_config; from fastreid_uns.registry "
     images += "import DATASET_REGISTRY as D; D.build(load_config('configs/quickstart.yaml').DATASETS.TRAIN)"
     session.run("images of the smoke runs", [sys.executable, "-c", images], 60)  # drawn once, for all
 
-    def one(job: tuple[str, str]) -> list[dict[str, Any]]:
-        keys = {**TINY, "SOLVER__EPOCHS": 2, "TEST__PERIOD": 2, "MODEL__DEVICE": job[1]}
-        return session.train(f"smoke-{job[0]}-{job[1]}", configs()[job[0]], 150, **keys)
+    def one(name: str, device: str) -> list[dict[str, Any]]:
+        keys = {**TINY, "SOLVER__EPOCHS": 2, "TEST__PERIOD": 2, "MODEL__DEVICE": device}
+        return session.train(f"smoke-{name}-{device}", configs()[name], 150, **keys)
 
-    found = dict(zip(jobs, side_by_side(one, jobs), strict=True))
-    for name in dict.fromkeys(name for name, _ in jobs):
-        here, there = found[name, session.device], found[name, "cpu"]
+    def both(name: str) -> None:
+        here = one(name, session.device)
+        there = here if session.device == "cpu" else one(name, "cpu")
         rows = {
             f"{number}.{key}": (own[key], other.get(key))
             for number, (own, other) in enumerate(zip(here, there, strict=False))
@@ -208,6 +231,8 @@ def smoke(session: Session) -> None:
         apart = max((abs(a - b) / abs(b) for k, (a, b) in rows.items() if "loss" in k and a and b), default=None)
         result = {"passed": bool(here and there), "loss_apart": apart, "numbers": rows}
         session.record("checks", {"check": "smoke", "run": name, "device": session.device}, result)
+
+    side_by_side(both, chosen(session, configs()))
 
 
 def resume(session: Session) -> None:
@@ -255,9 +280,19 @@ def differing(one: Path, two: Path) -> list[str]:
 
 
 def step(session: Session) -> None:
-    """Training steps and extraction; forms of one wave start and compile together, and are measured one by one."""
+    """Training steps and extraction, nothing compiled."""
+    by_waves(session, STEP_WAVES)
+
+
+def compile_(session: Session) -> None:
+    """The same with compiled encoders, in several ways."""
+    if session.size == "full":  # the small size has no such form
+        by_waves(session, COMPILE_WAVES)
+
+
+def by_waves(session: Session, waves: Iterable[tuple[str, ...]]) -> None:
+    """Forms of the training step; those of one wave start and compile together, and are measured one by one."""
     found = {case["form"]: case for case in of_device(session, training_step.cases(session.size))}
-    waves = STEP_WAVES if session.size == "full" else (tuple(found),)
     threads = {"TORCHINDUCTOR_COMPILE_THREADS": "6"}
     for wave in waves:
         forms = [form for form in chosen(session, wave) if form in found]
@@ -304,16 +339,24 @@ def whole_runs(session: Session) -> None:
             session.measure("runs", case, 200)
 
 
-PHASES: dict[str, Callable[[Session], None]] = {
-    "tests": tests,
-    "smoke": smoke,
-    "resume": resume,
-    "step": step,
-    "labels": labels,
-    "eval": eval_,
-    "feed": feed,
-    "memory": memory_,
-    "runs": whole_runs,
+class Phase(NamedTuple):
+    """What a phase does, and the seconds after which the next one begins."""
+
+    action: Callable[[Session], None]
+    limit: float
+
+
+PHASES = {
+    "tests": Phase(tests, 170),
+    "smoke": Phase(smoke, 240),
+    "resume": Phase(resume, 240),
+    "step": Phase(step, 200),
+    "labels": Phase(labels, 150),
+    "eval": Phase(eval_, 60),
+    "feed": Phase(feed, 120),
+    "memory": Phase(memory_, 150),
+    "runs": Phase(whole_runs, 300),
+    "compile": Phase(compile_, 400),
 }
 
 
@@ -351,7 +394,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def go(name: str) -> None:
         try:
-            PHASES[name](session)
+            PHASES[name].action(session.within(PHASES[name].limit))
         except Exception:  # the phases after it are to run
             broken.append(name)
             session.say(f"phase {name} broke: {traceback.format_exc()[-1500:]}")

@@ -78,12 +78,15 @@ def read(file: Path) -> list[Record]:
     return json.loads(file.read_text()) if file.is_file() else []
 
 
+def record_of(records: Iterable[Record], **case: Any) -> Record | None:
+    """The first record whose case has these values, None if it was not measured."""
+    return next((record for record in records if case.items() <= record["case"].items()), None)
+
+
 def result_of(records: Iterable[Record], **case: Any) -> dict[str, Any] | None:
     """The result of the first case that has these values, None if it was not measured."""
-    for record in records:
-        if case.items() <= record["case"].items():
-            return record["result"]
-    return None
+    record = record_of(records, **case)
+    return record and record["result"]
 
 
 def _possible(case: Case) -> bool:

@@ -5,17 +5,20 @@
 
 A size is N or NxD; D is 2,048 up to 100,000 images and 256 above. Forms: `dense`, whole N x N matrices as in the
 textbook, up to 40,000 images; `float32`, the search by products in float32, up to 200,000; `exact`, what the generator
-does unless told otherwise: products in 8 bits where they are faster; `ivf:EFFORT` and `hnsw:EFFORT`, by faiss; `cuda`,
-the features on a GPU. Labels are compared with those of the dense form, or of an exact one where there is none; up to
-50,000 images those of a GPU are compared with what its CPU finds, and the neighbours of some images at any number.
+does unless told otherwise: products in 8 bits where they are faster; `ranks:W`, the same by W processes of one thread
+each, 1 and 2 of them up to 40,000; `ivf:EFFORT` and `hnsw:EFFORT`, by faiss; `cuda`, the features on a GPU. Labels are
+compared with those of the dense form, or of an exact one where there is none; up to 50,000 images those of a GPU are
+compared with what its CPU finds, and the neighbours of some images at any number.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import measuring
@@ -25,10 +28,12 @@ SIZES = {
     "full": ["1000", "4096", "12936", "32621", "100000", "200000", "1000000"],
     "small": ["600x128", "5000x64"],
 }
-FORMS = ["dense", "float32", "exact", "cuda"]
-LIMITS = {"dense": 40_000, "float32": 200_000}  # images up to which a form is measured
+FORMS = ["dense", "float32", "exact", "ranks:1", "ranks:2", "cuda"]
+# images up to which a form is measured
+LIMITS = {"dense": 40_000, "float32": 200_000, "ranks:1": 40_000, "ranks:2": 40_000}
 REPEATED = 50_000  # images up to which a form other than dense is measured three times; the best counts
 K1, K2, EPS, MIN_SAMPLES = 30, 6, 0.6, 4
+PARTS = ("neighbours", "after")
 IMAGES_PER_IDENTITY = 17  # as in Market-1501
 LATENT = 128  # features of trained networks vary in about so many directions
 
@@ -133,10 +138,11 @@ def measure(images: int, dim: int, form: str, device: str, gib: float = 0) -> di
 
     from fastreid_uns.pseudo_labels.search import candidates
 
+    if form.startswith("ranks:"):
+        return measure_ranks(images, dim, int(form.removeprefix("ranks:")))
     run: Callable = dense_labels if form == "dense" else partial(sparse_labels, search=search_of(form))
     if form != "dense":
-        run(make_features(600, dim).to(device), {})  # loads what is compiled
-        search_of("exact")(make_features(candidates._SMALL, dim), K1)
+        load_compiled(run, dim, device)
     feats = make_features(images, dim)
     if form == "cuda" and images <= REPEATED and not labels_file(images, dim, "exact").is_file():
         np.save(labels_file(images, dim, "exact"), sparse_labels(feats, {}, search_of("exact")))
@@ -158,6 +164,64 @@ def measure(images: int, dim: int, form: str, device: str, gib: float = 0) -> di
         result |= checked_search(feats)
     np.save(labels_file(images, dim, form), labels)
     return result | agreement(labels, images, dim, form)
+
+
+def load_compiled(run: Callable, dim: int, device: str = "cpu") -> None:
+    """What later calls find in memory: compiled loops, and whether products of 8 bits pay."""
+    from fastreid_uns.pseudo_labels.search import candidates
+
+    run(make_features(600, dim).to(device), {})
+    search_of("exact")(make_features(candidates._SMALL, dim), K1)
+
+
+def measure_ranks(images: int, dim: int, processes: int) -> dict[str, Any]:
+    """The best of three runs by processes of one thread each, as the first has measured it, and the CPU seconds of all.
+
+    Where the processors are shared with other work, the CPU seconds say more than the wall time.
+    """
+    import numpy as np
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(one_rank, (processes, images, dim, folder), nprocs=processes)
+        runs = torch.load(Path(folder) / "runs.pth")
+        labels = np.load(Path(folder) / "labels.npy")
+    result: dict[str, Any] = min(runs, key=lambda found: found["seconds"])
+    result |= {"clusters": int(labels.max()) + 1, "outliers": int((labels < 0).sum())}
+    form = f"ranks:{processes}"
+    np.save(labels_file(images, dim, form), labels)
+    return result | agreement(labels, images, dim, form)
+
+
+def one_rank(rank: int, processes: int, images: int, dim: int, folder: str) -> None:
+    """One of the processes; the first writes the results of the runs, and the labels of the last."""
+    import numpy as np
+    import torch
+
+    from fastreid_uns.utils import comm, sharing
+
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=processes)
+    run = partial(sparse_labels, search=search_of("exact"))
+    with sharing.by_all_ranks():
+        load_compiled(run, dim)
+    feats, runs = make_features(images, dim), []
+    held = measuring.memory_gib("VmRSS")
+    for _ in range(3):
+        result: dict[str, Any] = {}
+        comm.barrier()
+        with sharing.by_all_ranks():
+            labels = run(feats, result)
+        every = comm.gather_objects(result)
+        result["seconds"] = result["neighbours_seconds"] + result["after_seconds"]
+        result["cpu_seconds"] = [own["neighbours_cpu_seconds"] + own["after_cpu_seconds"] for own in every]
+        result["process_peak_gib"] = held + max(own[f"{part}_peak_gib"] for own in every for part in PARTS)
+        runs.append(result)
+    if rank == 0:
+        torch.save(runs, Path(folder) / "runs.pth")
+        np.save(Path(folder) / "labels.npy", labels)
+    torch.distributed.destroy_process_group()
 
 
 def checked_search(feats, sample: int = 256) -> dict[str, Any]:
@@ -190,7 +254,7 @@ def agreement(labels, images: int, dim: int, form: str) -> dict[str, Any]:
     import numpy as np
     from sklearn.metrics import adjusted_rand_score
 
-    for other in ("dense", "float32", "exact", "cuda"):
+    for other in ("dense", "float32", "exact", "ranks:1", "cuda"):
         file = labels_file(images, dim, other)
         if other != form and file.is_file():
             expected = np.load(file)
@@ -214,6 +278,7 @@ def draw(records: list[measuring.Record], file) -> None:
     )
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     lines = sorted({(record["case"]["form"], record["case"]["dim"]) for record in records})
+    lines = [line for line in lines if not line[0].startswith("ranks:")]
     for axis, (title, key) in zip(axes, panels, strict=True):
         for form, dim in lines:
             points = sorted(
@@ -238,7 +303,7 @@ def check(records: list[measuring.Record]) -> None:
     found: dict[tuple[int, int], tuple[str, int, int]] = {}
     for record in records:
         case, result = record["case"], record["result"]
-        if case["form"] in ("float32", "exact", "cuda"):
+        if case["form"] in ("float32", "exact", "cuda") or case["form"].startswith("ranks:"):
             own = (case["form"], result["clusters"], result["outliers"])
             first = found.setdefault((case["images"], case["dim"]), own)
             if own[1:] != first[1:]:

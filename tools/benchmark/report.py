@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import measuring
 from measuring import ROOT, Record
@@ -56,6 +56,28 @@ def pseudo_labels(records: Sequence[Record]) -> str:
             ]
         )
     headers = ["images", "form", "search", "after it", "faster", "whole stage", "faster", "peak", "labels"]
+    return table(rows, headers)
+
+
+def ranks(records: Sequence[Record]) -> str:
+    """One row for each number of images and of processes: seconds, and CPU seconds of each process."""
+    rows = []
+    for record in sorted(records, key=lambda r: (r["case"]["images"], r["case"]["dim"], r["case"]["form"])):
+        case, result = record["case"], record["result"]
+        one = measuring.result_of(records, images=case["images"], dim=case["dim"], form="ranks:1")
+        rows.append(
+            [
+                f"{case['images']:,} x {case['dim']:,}",
+                case["form"].removeprefix("ranks:"),
+                number(result["seconds"], " s"),
+                ratio(one and one["seconds"], result["seconds"]),
+                ", ".join(number(seconds, " s") for seconds in result["cpu_seconds"]),
+                ratio(one and max(one["cpu_seconds"]), max(result["cpu_seconds"])),
+                number(result["process_peak_gib"], " GiB"),
+                _labels(result),
+            ]
+        )
+    headers = ["images", "processes", "whole stage", "as fast as one", "CPU time of each", "less", "peak", "labels"]
     return table(rows, headers)
 
 
@@ -140,81 +162,107 @@ def hardware(records: Iterable[Record]) -> str:
     return f"Measured on {'; '.join(sorted(found))}."
 
 
+class Compared(NamedTuple):
+    """One row of the summary: a number of ours beside that of a peer, from the same benchmark and machine."""
+
+    what: str
+    benchmark: str
+    key: str  # of the result
+    case: dict[str, Any]  # that both have
+    peer: str
+    peer_form: str
+    own_form: str
+    else_peer: str = NONE  # where the peer has no record
+
+
+_LABELS = {"images": 32621, "dim": 2048, "device": "cpu"}
+_MILLION = {"images": 1_000_000, "dim": 256, "device": "cpu"}
+_MARKET = {"set": "market1501", "device": "cpu"}
+_MSMT = {"set": "msmt17", "device": "cpu"}
+_STEP = {"backbone": "resnet50", "size": [256, 128]}
+_MATRICES = ("whole matrices, as in the papers' code", "dense", "exact")
+_LOOP = ("the papers' loop", "loop", "blocks")
+_COMPILED = ("a compiled loop, as in fast-reid", "compiled", "blocks")
+_PIL = "torchvision on Pillow images"
+_PLAIN = ("the papers' loop, float32", "plain", "ours")
+SUMMARY = (
+    Compared("pseudo labels of 32,621 x 2,048, seconds", "pseudo_labels", "seconds", _LABELS, *_MATRICES),
+    Compared("the same after the neighbour search, seconds", "pseudo_labels", "after_seconds", _LABELS, *_MATRICES),
+    Compared("the same, peak memory in GiB", "pseudo_labels", "process_peak_gib", _LABELS, *_MATRICES),
+    Compared(
+        "pseudo labels of 1,000,000 x 256, seconds", "pseudo_labels", "seconds", _MILLION, *_MATRICES, "impossible"
+    ),
+    Compared("the same, peak memory in GiB", "pseudo_labels", "process_peak_gib", _MILLION, *_MATRICES, "11,176"),
+    Compared("ranking 3,368 x 15,913, seconds", "evaluation", "seconds", _MARKET, *_LOOP),
+    Compared("ranking 11,659 x 82,161, seconds", "evaluation", "seconds", _MSMT, *_COMPILED),
+    Compared("the same, memory above the features in GiB", "evaluation", "peak_gib", _MSMT, *_COMPILED),
+    Compared(
+        "images a second from JPEG files", "feeding", "images_per_second", {"device": "cpu"}, _PIL, "pil", "loader"
+    ),
+    Compared("images a second from the cache", "feeding", "images_per_second", {"device": "cpu"}, _PIL, "pil", "host"),
+    *(
+        Compared(
+            "training ResNet-50 at 256x128, images a second",
+            "training_step",
+            "images_per_second",
+            {**_STEP, "device": device},
+            *_PLAIN,
+        )
+        for device in ("cpu", "cuda")
+    ),
+    Compared(
+        "the same, peak memory of the GPU in GiB",
+        "training_step",
+        "device_peak_gib",
+        {**_STEP, "device": "cuda"},
+        *_PLAIN,
+    ),
+)
+
+
 def summary() -> str:
-    """What a user compares: the textbook form and ours, on the same inputs."""
-    labels, ranking, feeding, step = map(records_of, ("pseudo_labels", "evaluation", "feeding", "training_step"))
-    msmt = {"images": 32621, "dim": 2048}
-    million = measuring.result_of(labels, images=1_000_000, form="exact") or {}
-    pairs = [
-        ("pseudo labels of 32,621 x 2,048, seconds", labels, "seconds", {**msmt, "form": "dense"}, "exact"),
-        ("the same after the neighbour search, seconds", labels, "after_seconds", {**msmt, "form": "dense"}, "exact"),
-        ("the same, peak memory in GiB", labels, "process_peak_gib", {**msmt, "form": "dense"}, "exact"),
-        ("ranking 3,368 x 15,913, seconds", ranking, "seconds", {"set": "market1501", "form": "loop"}, "blocks"),
-        (
-            "ranking 11,659 x 82,161, seconds, against a compiled loop",
-            ranking,
-            "seconds",
-            {"set": "msmt17", "form": "compiled"},
-            "blocks",
-        ),
-        (
-            "the same, peak memory above the features in GiB",
-            ranking,
-            "peak_gib",
-            {"set": "msmt17", "form": "compiled"},
-            "blocks",
-        ),
-        (
-            "feeding from JPEG files, images a second",
-            feeding,
-            "images_per_second",
-            {"form": "pil", "device": "cpu"},
-            "loader",
-        ),
-        (
-            "feeding from the pixel cache, images a second",
-            feeding,
-            "images_per_second",
-            {"form": "pil", "device": "cpu"},
-            "host",
-        ),
-        *(
-            (
-                f"training {name} at 256x128, images a second",
-                step,
-                "images_per_second",
-                {"form": "plain", "backbone": name.lower().replace("-", ""), "device": "cpu"},
-                "ours",
-            )
-            for name in ("ResNet-50", "ResNet-18")
-        ),
-    ]
+    """What a user compares: a peer and ours, on the same inputs and the same machine, which is named."""
     rows = []
-    for text, records, key, case, ours in pairs:
-        plain, own = (measuring.result_of(records, **{**case, "form": form}) for form in (case["form"], ours))
-        values = [found and found[key] for found in (plain, own)]
-        ends = values if key != "images_per_second" else values[::-1]
-        rows.append([text, *map(number, values), ratio(*ends)])
-    rows.append(["pseudo labels of 1,000,000 x 256, seconds", "not possible", number(million.get("seconds")), ""])
-    rows.append(["the same after the neighbour search, seconds", "", number(million.get("after_seconds")), ""])
-    rows.append(["the same, peak memory of the process in GiB", "", number(million.get("process_peak_gib")), ""])
-    return table(rows, ["on two CPU cores", "textbook form", "here", "better"])
+    for row in SUMMARY:
+        records = records_of(row.benchmark)
+        peer, own = (measuring.record_of(records, **row.case, form=form) for form in (row.peer_form, row.own_form))
+        if own is None:
+            continue
+        values = [found and found["result"][row.key] for found in (peer, own)]
+        ends = values[::-1] if row.key == "images_per_second" else values
+        theirs = number(values[0]) if peer else row.else_peer
+        rows.append([row.what, machine(own), row.peer, theirs, number(values[1]), ratio(*ends)])
+    return table(rows, ["what", "on", "peer", "theirs", "here", "better"])
+
+
+def machine(record: Record) -> str:
+    """The processors or the card that a record was made on."""
+    made = record["environment"]
+    return made["device"] if record["case"].get("device") == "cuda" else f"{made['device']}, {made['cores']} cores"
 
 
 def report() -> str:
     """All tables, each with its heading."""
-    parts = {
-        "Pseudo labels": ("pseudo_labels", pseudo_labels),
-        "Ranking": ("evaluation", evaluation),
-        "Feeding": ("feeding", lambda found: rates(found, "pil", ["form", "device"])),
-        "Training step": ("training_step", lambda found: rates(found, "plain", ["form", "backbone", "device"])),
-        "Whole runs": ("runs", runs),
-    }
-    texts = []
-    for heading, (name, write) in parts.items():
-        found = records_of(name)
-        if found:
-            texts.append(f"## {heading}\n\n`{name}.py`. {hardware(found)}\n\n{write(found)}")
+    labels = records_of("pseudo_labels")
+    shared = [record for record in labels if record["case"]["form"].startswith("ranks:")]
+    parts = [
+        ("Pseudo labels", "pseudo_labels", [record for record in labels if record not in shared], pseudo_labels),
+        ("Pseudo labels by several processes of one thread", "pseudo_labels", shared, ranks),
+        ("Ranking", "evaluation", records_of("evaluation"), evaluation),
+        ("Feeding", "feeding", records_of("feeding"), lambda found: rates(found, "pil", ["form", "device"])),
+        (
+            "Training step",
+            "training_step",
+            records_of("training_step"),
+            lambda found: rates(found, "plain", ["form", "backbone", "device"]),
+        ),
+        ("Whole runs", "runs", records_of("runs"), runs),
+    ]
+    texts = [
+        f"## {heading}\n\n`{name}.py`. {hardware(found)}\n\n{write(found)}"
+        for heading, name, found, write in parts
+        if found
+    ]
     return "\n\n".join(texts)
 
 
