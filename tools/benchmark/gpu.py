@@ -176,7 +176,7 @@ class Session:
 SHOWN = {
     *("images_per_second", "device_peak_gib", "seconds", "seconds_before", "epoch_seconds", "evaluations", "stages"),
     *("batch", "peak_gib", "neighbours_seconds", "after_seconds", "mAP", "seconds_to_first", "last"),
-    *("passed", "loss_apart", "two_runs_differ", "resumed_differs", "equal_labels", "wrong_of_sample"),
+    *("passed", "failed", "loss_apart", "two_runs_differ", "resumed_differs", "equal_labels", "wrong_of_sample"),
 }
 
 
