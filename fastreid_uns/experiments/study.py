@@ -1,6 +1,8 @@
 """A study: rows that get the same budget of tuning on validation identities and are then measured on the test part.
 
-A study file is YAML: what all studies share, and under `STUDIES` what each of them is; see `projects/studies.yaml`.
+A study file is YAML: what all studies share, and under `STUDIES` what each of them is; see `projects/studies.yaml`. A
+study with `STEPS` is a ladder: configs of which each adds one thing to the one before it, and of which none is tuned;
+see `projects/Best/ladder.yaml`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from fastreid_uns.errors import InvalidValue, UnknownName
 from fastreid_uns.experiments.runs import Job
 from fastreid_uns.registry import did_you_mean
 
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout
 CORE, UNTRAINED, SUPERVISED = "core", "untrained", "supervised"
 BASELINE = " baseline"  # after the name of a project
 
@@ -28,7 +31,8 @@ class Row:
     """A row of a table.
 
     Attributes:
-        name: `untrained`, `core`, `supervised`, a project, or a project with ` baseline`.
+        name: `untrained`, `core`, `supervised`, a project, a project with ` baseline`, or a step of a ladder, such as
+            `2 camera labels`.
         config: YAML file.
         kind: one of `runs.KINDS`.
         grid: the values of each key that is tuned; empty = nothing is.
@@ -121,7 +125,7 @@ def read_studies(file: Path, names: Sequence[str] = ()) -> list[Study]:
     """The studies of a file.
 
     Args:
-        file: YAML, see `projects/studies.yaml`.
+        file: YAML, see `projects/studies.yaml`; configs are those of the checkout.
         names: of some of them; none = all.
 
     Raises:
@@ -135,16 +139,42 @@ def read_studies(file: Path, names: Sequence[str] = ()) -> list[Study]:
     for name in names:
         if name not in known:
             raise UnknownName(f"{file}: no study {name}{did_you_mean(name, known)} Present: {', '.join(known)}.")
-    return [_study(name, content, file.parent.parent) for name in names or known]
+    return [_ladder(name, content) if "STEPS" in known[name] else _study(name, content) for name in names or known]
 
 
-def _study(name: str, content: Mapping[str, Any], root: Path) -> Study:
+def step_number(row: str) -> int:
+    """The place of a row in its ladder, from 1; 0 for a row that is no step."""
+    number = row.partition(" ")[0]
+    return int(number) if number.isdecimal() else 0
+
+
+def _ladder(name: str, content: Mapping[str, Any]) -> Study:
+    """A study whose rows are the start and the files `STEPS_<number>_<what it adds>.yaml`."""
+    own = content["STUDIES"][name]
+    first = Path(own["STEPS"])
+    steps = []
+    for file in ROOT.glob(f"{first}_*.yaml"):
+        words = file.stem.removeprefix(f"{first.name}_").replace("_", " ")
+        steps.append(Row(words, str(file.relative_to(ROOT)), "unsupervised", {}))
+    steps.sort(key=lambda row: step_number(row.name))
+    numbers = [step_number(row.name) for row in steps]
+    if not steps or numbers != [*range(1, 1 + len(steps))]:
+        raise InvalidValue(
+            f"{name}: the configs {first}_*.yaml are numbered {', '.join(map(str, numbers)) or 'not'}; 1, 2, 3 and so "
+            f"on are accepted, one file for each. Rename them."
+        )
+    rows = (Row(UNTRAINED, steps[0].config, "untrained", {}), *steps)
+    overrides = _overrides(own)
+    return Study(name, rows, overrides, tuple(content["SEEDS"]), Tuning(name, overrides, 0, 0, 0.0))
+
+
+def _study(name: str, content: Mapping[str, Any]) -> Study:
     own = content["STUDIES"][name]
     tuned_on = own.get("SETTINGS_OF", name)
     source = content["STUDIES"][tuned_on]
     how = Tuning(tuned_on, _overrides(source), source["TRIALS"], content["TRIAL_SEED"], content["HOLD_OUT"])
     rows = [Row(UNTRAINED, f"configs/{own['CONFIG']}.yaml", "untrained", {})]
-    for row, config, kind in _trained(own["CONFIG"], root, content.get("WITHOUT", ())):
+    for row, config, kind in _trained(own["CONFIG"], content.get("WITHOUT", ())):
         shared = {key: values for key, values in source["GRID"].items() if kind != "supervised" or "PSEUDO" not in key}
         grid = {**shared, **content["ROWS"].get(row, {})}
         rows.append(Row(row, config, kind, {key: values for key, values in grid.items() if values is not None}))
@@ -155,7 +185,7 @@ def _overrides(section: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{key}={_typed(value)}" for key, value in section["OVERRIDES"].items())
 
 
-def _trained(config: str, root: Path, without: Collection[str]) -> Iterator[tuple[str, str, str]]:
+def _trained(config: str, without: Collection[str]) -> Iterator[tuple[str, str, str]]:
     """Name, config and kind of the core's rows and of each project's, as far as it has configs for the set.
 
     Args:
@@ -163,8 +193,8 @@ def _trained(config: str, root: Path, without: Collection[str]) -> Iterator[tupl
     """
     yield CORE, f"configs/{config}.yaml", "unsupervised"
     yield SUPERVISED, f"configs/{config}.yaml", "supervised"
-    for project in sorted({path.parent.name for path in root.glob("projects/*/configs")}.difference(without)):
+    for project in sorted({path.parent.name for path in ROOT.glob("projects/*/configs")}.difference(without)):
         for name, ending in ((project, ""), (project + BASELINE, "_baseline")):
             file = f"projects/{project}/configs/{config}{ending}.yaml"
-            if (root / file).is_file():
+            if (ROOT / file).is_file():
                 yield name, file, "unsupervised"

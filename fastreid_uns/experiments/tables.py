@@ -17,7 +17,7 @@ from fastreid_uns.experiments.agenda import score
 from fastreid_uns.experiments.effects import LEVEL, Difference, holm, paired, verdict
 from fastreid_uns.experiments.figures import Figure, published_figures
 from fastreid_uns.experiments.runs import KINDS, of_project
-from fastreid_uns.experiments.study import BASELINE, CORE, SUPERVISED, UNTRAINED
+from fastreid_uns.experiments.study import BASELINE, CORE, SUPERVISED, UNTRAINED, step_number
 
 Record = dict[str, Any]
 
@@ -64,13 +64,14 @@ def tables(records: Sequence[Record], project: str = "") -> list[Table]:
 def study_table(records: Sequence[Record], project: str = "") -> Table:
     """Scores of the rows of a study: mean and standard deviation over seeds, and the settings that were chosen.
 
-    Beside them is what the paper of a method reports on Market-1501, which is another set with another budget.
+    Beside them is what the paper of a method reports on Market-1501, which is another set with another budget. Steps of
+    a ladder have neither.
     """
     rows, published = by_row(records), published_figures()
     shared = set.intersection(*(set(record["overrides"]) for record in records))
     cells = []
     for name in sorted(rows, key=_place_in_study):
-        if project and name not in (UNTRAINED, CORE, SUPERVISED, project, project + BASELINE):
+        if project and not step_number(name) and name not in (UNTRAINED, CORE, SUPERVISED, project, project + BASELINE):
             continue
         group = rows[name]
         chosen = [override for override in group[0]["overrides"] if override not in shared]
@@ -79,17 +80,21 @@ def study_table(records: Sequence[Record], project: str = "") -> Table:
         paper = published.get((_market_config(name), "market1501"))
         cells.append([name, str(len(group)), *_scores(group), f"{seconds:.0f}", settings, paper.mAP if paper else ""])
     headers = [records[0]["study"], "seeds", "mAP", "rank-1", "seconds", "chosen settings", "paper, Market-1501"]
-    return Table(headers, cells)
+    said = 5 if any(map(step_number, rows)) else len(headers)  # a ladder is not tuned, and no paper has its steps
+    return Table(headers[:said], [row[:said] for row in cells])
 
 
 def effect_tables(records: Sequence[Record], project: str = "") -> list[Table]:
     """Paired differences in mAP: of each method to its baseline, of the core to the start, of true labels to the core.
 
-    Each is adjusted for the number of all of them. Nothing where no two rows can be compared.
+    Of a ladder: of each step to the one before it, and of the last one to the first. Each is adjusted for the number of
+    all of them. Nothing where no two rows can be compared.
     """
     scores = {name: {r["seed"]: score(r) for r in group} for name, group in by_row(records).items()}
     methods = [(name, name + BASELINE) for name in sorted(scores) if name + BASELINE in scores]
-    pairs = [*methods, (CORE, UNTRAINED), (SUPERVISED, CORE)]
+    steps = sorted(filter(step_number, scores), key=step_number)
+    ladder = [*zip(steps[1:], steps[:-1], strict=True), *([(steps[-1], steps[0])] if len(steps) > 2 else [])]
+    pairs = [*methods, *ladder, (CORE, UNTRAINED), (SUPERVISED, CORE)]
     pairs = [(a, b) for a, b in pairs if scores.get(a, {}).keys() & scores.get(b, {}).keys()]
     if not pairs:
         return []
@@ -98,7 +103,7 @@ def effect_tables(records: Sequence[Record], project: str = "") -> list[Table]:
     cells = [
         [f"{a} - {b.removeprefix(a + ' ')}", *_difference(difference), f"{p:.3f}", verdict(difference, p)]
         for (a, b), difference, p in zip(pairs, differences, adjusted, strict=True)
-        if not project or a in (project, CORE)
+        if not project or step_number(a) or a in (project, CORE)
     ]
     headers = [f"{records[0]['study']}, mAP", "seeds", "difference", "95 % interval", "Holm p", f"effect (p < {LEVEL})"]
     return [Table(headers, cells)]
@@ -198,9 +203,9 @@ def _market_config(name: str) -> str:
     return "configs/base.yaml" if name == CORE else f"projects/{name}/configs/market.yaml"
 
 
-def _place_in_study(name: str) -> tuple[int, str]:
+def _place_in_study(name: str) -> tuple[int, int, str]:
     first = {UNTRAINED: 0, CORE: 1, SUPERVISED: 3}
-    return first.get(name, 2), name
+    return first.get(name, 2), step_number(name), name
 
 
 def _scores(group: Sequence[Record], test: str = "") -> list[str]:

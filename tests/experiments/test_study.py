@@ -7,10 +7,11 @@ import pytest
 
 from fastreid_uns.commands.compare import ROOT
 from fastreid_uns.config import load_config
-from fastreid_uns.errors import UnknownName, UserError
+from fastreid_uns.errors import InvalidValue, UnknownName, UserError
+from fastreid_uns.experiments import study as study_module
 from fastreid_uns.experiments.agenda import Listed, Studied
 from fastreid_uns.experiments.runs import Job
-from fastreid_uns.experiments.study import Row, Study, Tuning, drawn, read_studies
+from fastreid_uns.experiments.study import Row, Study, Tuning, drawn, read_studies, step_number
 
 FILE = ROOT / "projects/studies.yaml"
 ROWS = (
@@ -123,3 +124,41 @@ def test_the_shipped_studies_name_keys_that_their_configs_have(name):
 def test_an_unknown_study_is_told_with_the_nearest_name():
     with pytest.raises(UnknownName, match="omniglot_from_random"):
         read_studies(FILE, ["omniglot_from_randon"])
+
+
+@pytest.fixture
+def ladder(tmp_path, monkeypatch):
+    """A function that reads a ladder of empty configs with the given names."""
+    monkeypatch.setattr(study_module, "ROOT", tmp_path)
+
+    def read(*names: str) -> Study:
+        for name in names:
+            (tmp_path / f"{name}.yaml").touch()
+        (tmp_path / "ladder.yaml").write_text("{SEEDS: [1, 2], STUDIES: {up: {STEPS: zoo, OVERRIDES: {SIZE: [8, 8]}}}}")
+        (one,) = read_studies(tmp_path / "ladder.yaml")
+        return one
+
+    return read
+
+
+def test_the_steps_of_a_ladder_are_measured_in_order_and_none_is_tuned(ladder):
+    steps = {
+        f"zoo_{i}_{word}": f"{i} {word.replace('_', ' ')}" for i, word in enumerate(["core", *"bcdefghi", "j_k"], 1)
+    }
+    jobs = all_of(Studied([ladder(*steps, "sea_1_core", "zoo")], []))
+    expected = [("untrained", "zoo_1_core.yaml"), *((row, f"{file}.yaml") for file, row in steps.items())]
+    assert [(job.row, job.config) for job in jobs if job.seed == 1] == expected
+    assert [job.seed for job in jobs] == [1] * 11 + [2] * 11
+    assert {(job.study, job.overrides, job.hold_out) for job in jobs} == {("up", ("SIZE=[8, 8]",), 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("names", "found"), [([], "not"), (["zoo_1_core", "zoo_3_b"], "1, 3"), (["zoo_1_a", "zoo_1_b"], "1, 1")]
+)
+def test_a_ladder_with_a_gap_is_refused(ladder, names, found):
+    with pytest.raises(InvalidValue, match=rf"zoo_\*\.yaml are numbered {found}; 1, 2, 3 and so on"):
+        ladder(*names)
+
+
+def test_rows_that_are_no_steps_have_no_number():
+    assert [step_number(row) for row in ("12 camera labels", "core", "ICE baseline", "")] == [12, 0, 0, 0]

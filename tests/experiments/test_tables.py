@@ -67,6 +67,29 @@ def test_a_project_sees_its_rows_and_those_of_the_core():
     assert effects.rows[0][4] == "0.126"  # as among all
 
 
+LADDER = [
+    record(row, seed, score)
+    for row, scores in {"10 c": (9.0, 12.0), "2 b": (5.0, 6.0), "1 a": (4.0, 6.0), "untrained": (1.0, 2.0)}.items()
+    for seed, score in enumerate(scores, 1)
+]
+
+
+def test_steps_of_a_ladder_are_compared_with_the_one_before_and_the_last_one_with_the_first():
+    scores, effects = tables.tables(LADDER, "P")
+    assert scores.headers == ["zoo", "seeds", "mAP", "rank-1", "seconds"]
+    assert [row[0] for row in scores.rows] == ["untrained", "1 a", "2 b", "10 c"]
+    # differences 1 and 0; 4 and 6; 5 and 6
+    expected = [["2 b - 1 a", "2", "+0.50"], ["10 c - 2 b", "2", "+5.00"], ["10 c - 1 a", "2", "+5.50"]]
+    assert [row[:3] for row in effects.rows] == expected
+    # one degree of freedom: P(|T| > t) = 1 - 2/pi atan(t); t = 1, 5, 11 gives 0.5, 0.1257, 0.0577; x 1, 2, 3
+    assert [row[4] for row in effects.rows] == ["0.500", "0.251", "0.173"]
+
+
+def test_two_steps_are_compared_once():
+    (effects,) = tables.effect_tables([r for r in LADDER if r["row"] != "10 c"])
+    assert [row[0] for row in effects.rows] == ["2 b - 1 a"]
+
+
 def test_three_formats_hold_the_same_cells(tmp_path):
     tables.write_tables(tmp_path, RECORDS)
     parts = (tmp_path / "tables.csv").read_text().split("\n\n")
