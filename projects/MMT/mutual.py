@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from fastreid_uns.errors import InvalidValue, MissingFile
 from fastreid_uns.hook import HookBase
 from fastreid_uns.modeling.encoder import Encoder
-from fastreid_uns.modeling.losses import LossSet
-from fastreid_uns.modeling.memory import Memory
 from fastreid_uns.modeling.meta_arch import MetaArch, named_loss_inputs
 from fastreid_uns.modeling.momentum import momentum_copy, update_momentum
 from fastreid_uns.modeling.weights import load_weights
@@ -52,32 +50,22 @@ class MutualModel(MetaArch):
     teacher: Encoder
     teacher_classifiers: Tensor
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        memory: Memory | None,
-        losses: LossSet,
-        num_images: int,
-        *,
-        capacity: int = 3000,
-        momentum_encoder: bool = True,
-        **keys: Any,
-    ) -> None:
-        super().__init__(encoder, memory, losses, num_images, momentum_encoder=True, **keys)
+    def __init__(self, *parts: Any, capacity: int = 3000, momentum_encoder: bool = True, **keys: Any) -> None:
+        super().__init__(*parts, momentum_encoder=True, **keys)
         if not momentum_encoder:
             raise InvalidValue(
                 "MODEL.MOMENTUM_ENCODER is false; MutualModel learns from the averages of its networks. Set it to true."
             )
-        if memory is not None:
+        if self.memory is not None:
             raise InvalidValue("MutualModel: it trains classifiers and reads no memory. Set MODEL.MEMORY to null.")
         if capacity < 1:
             raise InvalidValue(f"MutualModel: MODEL.CAPACITY is {capacity}; 1 or more rows are accepted. Change it.")
-        self.capacity = min(capacity, num_images)
+        self.capacity = min(capacity, self.num_images)
         self.clusters = 0
-        self.encoder_2 = copy.deepcopy(encoder)
+        self.encoder_2 = copy.deepcopy(self.encoder)
         self.teacher_2 = momentum_copy(self.encoder_2)
-        self.classifiers = nn.Parameter(torch.zeros(2, self.capacity, encoder.dim))
-        self.register_buffer("teacher_classifiers", torch.zeros(2, self.capacity, encoder.dim))
+        self.classifiers = nn.Parameter(torch.zeros(2, self.capacity, self.encoder.dim))
+        self.register_buffer("teacher_classifiers", torch.zeros(2, self.capacity, self.encoder.dim))
 
     def extract(self, images: Tensor) -> dict[str, Tensor]:
         """`feats` (B,D) of the average of network 1, and for the clustering `peer_feats` (B,D) of the other one."""

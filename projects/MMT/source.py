@@ -8,9 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from fastreid_uns.errors import InvalidValue
-from fastreid_uns.modeling.encoder import Encoder
-from fastreid_uns.modeling.losses import LossSet
-from fastreid_uns.modeling.memory import Memory
 from fastreid_uns.modeling.meta_arch import MetaArch, named_loss_inputs
 from fastreid_uns.registry import META_ARCH_REGISTRY
 from fastreid_uns.structures import Batch, FeatureBank, PseudoLabels
@@ -35,23 +32,14 @@ class SourceModel(MetaArch):
     Source: Ge et al. 2020 (MMT), official code, pre-training on the source domain.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        memory: Memory | None,
-        losses: LossSet,
-        num_images: int,
-        *,
-        capacity: int = 3000,
-        **keys: Any,
-    ) -> None:
-        super().__init__(encoder, memory, losses, num_images, **keys)
-        if memory is not None:
+    def __init__(self, *parts: Any, capacity: int = 3000, **keys: Any) -> None:
+        super().__init__(*parts, **keys)
+        if self.memory is not None:
             raise InvalidValue("SourceModel: it trains a classifier and reads no memory. Set MODEL.MEMORY to null.")
         if capacity < 1:
             raise InvalidValue(f"SourceModel: MODEL.CAPACITY is {capacity}; 1 or more rows are accepted. Change it.")
         self.classes = 0
-        self.classifier = nn.Parameter(torch.empty(capacity, encoder.dim))
+        self.classifier = nn.Parameter(torch.empty(capacity, self.encoder.dim))
         nn.init.normal_(self.classifier, std=0.001)
 
     def update_memory(self, pseudo: PseudoLabels, bank: FeatureBank) -> None:

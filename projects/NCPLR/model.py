@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastreid_uns.errors import InvalidValue
-from fastreid_uns.modeling.encoder import Encoder
-from fastreid_uns.modeling.losses import LossSet
-from fastreid_uns.modeling.memory import ClusterMemory, Memory
+from fastreid_uns.modeling.memory import ClusterMemory
 from fastreid_uns.modeling.meta_arch import Baseline
 from fastreid_uns.pseudo_labels.base import centroids
 from fastreid_uns.registry import META_ARCH_REGISTRY
@@ -46,29 +44,20 @@ class NCPLRModel(Baseline):
     neighbours: Tensor
     neighbour_distance: Tensor
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        memory: Memory | None,
-        losses: LossSet,
-        num_images: int,
-        *,
-        capacity: int = 3000,
-        **keys: Any,
-    ) -> None:
-        super().__init__(encoder, memory, losses, num_images, **keys)
-        if not isinstance(memory, ClusterMemory):
-            found = "none" if memory is None else type(memory).__name__
+    def __init__(self, *parts: Any, capacity: int = 3000, **keys: Any) -> None:
+        super().__init__(*parts, **keys)
+        if not isinstance(self.memory, ClusterMemory):
+            found = "none" if self.memory is None else type(self.memory).__name__
             raise InvalidValue(f"MODEL.MEMORY.NAME: NCPLRModel got {found}; set it to ClusterMemory.")
         if capacity < 1:
             raise InvalidValue(f"NCPLRModel: MODEL.CAPACITY is {capacity}; 1 or more rows are accepted. Change it.")
-        self.parts = len(getattr(encoder.head, "part_embed", ()))
-        self.capacity = min(capacity, num_images)
+        self.parts = len(getattr(self.encoder.head, "part_embed", ()))
+        self.capacity = min(capacity, self.num_images)
         self.clusters = 0
-        self.part_memories = nn.ModuleList(copy.deepcopy(memory) for _ in range(self.parts))
-        self.classifiers = nn.Parameter(torch.zeros(1 + self.parts, self.capacity, encoder.dim))
-        self.register_buffer("neighbours", torch.zeros(num_images, 0, dtype=torch.int64), persistent=False)
-        self.register_buffer("neighbour_distance", torch.zeros(num_images, 0), persistent=False)
+        self.part_memories = nn.ModuleList(copy.deepcopy(self.memory) for _ in range(self.parts))
+        self.classifiers = nn.Parameter(torch.zeros(1 + self.parts, self.capacity, self.encoder.dim))
+        self.register_buffer("neighbours", torch.zeros(self.num_images, 0, dtype=torch.int64), persistent=False)
+        self.register_buffer("neighbour_distance", torch.zeros(self.num_images, 0), persistent=False)
 
     def extract(self, images: Tensor) -> dict[str, Tensor]:
         """`feats` (B,D), and for the clustering `parts` (B,P,D) if there are parts."""

@@ -9,9 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from fastreid_uns.errors import InvalidValue
-from fastreid_uns.modeling.encoder import Encoder
-from fastreid_uns.modeling.losses import LossSet
-from fastreid_uns.modeling.memory import Memory
 from fastreid_uns.modeling.meta_arch import Baseline
 from fastreid_uns.modeling.proxies import CameraProxies, camera_proxy_loss
 from fastreid_uns.pseudo_labels.base import centroids
@@ -51,29 +48,25 @@ class PPLR(Baseline):
 
     def __init__(
         self,
-        encoder: Encoder,
-        memory: Memory | None,
-        losses: LossSet,
-        num_images: int,
-        *,
+        *parts: Any,
         capacity: int = 3000,
         camera_weight: float = 0.0,
         camera_temperature: float = 0.07,
         camera_negatives: int = 50,
         **keys: Any,
     ) -> None:
-        super().__init__(encoder, memory, losses, num_images, **keys)
-        self.parts = len(getattr(encoder.head, "part_embed", ()))
+        super().__init__(*parts, **keys)
+        self.parts = len(getattr(self.encoder.head, "part_embed", ()))
         _check_options(self, capacity, camera_weight, camera_temperature, camera_negatives)
         self.camera_weight = camera_weight
         self.camera_temperature = camera_temperature
         self.camera_negatives = camera_negatives
-        self.capacity = min(capacity, num_images)
+        self.capacity = min(capacity, self.num_images)
         self.clusters = 0
-        self.classifiers = nn.Parameter(torch.zeros(1 + self.parts, self.capacity, encoder.dim))
-        self.register_buffer("agreement", torch.zeros(num_images, self.parts))
+        self.classifiers = nn.Parameter(torch.zeros(1 + self.parts, self.capacity, self.encoder.dim))
+        self.register_buffer("agreement", torch.zeros(self.num_images, self.parts))
         branches = 1 + self.parts if camera_weight else 0
-        self.proxies = nn.ModuleList(CameraProxies(encoder.dim) for _ in range(branches))
+        self.proxies = nn.ModuleList(CameraProxies(self.encoder.dim) for _ in range(branches))
 
     def extract(self, images: Tensor) -> dict[str, Tensor]:
         """`feats` (B,D), and for the clustering `parts` (B,P,D)."""

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from fastreid_uns.config import load_config
 from fastreid_uns.errors import InvalidState, InvalidValue
 from fastreid_uns.modeling.backbones.base import Tokens
 from fastreid_uns.modeling.encoder import Encoder, build_encoder
-from fastreid_uns.modeling.weights import WeightReport, load_weights
+from fastreid_uns.projects.authors_files import KINDS, body, load, renamed, transreid_file
 from fastreid_uns.projects.PASS.heads import MultiNeckHead
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -28,19 +28,6 @@ def encoder_for(content: dict[str, Any], *changes: str) -> Encoder:
     keys += ["MODEL.BACKBONE.DROP_PATH=0.0", "MODEL.BACKBONE.PRETRAINED_GRID=[]", "PAPER={}", *changes]
     config = "msmt_market.yaml" if content["par_multi_neck"] else "market.yaml"
     return build_encoder(load_config(CONFIGS / config, keys))
-
-
-def load(encoder: Encoder, content: object, folder: Path, **keys: Any) -> WeightReport:
-    torch.save(content, folder / "weights.pth")
-    return load_weights(encoder, str(folder / "weights.pth"), **keys)
-
-
-def renamed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {prefix + name: value for name, value in state.items()}
-
-
-def body(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if not name.startswith("bottleneck")}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -63,21 +50,12 @@ def test_it_computes_what_the_official_network_computes(name, read_golden, tmp_p
             torch.testing.assert_close(expected.norm(dim=1), torch.ones(len(expected)))
 
 
-@pytest.mark.parametrize("kind", ["converted", "dino", "supervised", "unsupervised"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FILES)
 def test_every_tensor_of_each_kind_of_file_has_its_place(kind, name, read_golden, tmp_path):
     content, state, _ = read_golden(name)
-    network, neck = body(state), {k: v for k, v in state.items() if k.startswith("bottleneck")}
-    numbered = {name.replace("bottleneck_pt", "bottleneck_"): value for name, value in neck.items()}
-    teacher = {**renamed(network, "backbone."), "head.mlp.0.weight": torch.ones(2)}
-    file: dict[str, Any] = {
-        "converted": network,
-        "dino": {"teacher": renamed(teacher, "module."), "student": {"x": torch.ones(1)}, "epoch": 100},
-        "supervised": {**renamed(network, "base."), **numbered, "classifier.weight": torch.ones(3, 2)},
-        "unsupervised": {"state_dict": renamed(state, "module."), "epoch": 50, "best_mAP": 0.9},
-    }[kind]
     encoder = encoder_for(content)
-    report = load(encoder, file, tmp_path)
+    report = load(encoder, transreid_file(kind, state), tmp_path)
     assert (report.share, report.unexpected, report.mismatched) == (1.0, [], [])
     assert (report.missing == []) == kind.endswith("supervised")
     got = encoder.state_dict()
@@ -88,7 +66,7 @@ def test_every_tensor_of_each_kind_of_file_has_its_place(kind, name, read_golden
             own = got[f"head.part_embed.{i - 1}.neck.running_mean"]
             assert torch.equal(own, state[f"bottleneck_pt{i}.running_mean"])
     assert torch.equal(got["backbone.pos_embed"], torch.cat([state["cls_pos"], state["pos_embed"]], dim=1))
-    for key in network.keys() - {"pos_embed", "cls_pos"}:
+    for key in body(state).keys() - {"pos_embed", "cls_pos"}:
         assert key.startswith("part") or torch.equal(got[f"backbone.{key}"], state[key]), key
 
 

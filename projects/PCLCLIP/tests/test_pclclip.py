@@ -19,7 +19,8 @@ from fastreid_uns.errors import InvalidState, InvalidValue
 from fastreid_uns.modeling.backbones.base import Tokens
 from fastreid_uns.modeling.encoder import Encoder, build_encoder
 from fastreid_uns.modeling.positions import Positions
-from fastreid_uns.modeling.weights import WeightReport, load_weights
+from fastreid_uns.modeling.weights import load_weights
+from fastreid_uns.projects.authors_files import load, renamed
 from fastreid_uns.projects.PCLCLIP.heads import ClipHead
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -41,15 +42,6 @@ def encoder_for(content: dict[str, Any], *changes: str) -> Encoder:
     keys += [f"INPUT.SIZE={content['par_size'].tolist()}", f"MODEL.HEAD.DIM={content['par_proj']}"]
     keys += ["MODEL.BACKBONE.PRETRAINED_GRID=[]", "PAPER={}", *changes]
     return build_encoder(load_config(CONFIGS / "market.yaml", keys))
-
-
-def load(encoder: Encoder, content: object, folder: Path, **keys: Any) -> WeightReport:
-    torch.save(content, folder / "weights.pth")
-    return load_weights(encoder, str(folder / "weights.pth"), **keys)
-
-
-def renamed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {prefix + name: value for name, value in state.items()}
 
 
 def names_of_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastreid_uns.config import load_config
 from fastreid_uns.engine.solver import build_optimizer
@@ -17,7 +17,7 @@ from fastreid_uns.modeling.encoder import Encoder, build_encoder
 from fastreid_uns.modeling.meta_arch import build_model
 from fastreid_uns.modeling.norm import GhostBatchNorm
 from fastreid_uns.modeling.positions import Positions
-from fastreid_uns.modeling.weights import WeightReport, load_weights
+from fastreid_uns.projects.authors_files import KINDS, body, load, renamed, transreid_file
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = ["vit_01_plain", "vit_02_ics", "vit_03_overlap"]
@@ -30,19 +30,6 @@ def encoder_for(content: dict[str, Any], *changes: str) -> Encoder:
     keys += [f"MODEL.BACKBONE.CONV_STEM={bool(content['par_conv_stem'])}", "MODEL.BACKBONE.DROP_PATH=0.0"]
     keys += [f"INPUT.SIZE=[{height}, {width}]", "MODEL.BACKBONE.PRETRAINED_GRID=[]", "PAPER={}", *changes]
     return build_encoder(load_config(CONFIGS / "market.yaml", keys))
-
-
-def load(encoder: Encoder, content: object, folder: Path, **keys: Any) -> WeightReport:
-    torch.save(content, folder / "weights.pth")
-    return load_weights(encoder, str(folder / "weights.pth"), **keys)
-
-
-def renamed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {prefix + name: value for name, value in state.items()}
-
-
-def body(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if not name.startswith("bottleneck")}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -73,29 +60,17 @@ def test_positions_are_resized_as_the_official_code_does(name):
 
 
 @pytest.mark.parametrize("name", ["vit_01_plain", "vit_02_ics"])
-@pytest.mark.parametrize("kind", ["converted", "dino", "supervised", "unsupervised"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_tensor_of_each_kind_of_file_has_its_place(kind, name, read_golden, tmp_path):
     content, state, _ = read_golden(name)
-    network, neck = body(state), {k: v for k, v in state.items() if k.startswith("bottleneck")}
-    dino_head = {"head.mlp.0.weight": torch.ones(2), "head.last_layer.weight_v": torch.ones(2)}
-    file: dict[str, Any] = {
-        "converted": network,
-        "dino": {
-            "teacher": renamed({**renamed(network, "backbone."), **dino_head}, "module."),
-            "student": renamed({k: 0 * v for k, v in network.items()}, "module.backbone."),
-            "epoch": 100,
-        },
-        "supervised": {**renamed(network, "base."), **neck, "classifier.weight": torch.ones(3, 2)},
-        "unsupervised": {"state_dict": renamed(state, "module."), "epoch": 50, "best_mAP": 0.9},
-    }[kind]
     encoder = encoder_for(content)
-    report = load(encoder, file, tmp_path)
+    report = load(encoder, transreid_file(kind, state), tmp_path)
     with_neck = kind.endswith("supervised")
     assert (report.share, report.unexpected, report.mismatched) == (1.0, [], [])
     assert [n for n in report.missing if n.startswith("backbone.")] == []
     assert (report.missing == []) == with_neck
     got = encoder.state_dict()
-    for key, value in network.items():
+    for key, value in body(state).items():
         assert torch.equal(got[f"backbone.{key}"], value), key
     if with_neck:
         assert torch.equal(got["head.embed.neck.running_mean"], state["bottleneck.running_mean"])
