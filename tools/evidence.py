@@ -29,7 +29,7 @@ def main() -> int:
         "--output", type=path_of, default=Path("output/evidence"), help="folder of runs.jsonl and tables"
     )
     parser.add_argument("--work", type=path_of, default=Path("output/compare"), help="folder of logs and pixels")
-    parser.add_argument("--minutes", type=float, default=4.0, help="from now on; no run starts after them")
+    parser.add_argument("--minutes", type=float, default=8.0, help="from now on; no run starts after them")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="runs at a time")
     parser.add_argument("--studies", nargs="*", default=[], help="of projects/studies.yaml; none = all")
     parser.add_argument("--study-file", default="projects/studies.yaml")

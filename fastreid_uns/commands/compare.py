@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fastreid_uns.utils.places import path_of
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, whose READMEs hold the tables
 
 BEGIN, END = "<!-- written by tools/compare.py -->\n", "<!-- end -->\n"
+BEGIN_STUDIES = "<!-- written by tools/compare.py --studies -->\n"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -54,14 +55,23 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def write_reports(file: Path, records: Sequence[dict]) -> None:
-    """Write the report into a Markdown file, and into the README of each project its part."""
+def write_reports(file: Path, records: Sequence[dict], missing: Mapping[str, Sequence[str]]) -> None:
+    """Write the report into a Markdown file, and into the README of each project its part.
+
+    Args:
+        file: Markdown.
+        records: of runs.
+        missing: rows that lack seeds, by study; {} = the records belong to no study, and go between other marks.
+    """
     from fastreid_uns.experiments.runs import of_project
     from fastreid_uns.experiments.tables import report
 
-    write_between_marks(file, report(records))
-    for project in sorted({Path(r["config"]).parts[1] for r in records if of_project(r["config"])}):
-        write_between_marks(ROOT / f"projects/{project}/README.md", report(records, project))
+    begin = BEGIN_STUDIES if missing else BEGIN
+    write_between_marks(file, report(records, missing=missing), begin)
+    projects = {Path(r["config"]).parts[1] for r in records if of_project(r["config"])}
+    rows = {name for names in missing.values() for name in names}
+    for project in sorted(projects | {name for name in rows if (ROOT / f"projects/{name}").is_dir()}):
+        write_between_marks(ROOT / f"projects/{project}/README.md", report(records, project, missing), begin)
 
 
 def write_between_marks(file: Path, text: str, begin: str = BEGIN) -> None:
@@ -92,12 +102,23 @@ def run_all(options: argparse.Namespace) -> int:
     file = options.results or options.output / "runs.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     failed = 0 if options.table_only else _run_missing(options, records, file, until)
-    print(report(records))
+    records, missing = _of_studies(options.study_file, records) if options.studies is not None else (records, {})
+    print(report(records, missing=missing))
     if options.tables:
-        write_tables(options.tables, records)
+        write_tables(options.tables, records, missing)
     if options.into:
-        write_reports(options.into, records)
+        write_reports(options.into, records, missing)
     return 1 if failed else 0
+
+
+def _of_studies(file: Path, records: Sequence[dict]) -> tuple[list[dict], dict[str, list[str]]]:
+    """The records that count now, of all studies of a file, and the rows that lack seeds, by study that tunes."""
+    from fastreid_uns.experiments.agenda import Studied, current, unmeasured
+    from fastreid_uns.experiments.study import read_studies
+
+    agenda = Studied(read_studies(file), records)
+    tuned = [study for study in agenda.studies if study.tuning.trials]
+    return current(agenda, records), {study.name: unmeasured(agenda, study) for study in tuned}
 
 
 def _run_missing(options: argparse.Namespace, records: list[dict], file: Path, until: float) -> int:

@@ -7,10 +7,11 @@ see `projects/Best/ladder.yaml`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ CORE, UNTRAINED, SUPERVISED = "core", "untrained", "supervised"
 BASELINE = " baseline"  # after the name of a project
 
 Grid = Mapping[str, Sequence[Any]]
+Setting = tuple[str, ...]  # `KEY=VALUE` of each key that is tuned; () = a row's own settings
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class Row:
         config: YAML file.
         kind: one of `runs.KINDS`.
         grid: the values of each key that is tuned; empty = nothing is.
+        further: settings at most that are tried after those from the grid, see `Study.trials`.
     """
 
     name: str
     config: str
     kind: str
     grid: Grid
+    further: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,10 @@ class Tuning:
     Attributes:
         study: whose runs these are.
         overrides: keys changed in all of them.
-        trials: settings that are tried for each row with a grid, its own settings included.
+        trials: settings that are drawn for each row with a grid, its own settings included.
         seed: of the runs, and of the draw of the settings.
         hold_out: share of the training identities on which they are scored.
+        higher: ascending values of the keys that the further settings raise, see `Study.trials`.
     """
 
     study: str
@@ -61,6 +66,7 @@ class Tuning:
     trials: int
     seed: int
     hold_out: float
+    higher: Grid = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,23 +87,64 @@ class Study:
     seeds: tuple[int, ...]
     tuning: Tuning
 
-    def tried(self, row: Row) -> list[tuple[tuple[str, ...], Job]]:
-        """The settings among which those of a row are chosen, each with its run."""
-        if not row.grid:
-            return []
-        how = self.tuning
-        return [
-            (s, Job(row.config, row.kind, how.seed, (*how.overrides, *s), how.hold_out, how.study, row.name))
-            for s in drawn(row.grid, how.trials, how.seed)
-        ]
+    def trials(self, row: Row, score: Callable[[Setting], float | None]) -> list[Setting]:
+        """The settings that a row tries: those drawn from its grid, then further ones beyond its ends.
 
-    def measured(self, row: Row, chosen: Sequence[str]) -> list[Job]:
+        A further one raises one key of the best setting so far to its next higher value; the keys take turns. So the
+        best value is not one at the end of the grid, unless higher ones do not pay. A setting that has been tried
+        costs no run.
+
+        Args:
+            row: with a grid; one without tries nothing.
+            score: mAP of a setting on validation identities, None as long as it has none. The list then ends where
+                the next setting depends on it.
+        """
+        how = self.tuning
+        settings = drawn(row.grid, how.trials, how.seed) if row.grid else []
+        higher = {key: values for key, values in how.higher.items() if key in row.grid}
+        for key in itertools.islice(itertools.cycle(higher), row.further):
+            scores = [score(setting) for setting in settings]
+            known = [found for found in scores if found is not None]
+            if len(known) < len(settings):
+                break
+            setting = raised(settings[known.index(max(known))], key, higher[key])
+            if setting is not None and setting not in settings:
+                settings.append(setting)
+        return settings
+
+    def trial(self, row: Row, setting: Setting) -> Job:
+        """The run that scores a setting on validation identities."""
+        how = self.tuning
+        overrides = (*how.overrides, *setting)
+        return Job(row.config, row.kind, how.seed, overrides, how.hold_out, how.study, row.name)
+
+    def measured(self, row: Row, chosen: Setting) -> list[Job]:
         """The runs of a row on the test part."""
         overrides = (*self.overrides, *chosen)
         return [Job(row.config, row.kind, seed, overrides, 0.0, self.name, row.name) for seed in self.seeds]
 
 
-def drawn(grid: Grid, count: int, seed: int) -> list[tuple[str, ...]]:
+def raised(setting: Setting, key: str, values: Sequence[float]) -> Setting | None:
+    """A setting with the next higher value of a key.
+
+    Args:
+        setting: one that has the key, or none of its keys; in the latter case None is returned, because nobody has
+            chosen a value to start from.
+        key: to raise.
+        values: of the key, ascending.
+
+    Returns:
+        None also if there is no higher value.
+    """
+    found = [i for i, text in enumerate(setting) if text.startswith(f"{key}=")]
+    if not found:
+        return None
+    (i,) = found
+    higher = [value for value in values if value > float(setting[i].partition("=")[2])]
+    return (*setting[:i], f"{key}={_typed(higher[0])}", *setting[i + 1 :]) if higher else None
+
+
+def drawn(grid: Grid, count: int, seed: int) -> list[Setting]:
     """Settings from a grid; the first one changes nothing.
 
     Each key takes its values equally often, in a random order of its own, which is the same wherever the key has as
@@ -172,28 +219,39 @@ def _study(name: str, content: Mapping[str, Any]) -> Study:
     own = content["STUDIES"][name]
     tuned_on = own.get("SETTINGS_OF", name)
     source = content["STUDIES"][tuned_on]
-    how = Tuning(tuned_on, _overrides(source), source["TRIALS"], content["TRIAL_SEED"], content["HOLD_OUT"])
+    how = Tuning(
+        tuned_on,
+        _overrides(source),
+        source["TRIALS"],
+        content["TRIAL_SEED"],
+        content["HOLD_OUT"],
+        source.get("HIGHER", {}),
+    )
     rows = [Row(UNTRAINED, f"configs/{own['CONFIG']}.yaml", "untrained", {})]
-    for row, config, kind in _trained(own["CONFIG"], content.get("WITHOUT", ())):
+    for row, config, kind in _trained(own["CONFIG"], content["FIRST"], content["WITHOUT"]):
         shared = {key: values for key, values in source["GRID"].items() if kind != "supervised" or "PSEUDO" not in key}
         grid = {**shared, **content["ROWS"].get(row, {})}
-        rows.append(Row(row, config, kind, {key: values for key, values in grid.items() if values is not None}))
-    return Study(name, tuple(rows), _overrides(own), tuple(content["SEEDS"]), how)
+        grid = {key: values for key, values in grid.items() if values is not None}
+        rows.append(Row(row, config, kind, grid, source.get("FURTHER", {}).get(row, 0)))
+    return Study(name, tuple(rows), _overrides(own, "MEASURED"), tuple(content["SEEDS"]), how)
 
 
-def _overrides(section: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(f"{key}={_typed(value)}" for key, value in section["OVERRIDES"].items())
+def _overrides(study: Mapping[str, Any], more: str = "") -> tuple[str, ...]:
+    """The keys that a study changes, and those of a further section if it has that one."""
+    return tuple(f"{key}={_typed(value)}" for key, value in (study["OVERRIDES"] | study.get(more, {})).items())
 
 
-def _trained(config: str, without: Collection[str]) -> Iterator[tuple[str, str, str]]:
+def _trained(config: str, first: Sequence[str], without: Collection[str]) -> Iterator[tuple[str, str, str]]:
     """Name, config and kind of the core's rows and of each project's, as far as it has configs for the set.
 
     Args:
+        first: projects that come before the others, in this order.
         without: projects that are left out.
     """
     yield CORE, f"configs/{config}.yaml", "unsupervised"
     yield SUPERVISED, f"configs/{config}.yaml", "supervised"
-    for project in sorted({path.parent.name for path in ROOT.glob("projects/*/configs")}.difference(without)):
+    found = {path.parent.name for path in ROOT.glob("projects/*/configs")}.difference(without)
+    for project in [*(name for name in first if name in found), *sorted(found.difference(first))]:
         for name, ending in ((project, ""), (project + BASELINE, "_baseline")):
             file = f"projects/{project}/configs/{config}{ending}.yaml"
             if (ROOT / file).is_file():

@@ -6,7 +6,7 @@ import csv
 import io
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fastreid_uns.experiments.runs import KINDS, of_project
 from fastreid_uns.experiments.study import BASELINE, CORE, SUPERVISED, UNTRAINED, step_number
 
 Record = dict[str, Any]
+Missing = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,22 @@ class Table:
 
 
 def tables(records: Sequence[Record], project: str = "") -> list[Table]:
-    """All tables of some records: of each study its scores and its effects, then of each other test set its scores.
+    """All tables of some records: of each study its scores, effects and trials, then of each other test set its scores.
 
     Args:
-        records: of runs on test parts and on validation identities; the latter are in no table.
+        records: of runs on test parts and on validation identities.
         project: show its rows and those of the core only; effects are still adjusted for all of them.
     """
     found: list[Table] = []
-    measured = [record for record in records if "results" in record and not record["hold_out"]]
-    studies = dict.fromkeys(record["study"] for record in measured if record.get("study"))
-    for study in studies:
-        own = [record for record in measured if record.get("study") == study]
-        found += [study_table(own, project), *effect_tables(own, project)]
-    loose = [record for record in measured if not record.get("study")]
+    ended = [record for record in records if "results" in record]
+    for study in dict.fromkeys(record["study"] for record in ended if record.get("study")):
+        own = [record for record in ended if record.get("study") == study]
+        measured, trials = [[r for r in own if bool(r["hold_out"]) == held_out] for held_out in (False, True)]
+        if measured:
+            found += [study_table(measured, project), *effect_tables(measured, project)]
+        if trials:
+            found.append(trial_table(trials, project))
+    loose = [record for record in ended if not record.get("study") and not record["hold_out"]]
     return [*found, *config_tables(of_one_project(loose, project) if project else loose)]
 
 
@@ -67,41 +71,53 @@ def study_table(records: Sequence[Record], project: str = "") -> Table:
     Beside them is what the paper of a method reports on Market-1501, which is another set with another budget. Steps of
     a ladder have neither.
     """
-    rows, published = by_row(records), published_figures()
-    shared = set.intersection(*(set(record["overrides"]) for record in records))
+    published, shared = published_figures(), _shared(records)
     cells = []
-    for name in sorted(rows, key=_place_in_study):
-        if project and not step_number(name) and name not in (UNTRAINED, CORE, SUPERVISED, project, project + BASELINE):
-            continue
-        group = rows[name]
-        chosen = [override for override in group[0]["overrides"] if override not in shared]
-        settings = ", ".join(_short(override) for override in chosen) or "own"
+    for name, group in _shown(records, project):
         seconds = statistics.mean(record["seconds"] for record in group)
         paper = published.get((_market_config(name), "market1501"))
+        settings = _setting(group[0], shared)
         cells.append([name, str(len(group)), *_scores(group), f"{seconds:.0f}", settings, paper.mAP if paper else ""])
     headers = [records[0]["study"], "seeds", "mAP", "rank-1", "seconds", "chosen settings", "paper, Market-1501"]
-    said = 5 if any(map(step_number, rows)) else len(headers)  # a ladder is not tuned, and no paper has its steps
+    said = (
+        5 if any(step_number(record["row"]) for record in records) else len(headers)
+    )  # a ladder is not tuned, and no paper has its steps
     return Table(headers[:said], [row[:said] for row in cells])
+
+
+def trial_table(records: Sequence[Record], project: str = "") -> Table:
+    """What tuning gave: mAP on validation identities with a row's own settings and with the best ones, one run each."""
+    shared = _shared(records)
+    cells = []
+    for name, group in _shown(records, project):
+        own = [f"{score(record):.1f}" for record in group if shared.issuperset(record["overrides"])]
+        best = max(group, key=score)
+        cells.append([name, str(len(group)), *(own or [""]), f"{score(best):.1f}", _setting(best, shared)])
+    study = records[0]["study"]
+    return Table([f"{study}, validation identities", "runs", "own settings, mAP", "best mAP", "best settings"], cells)
 
 
 def effect_tables(records: Sequence[Record], project: str = "") -> list[Table]:
     """Paired differences in mAP: of each method to its baseline, of the core to the start, of true labels to the core.
 
     Of a ladder: of each step to the one before it, and of the last one to the first. Each is adjusted for the number of
-    all of them. Nothing where no two rows can be compared.
+    all of them. A row that is no step and lacks a seed of another row is not compared yet. Nothing where no two rows
+    can be.
     """
     scores = {name: {r["seed"]: score(r) for r in group} for name, group in by_row(records).items()}
+    seeds = set().union(*scores.values())
     methods = [(name, name + BASELINE) for name in sorted(scores) if name + BASELINE in scores]
     steps = sorted(filter(step_number, scores), key=step_number)
     ladder = [*zip(steps[1:], steps[:-1], strict=True), *([(steps[-1], steps[0])] if len(steps) > 2 else [])]
     pairs = [*methods, *ladder, (CORE, UNTRAINED), (SUPERVISED, CORE)]
     pairs = [(a, b) for a, b in pairs if scores.get(a, {}).keys() & scores.get(b, {}).keys()]
+    pairs = [(a, b) for a, b in pairs if step_number(a) or scores[a].keys() == scores[b].keys() == seeds]
     if not pairs:
         return []
     differences = [paired(scores[a], scores[b]) for a, b in pairs]
     adjusted = holm([difference.p for difference in differences])
     cells = [
-        [f"{a} - {b.removeprefix(a + ' ')}", *_difference(difference), f"{p:.3f}", verdict(difference, p)]
+        [f"{a} - {b.removeprefix(a + ' ')}", *_difference(difference), _probability(p), verdict(difference, p)]
         for (a, b), difference, p in zip(pairs, differences, adjusted, strict=True)
         if not project or step_number(a) or a in (project, CORE)
     ]
@@ -115,6 +131,22 @@ def by_row(records: Iterable[Record]) -> dict[str, list[Record]]:
     for record in sorted(records, key=lambda r: r["seed"]):
         rows[record["row"]].append(record)
     return rows
+
+
+def _shown(records: Sequence[Record], project: str) -> list[tuple[str, list[Record]]]:
+    """Name and records of each row of a study, in their order; of a project only its rows and those of the core."""
+    rows = by_row(records)
+    names = {UNTRAINED, CORE, SUPERVISED, project, project + BASELINE, *filter(step_number, rows)} if project else rows
+    return [(name, rows[name]) for name in sorted(rows, key=_place_in_study) if name in names]
+
+
+def _shared(records: Iterable[Record]) -> set[str]:
+    """The keys that all runs have changed to the same value."""
+    return set.intersection(*(set(record["overrides"]) for record in records))
+
+
+def _setting(record: Record, shared: set[str]) -> str:
+    return ", ".join(_short(override) for override in record["overrides"] if override not in shared) or "own"
 
 
 def config_tables(records: Sequence[Record]) -> list[Table]:
@@ -150,18 +182,28 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f}{deviation}"
 
 
-def report(records: Sequence[Record], project: str = "") -> str:
-    """The tables in Markdown, and on what their figures were measured."""
+def report(records: Sequence[Record], project: str = "", missing: Missing | None = None) -> str:
+    """The tables in Markdown, on what their figures were measured, and what has not been measured.
+
+    Args:
+        records: of runs.
+        project: see `tables`.
+        missing: rows that lack seeds, by study.
+    """
     shown = [table.markdown() for table in tables(records, project)]
-    return "\n\n".join([*shown, provenance(records)])
+    rows = {study: [name for name in names if project in ("", name)] for study, names in (missing or {}).items()}
+    absent = [
+        f"{study}: not measured with all seeds yet: {', '.join(names)}." for study, names in rows.items() if names
+    ]
+    return "\n\n".join([*shown, provenance(records), *absent])
 
 
-def write_tables(folder: Path, records: Sequence[Record]) -> None:
+def write_tables(folder: Path, records: Sequence[Record], missing: Missing | None = None) -> None:
     """Write `tables.md`, `tables.csv` and `tables.tex`, each with all tables, an empty line between two of them."""
     folder.mkdir(parents=True, exist_ok=True)
     found = tables(records)
     texts = {
-        "tables.md": "\n\n".join([*(table.markdown() for table in found), provenance(records)]) + "\n",
+        "tables.md": report(records, missing=missing) + "\n",
         "tables.csv": "\n".join(table.csv() for table in found),
         "tables.tex": "\n\n".join(table.latex() for table in found) + "\n",
     }
@@ -179,15 +221,20 @@ def provenance(records: Sequence[Record]) -> str:
 
 
 def _provenance(study: str, records: Sequence[Record]) -> str:
-    places = {f"{r['environment']['device']}, torch {r['environment']['torch']}" for r in records}
-    commits = ", ".join(dict.fromkeys(r["environment"]["commit"] for r in records))
+    tests, trials = [[r for r in records if bool(r["hold_out"]) == held_out] for held_out in (False, True)]
     common = [o for o in records[0]["overrides"] if all(o in r["overrides"] for r in records)]
     keys = " ".join(f"`{key}`" for key in common) or "no key changed"
-    seeds = ", ".join(map(str, sorted({r["seed"] for r in records if not r["hold_out"]})))
-    tried = sum(1 for r in records if r["hold_out"])
-    trials = f" {tried} runs on validation identities chose the settings." if tried else ""
+    seeds = ", ".join(map(str, sorted({r["seed"] for r in tests}))) or "none yet"
+    chosen = f" {len(trials)} runs on validation identities chose the settings ({_places(trials)})." if trials else ""
     start = f"{study}: seeds" if study else "Seeds"
-    return f"{start} {seeds}; {'; '.join(sorted(places))}; commit {commits}; {keys}.{trials}"
+    return f"{start} {seeds}; {_places(tests or trials)}; {keys}.{chosen}"
+
+
+def _places(records: Sequence[Record]) -> str:
+    """Hardware, library and commits of runs."""
+    places = {f"{r['environment']['device']}, torch {r['environment']['torch']}" for r in records}
+    commits = ", ".join(dict.fromkeys(r["environment"]["commit"] for r in records))
+    return f"{'; '.join(sorted(places))}; commit {commits}"
 
 
 def of_one_project(records: Sequence[Record], project: str) -> list[Record]:
@@ -218,11 +265,16 @@ def _difference(difference: Difference) -> list[str]:
     return [str(difference.seeds), f"{difference.mean:+.2f}", interval]
 
 
+def _probability(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
 def _published(figure: Figure | None) -> str:
     return f"{figure.mAP} / {figure.rank1 or '-'} ({figure.source})" if figure else ""
 
 
 def _short(override: str) -> str:
-    """`PSEUDO_LABELS.EPS=0.5` as `EPS 0.5`."""
+    """`PSEUDO_LABELS.EPS=0.5` as `EPS 0.5`; a key of a loss keeps the name of the loss."""
     key, _, value = override.partition("=")
-    return f"{key.rpartition('.')[2]} {value}"
+    parts = key.split(".")
+    return f"{'.'.join(parts[-2:] if 'LOSSES' in parts else parts[-1:])} {value}"

@@ -1,6 +1,7 @@
 """What a study runs: the settings that are tried, the choice among them, and the seeds of each row."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,9 @@ from fastreid_uns.commands.compare import ROOT
 from fastreid_uns.config import load_config
 from fastreid_uns.errors import InvalidValue, UnknownName, UserError
 from fastreid_uns.experiments import study as study_module
-from fastreid_uns.experiments.agenda import Listed, Studied
+from fastreid_uns.experiments.agenda import Listed, Studied, current, unmeasured
 from fastreid_uns.experiments.runs import Job
-from fastreid_uns.experiments.study import Row, Study, Tuning, drawn, read_studies, step_number
+from fastreid_uns.experiments.study import Row, Study, Tuning, drawn, raised, read_studies, step_number
 
 FILE = ROOT / "projects/studies.yaml"
 ROWS = (
@@ -21,7 +22,8 @@ ROWS = (
 
 
 def study(name: str = "zoo", tuned_on: str = "zoo") -> Study:
-    return Study(name, ROWS, (f"SET={name}",), (1, 2), Tuning(tuned_on, (f"SET={tuned_on}",), 3, 7, 0.25))
+    how = Tuning(tuned_on, (f"SET={tuned_on}",), 3, 7, 0.25, {"A": [0, 1, 2, 4, 8], "B": [1, 2]})
+    return Study(name, ROWS, (f"SET={name}",), (1, 2), how)
 
 
 def ended(job: Job, score: float) -> dict:
@@ -58,6 +60,56 @@ def test_a_row_is_measured_with_the_best_setting_on_validation_identities():
 def test_what_needs_no_tuning_is_measured_at_once():
     first = [job for job in all_of(Studied([study()], [])) if not job.hold_out]
     assert [(job.row, job.seed) for job in first] == [("untrained", 1), ("untrained", 2)]
+
+
+def test_further_settings_raise_the_best_one_while_it_pays():
+    row = replace(ROWS[1], further=4)
+    one = replace(study(), rows=(row,))
+    agenda = Studied([one], [])
+    scores = {"A=1": 10.0, "A=2": 20.0, "A=4": 30.0, "A=8": 25.0}  # of A; the row has no B
+    trials = [job for job in all_of(agenda) if job.hold_out]
+    tried = []
+    while trials:
+        for job in trials:
+            tried.append(job.overrides[1:])
+            agenda.add(ended(job, scores[tried[-1][0]] if tried[-1] else 5.0))
+        trials = [job for job in all_of(agenda) if job.hold_out]
+    # further ones: 2 to 4; 4 to 8, which is worse; 4 to 8 again, twice, which costs no run
+    assert [*sorted(tried[:3]), *tried[3:]] == [(), ("A=1",), ("A=2",), ("A=4",), ("A=8",)]
+    assert [job.overrides for job in agenda.seeds(one, row)] == [("SET=zoo", "A=4")] * 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [(("A=1", "B=3"), ("A=2", "B=3")), (("A=1.5",), ("A=2",)), (("A=2",), None), (("B=3",), None), ((), None)],
+)
+def test_a_value_is_raised_to_the_next_one(setting, expected):
+    assert raised(setting, "A", [1, 2]) == expected
+
+
+def test_a_row_is_measured_before_the_next_one_is_tuned():
+    rows = (ROWS[0], ROWS[1], Row("supervised", "configs/a.yaml", "supervised", {"A": [1, 2]}))
+    one = replace(study(), rows=rows)
+    trials = [job for job in all_of(Studied([one], [])) if job.row == "core"]
+    agenda = Studied([one], [ended(job, 1.0) for job in trials])
+    assert [(job.row, bool(job.hold_out)) for job in all_of(agenda)] == [
+        *[("untrained", False)] * 2,
+        *[("core", False)] * 2,
+        *[("supervised", True)] * 3,
+    ]
+
+
+def test_runs_with_a_setting_that_is_no_longer_the_best_do_not_count():
+    one = study()
+    trials = [one.trial(ROWS[1], setting) for setting in drawn(ROWS[1].grid, 3, 7)]
+    records = [ended(job, score) for job, score in zip(trials, (1.0, 3.0, 2.0), strict=True)]
+    new, old = (one.measured(ROWS[1], trials[i].overrides[1:]) for i in (1, 2))
+    records += [ended(job, 9.0) for job in (*old, new[0])]
+    agenda = Studied([one], records)
+    assert current(agenda, records) == [*records[:3], records[-1]]
+    assert unmeasured(agenda, one) == ["untrained", "core"]
+    agenda.add(ended(new[1], 9.0))
+    assert unmeasured(agenda, one) == ["untrained"]
 
 
 def test_a_failed_trial_is_the_worst_and_is_not_repeated():
@@ -105,7 +157,8 @@ def test_every_project_is_in_the_shipped_studies_with_its_baseline_and_the_same_
         expected = {"untrained", "core", "supervised", *projects, *(f"{name} baseline" for name in projects)}
         assert {row.name for row in one.rows} == expected, one.name
         assert projects
-        assert {len(one.tried(row)) for row in one.rows if row.kind != "untrained"} == {one.tuning.trials}
+        tried = {len(one.trials(row, lambda setting: None)) for row in one.rows if row.kind != "untrained"}
+        assert tried == {one.tuning.trials}
 
 
 @pytest.mark.parametrize("name", ["omniglot_from_random", "grocery_from_imagenet", "cattely_from_imagenet"])
@@ -113,12 +166,35 @@ def test_the_shipped_studies_name_keys_that_their_configs_have(name):
     (one,) = read_studies(FILE, [name])
     refused = []
     for row in one.rows:
-        for job in [job for _, job in one.tried(row)][-1:] + one.measured(row, ())[:1]:
+        trials = [one.trial(row, setting) for setting in one.trials(row, lambda setting: None)]
+        for job in trials[-1:] + one.measured(row, ())[:1]:
             try:
                 load_config(ROOT / job.config, job.overrides)
             except UserError as error:
                 refused.append(f"{row.name}: {error}")
     assert refused == []
+
+
+def test_a_file_says_which_rows_go_on_what_the_test_part_changes_and_which_projects_come_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_module, "ROOT", tmp_path)
+    for project in ("A", "B", "C", "Left"):
+        (tmp_path / f"projects/{project}/configs").mkdir(parents=True)
+        (tmp_path / f"projects/{project}/configs/sea.yaml").touch()
+    file = tmp_path / "projects/studies.yaml"
+    file.write_text(
+        "{SEEDS: [1], TRIAL_SEED: 7, HOLD_OUT: 0.5, FIRST: [C, Absent], WITHOUT: [Left], ROWS: {}, STUDIES: {zoo: "
+        "{CONFIG: sea, TRIALS: 2, OVERRIDES: {AMP: none}, MEASURED: {AMP: auto}, GRID: {RATE: [1]}, "
+        "FURTHER: {core: 3}}}}"
+    )
+    (one,) = read_studies(file)
+    assert [row.name for row in one.rows] == ["untrained", "core", "supervised", "C", "A", "B"]
+    assert [row.further for row in one.rows] == [0, 3, 0, 0, 0, 0]
+    core = one.rows[1]
+    assert [one.trial(core, setting).overrides for setting in drawn(core.grid, 2, 7)] == [
+        ("AMP=none",),
+        ("AMP=none", "RATE=1"),
+    ]
+    assert one.measured(core, ("RATE=1",))[0].overrides == ("AMP=auto", "RATE=1")
 
 
 def test_an_unknown_study_is_told_with_the_nearest_name():

@@ -22,7 +22,7 @@ def record(row: str, seed: int, score: float, *chosen: str, hold_out: float = 0.
 
 SCORES = {"untrained": (1.0, 2.0), "core": (10.0, 12.0), "supervised": (20.0, 23.0), "P": (14.0, 15.0)}
 SCORES |= {"P baseline": (11.0, 13.0), "Q": (5.0, 6.0)}
-CHOSEN = {"core": ("SOLVER.BASE_LR=0.1", "A.EPS=0.5"), "P": ("SOLVER.BASE_LR=0.2",)}
+CHOSEN = {"core": ("SOLVER.BASE_LR=0.1", "A.EPS=0.5"), "P": ("SOLVER.BASE_LR=0.2", "MODEL.LOSSES.pair.T=1")}
 RECORDS = [
     record(row, seed, score, *CHOSEN.get(row, ()))
     for row, scores in SCORES.items()
@@ -37,6 +37,7 @@ def test_rows_of_a_study_with_their_settings():
     # 10 and 12: mean 11, deviation sqrt(2); rank-1 is twice that
     assert table.rows[1][:6] == ["core", "2", "11.00 ± 1.41", "22.00 ± 2.83", "4", "BASE_LR 0.1, EPS 0.5"]
     assert table.rows[0][5] == "own"
+    assert table.rows[2][5] == "BASE_LR 0.2, pair.T 1"
 
 
 def test_effects_are_paired_by_seed_and_adjusted_for_all_of_them():
@@ -53,11 +54,39 @@ def test_effects_are_paired_by_seed_and_adjusted_for_all_of_them():
     assert table.rows[0][3] == "-3.85 to +8.85"  # 2.5 -+ 12.706 x 0.5
 
 
-def test_validation_runs_and_failed_ones_are_in_no_table():
+def test_a_row_that_lacks_a_seed_is_named_and_not_compared():
+    shorter = [r for r in RECORDS if (r["row"], r["seed"]) != ("P baseline", 2)]
+    (table,) = tables.effect_tables(shorter)
+    assert [row[0] for row in table.rows] == ["core - untrained", "supervised - core"]
+    assert tables.study_table(shorter).rows[3][:3] == ["P baseline", "1", "11.00"]
+    missing = {"zoo": ["P", "R"], "sea": []}
+    assert tables.report(shorter, missing=missing).endswith("\n\nzoo: not measured with all seeds yet: P, R.")
+    assert tables.report(shorter, "P", missing).endswith("\n\nzoo: not measured with all seeds yet: P.")
+    assert tables.report(shorter, "Q", missing) == tables.report(shorter, "Q")
+
+
+def test_a_tiny_probability_is_not_printed_as_zero():
+    far = [
+        record(row, seed, score + seed / 1000) for row, score in (("untrained", 0), ("core", 50)) for seed in range(9)
+    ]
+    far[0]["results"]["zoo"]["mAP"] += 0.001  # the differences are not all equal
+    (table,) = tables.effect_tables(far)
+    assert table.rows[0][4] == "< 0.001"
+
+
+def test_validation_runs_are_in_a_table_of_their_own_and_failed_ones_in_none():
     failed = {key: value for key, value in record("P", 7, 0.0, hold_out=0.25).items() if key != "results"}
-    more = [record("P", 9, 99.0, hold_out=0.25), {**failed, "error": "no clusters"}]
-    assert tables.tables([*RECORDS, *more]) == tables.tables(RECORDS)
-    assert "1 runs on validation identities" in tables.provenance([*RECORDS, *more])
+    trials = [record("P", 9, 40.0, hold_out=0.25), record("P", 9, 99.0, "A.EPS=0.5", hold_out=0.25)]
+    trials += [record("core", 9, 30.0, "A.EPS=0.5", hold_out=0.25)]
+    trials[0]["environment"] = {"device": "Slate", "torch": "1.0", "commit": "def"}
+    more = [*RECORDS, *trials, {**failed, "error": "no clusters"}]
+    *others, table = tables.tables(more)
+    assert others == tables.tables(RECORDS)
+    assert [*table.rows] == [["core", "1", "", "30.0", "EPS 0.5"], ["P", "2", "40.0", "99.0", "EPS 0.5"]]
+    assert [row[0] for row in tables.trial_table(trials, "Q").rows] == ["core"]
+    said = tables.provenance(more)
+    assert "; Abacus, torch 2.0; commit abc; `SIZE=8`. 3 runs on validation" in said
+    assert said.endswith("(Abacus, torch 2.0; Slate, torch 1.0; commit def, abc).")
 
 
 def test_a_project_sees_its_rows_and_those_of_the_core():
