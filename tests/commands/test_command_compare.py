@@ -11,6 +11,8 @@ import pytest
 
 from fastreid_uns.commands import compare
 from fastreid_uns.experiments import runs, tables
+from fastreid_uns.experiments.agenda import Studied, current, unmeasured
+from fastreid_uns.experiments.study import read_studies
 
 ROOT = compare.ROOT
 
@@ -93,14 +95,22 @@ def test_provenance_names_seeds_keys_hardware_and_commits():
     assert tables.provenance(runs) == "Seeds 1, 2; Abacus, torch 2.0; commit abc, def; `A=1`."
 
 
-def test_the_guide_and_each_project_show_the_committed_results():
-    records = [json.loads(line) for line in (ROOT / "projects/results.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize("name", ["results", "studies"])
+def test_the_guide_and_each_project_show_the_committed_results(name):
+    records = [json.loads(line) for line in (ROOT / f"projects/{name}.jsonl").read_text().splitlines()]
+    begin, missing = compare.BEGIN, {}
+    if name == "studies":
+        agenda = Studied(read_studies(ROOT / "projects/studies.yaml"), records)
+        missing = {study.name: unmeasured(agenda, study) for study in agenda.studies}
+        begin, records = compare.BEGIN_STUDIES, current(agenda, records)
     expected = {ROOT / "projects/README.md": ""}
-    for project in {Path(record["config"]).parts[1] for record in records if record["config"].startswith("projects")}:
+    projects = {Path(record["config"]).parts[1] for record in records if record["config"].startswith("projects")}
+    projects |= {name for names in missing.values() for name in names} - {"untrained", "core", "supervised"}
+    for project in projects:
         expected[ROOT / f"projects/{project}/README.md"] = project
     for file, project in expected.items():
-        shown = file.read_text().partition(compare.BEGIN)[2].partition(compare.END)[0]
-        assert shown.strip() == tables.report(records, project), file
+        shown = file.read_text().partition(begin)[2].partition(compare.END)[0]
+        assert shown.strip() == tables.report(records, project, missing), file
 
 
 def test_runs_once_and_outlives_a_run_that_fails(tiny, tmp_path):
