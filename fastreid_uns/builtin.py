@@ -18,7 +18,6 @@ for _module in (
     "data.datasets.veriwild",
     "data.samplers",
     "engine.profiling",
-    "modeling.backbones.ensemble",
     "modeling.backbones.osnet",
     "modeling.backbones.resnet_ibn",
     "modeling.backbones.small_net",

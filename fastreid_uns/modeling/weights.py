@@ -89,8 +89,6 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9, head:
     whole = hasattr(model, "backbone")
     backbone: Any = model.backbone if whole else model
     published = source == "imagenet"
-    if published and (members := getattr(backbone, "members", None)) is not None:
-        return _together([load_weights(member, source, min_share=min_share) for member in members])
     file, source = fetch_imagenet(backbone) if published else (fetch(source), source)
     state, others, recorded = open_weights(read_file(file), source)
     names = set(state)
@@ -121,19 +119,6 @@ def load_weights(model: nn.Module, source: str, *, min_share: float = 0.9, head:
     if other := _other_options(backbone, found):
         _log.warning("MODEL.WEIGHTS %s:%s What both have was loaded.", source, other)
     return report
-
-
-def _together(reports: list[WeightReport]) -> WeightReport:
-    """The report on an ensemble from those on its networks."""
-    sources = " and ".join(dict.fromkeys(report.source for report in reports))
-    whole = WeightReport(sources, " and ".join(dict.fromkeys(report.family for report in reports)))
-    for number, report in enumerate(reports):
-        prefix = f"backbone.members.{number}."
-        for kind in ("matched", "missing", "reshaped", "mismatched"):
-            getattr(whole, kind).extend(prefix + name.removeprefix("backbone.") for name in getattr(report, kind))
-        whole.unexpected += report.unexpected
-        whole.passed_over |= report.passed_over
-    return whole
 
 
 def _check(report: WeightReport, min_share: float, backbone: Any, found: NamedWeights) -> None:

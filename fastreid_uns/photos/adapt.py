@@ -28,13 +28,13 @@ class Adaptation:
     """How the last stages are trained.
 
     Attributes:
-        steps: of the optimiser; 50 and 100 were no better than 25 on the training identities of three sets.
+        steps: of the optimiser; 100 were no better than 50 on the training identities of three sets.
         batch: photos in a step, two views of each.
         rate: learning rate of Adam at the first step; it falls to 0 along half a cosine.
         temperature: similarities are divided by it.
     """
 
-    steps: int = 25
+    steps: int = 50
     batch: int = 64
     rate: float = 3e-4
     temperature: float = 0.2

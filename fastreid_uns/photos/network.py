@@ -22,7 +22,7 @@ from fastreid_uns.predictor import find_checkpoint, load_run
 from fastreid_uns.utils.checkpoint import load_checkpoint, numbered_checkpoints, point_to_last, save_checkpoint
 from fastreid_uns.utils.paths import path_manager
 
-MODELS = ("tf_efficientnet_lite0", "tf_efficientnet_lite2")  # in timm; packages carry their weights
+MODEL = "tf_efficientnet_lite0"  # in timm; a package carries its weights
 DIM = 256  # of the features
 
 _SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")  # of files of weights; names of networks have none of them
@@ -141,9 +141,8 @@ def describe(
 
     Args:
         size: height and width of the input in pixels.
-        weights: `imagenet` for the usual networks, whose features are joined; the name of a network of timm or
-            `hf-hub:user/name`, with what is published for it; a checkpoint of this package, a folder that has one, or
-            another file of weights.
+        weights: `imagenet` for the usual network; the name of a network of timm or `hf-hub:user/name`, with what is
+            published for it; a checkpoint of this package, a folder that has one, or another file of weights.
         config_file: a YAML file that says what network it is; head and norm layers are those of this road.
 
     Raises:
@@ -157,9 +156,8 @@ def describe(
         return _of_file(find_checkpoint(weights), common)
     if weights.startswith((".", os.sep)) or Path(weights).suffix in _SUFFIXES:
         raise MissingFile(f"weights: there is no file {weights}. Check the path, or name a network of timm.")
-    usual = f"{{NAME: ensemble, MODELS: [{', '.join(MODELS)}]}}"
-    backbone = usual if weights == "imagenet" else f"{{NAME: timm, MODEL: {json.dumps(weights)}}}"
-    return load_config(None, [f"MODEL.BACKBONE={backbone}", "MODEL.WEIGHTS=imagenet", *common])
+    backbone = f"MODEL.BACKBONE={{NAME: timm, MODEL: {json.dumps(MODEL if weights == 'imagenet' else weights)}}}"
+    return load_config(None, [backbone, "MODEL.WEIGHTS=imagenet", *common])
 
 
 def _of_file(file: str, common: Sequence[str]) -> CfgNode:
@@ -167,6 +165,6 @@ def _of_file(file: str, common: Sequence[str]) -> CfgNode:
     try:
         text = load_checkpoint(file)["config"]
     except InvalidValue:
-        backbone = f"MODEL.BACKBONE={{NAME: timm, MODEL: {MODELS[0]}}}"
+        backbone = f"MODEL.BACKBONE={{NAME: timm, MODEL: {MODEL}}}"
         return load_config(None, [backbone, f"MODEL.WEIGHTS={file}", *common])
     return parse_config(text, Path(file).name, [f"MODEL.WEIGHTS={file}", *common], model_only=True)

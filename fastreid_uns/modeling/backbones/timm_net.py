@@ -77,8 +77,7 @@ class TimmBackbone(Backbone):
         elif pretrained_grid:
             raise InvalidValue(f"{what}: PRETRAINED_GRID is set, but it has no position embedding. Set it to [].")
         self.model = model
-        _, self.out_channels, height, width = output_shape(self, size, what)
-        self.map_size = (height, width)
+        self.out_channels = output_shape(self, size, what)[1]
 
     def forward(self, images: Tensor) -> Tensor | Tokens:
         """(B,3,H,W) → (B,C,h,w), of a transformer with class token `Tokens`."""
