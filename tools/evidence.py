@@ -1,7 +1,7 @@
-"""All runs of the comparison in one call, for a machine that is lent for minutes: unpack, run, write what is there.
+"""All runs of the comparison in one call, for a GPU that is there for minutes only: unpack, run, write what is there.
 
 The folder of archives holds the real sets as .tar, .tar.gz or .tar.xz, and perhaps `runs.jsonl` of an earlier call that
-is continued. It is the machine's GPU that is used if there is one, by many processes at a time.
+is continued. A GPU is used if there is one, by many processes at a time.
 """
 
 from __future__ import annotations

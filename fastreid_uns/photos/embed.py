@@ -158,7 +158,7 @@ class Stages:
 
     def pooled(self, activations: Tensor, top: nn.Module | Fixed | None = None) -> Tensor:
         """What the trunk gave → (B, 2C), without whitening; by the top itself, in float32, unless one is named."""
-        return self.head((top or self.top)(_channels_last(activations))).pooled
+        return self.head((self.top if top is None else top)(_channels_last(activations))).pooled
 
 
 def _channels_last(maps: Tensor) -> Tensor:

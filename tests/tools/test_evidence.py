@@ -43,7 +43,8 @@ def test_an_earlier_call_is_continued(checkout, monkeypatch):
     given = []
     monkeypatch.setattr(compare, "main", lambda words: given.append(words) or 3)
     (checkout / "gpu/runs.jsonl").write_text("earlier\n")
-    monkeypatch.setattr(sys, "argv", ["evidence.py", "gpu", "--output", "out", "--studies", "a", "--jobs", "5"])
+    options = ["--output", "out", "--studies", "a", "--jobs", "5", "--minutes", "4"]
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "gpu", *options])
     assert evidence.main() == 3
     assert (checkout / "out/runs.jsonl").read_text() == "earlier\n"
     words = given[0]

@@ -120,6 +120,7 @@ class Command:
         fcntl.fcntl(read, fcntl.F_SETPIPE_SZ, 1 << 20)
 
         def before() -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
