@@ -40,11 +40,11 @@ def faster_precision() -> torch.dtype | None:
 
 @torch.no_grad()
 def faster_inference(network: nn.Module, images: Tensor) -> torch.dtype | None:
-    """bfloat16 if a network makes nearly the same of images in it, and faster on this CPU, else None; kept as well.
+    """bfloat16 if a network is faster in it on this CPU and makes nearly the same of images, else None; kept as well.
 
     Args:
         network: in evaluation mode, on the CPU.
-        images: (B, 3, H, W) as many as go through it at a time; fewer than B must be right as well.
+        images: (B, C, H, W) as many as go through it at a time; fewer than B must be right as well.
     """
 
     def is_better() -> bool:
@@ -59,14 +59,14 @@ def faster_inference(network: nn.Module, images: Tensor) -> torch.dtype | None:
 
 
 def _remembered(what: str, is_better: Callable[[], bool]) -> torch.dtype | None:
-    """bfloat16 if it is better for something, else None; measured once for each machine."""
+    """bfloat16 if it is better for training ("") or for what else is named, else None; measured once a machine."""
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return None
     name = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}{what}"
     known = _read(_file())
     if name not in known:
         known[name] = "bfloat16" if is_better() else "none"
-        logger.info("Precision on this CPU, by measurement: %s (SOLVER.AMP auto)", known[name])
+        logger.info("Precision on this CPU%s, by measurement: %s", what, known[name])
         _write(_file(), known)
     return torch.bfloat16 if known[name] == "bfloat16" else None
 

@@ -254,7 +254,10 @@ def folded_norms(model: nn.Module, images: Tensor) -> nn.Module:
 
     Args:
         model: its weights must not change as long as the copy is used.
-        images: (B, 3, H, W) in the layout that the model will get.
+        images: (B, C, H, W) in the layout that the model will get.
+
+    Returns:
+        The copy, or the model itself.
     """
     folded = copy.deepcopy(model).eval()
     for parent in list(folded.modules()):

@@ -23,9 +23,7 @@ from fastreid_uns.photos.view_store import ViewStore
 from fastreid_uns.utils.transfer import to_device
 
 BATCH = 32  # photos that are read at a time
-_PASS = (
-    8  # images that go through the trunk at a time on a CPU: their maps fit into its caches; on a GPU all of a batch
-)
+_PASS = 8  # images at a time on a CPU, whose maps its caches hold; on a GPU all of a batch
 _LARGEST = 65504  # of float16
 _ASPECT = 0.85  # smallest width / height of a crop, with that of the photo as 1
 
