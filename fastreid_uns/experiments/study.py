@@ -232,7 +232,7 @@ def _study(name: str, content: Mapping[str, Any]) -> Study:
         shared = {key: values for key, values in source["GRID"].items() if kind != "supervised" or "PSEUDO" not in key}
         grid = {**shared, **content["ROWS"].get(row, {})}
         grid = {key: values for key, values in grid.items() if values is not None}
-        rows.append(Row(row, config, kind, grid, source.get("FURTHER", {}).get(row, 0)))
+        rows.append(Row(row, config, kind, grid, source.get("FURTHER", 0)))
     return Study(name, tuple(rows), _overrides(own, "MEASURED"), tuple(content["SEEDS"]), how)
 
 

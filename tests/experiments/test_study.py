@@ -175,7 +175,7 @@ def test_the_shipped_studies_name_keys_that_their_configs_have(name):
     assert refused == []
 
 
-def test_a_file_says_which_rows_go_on_what_the_test_part_changes_and_which_projects_come_first(tmp_path, monkeypatch):
+def test_a_file_says_how_far_rows_go_on_what_the_test_part_changes_and_which_projects_come_first(tmp_path, monkeypatch):
     monkeypatch.setattr(study_module, "ROOT", tmp_path)
     for project in ("A", "B", "C", "Left"):
         (tmp_path / f"projects/{project}/configs").mkdir(parents=True)
@@ -184,11 +184,11 @@ def test_a_file_says_which_rows_go_on_what_the_test_part_changes_and_which_proje
     file.write_text(
         "{SEEDS: [1], TRIAL_SEED: 7, HOLD_OUT: 0.5, FIRST: [C, Absent], WITHOUT: [Left], ROWS: {}, STUDIES: {zoo: "
         "{CONFIG: sea, TRIALS: 2, OVERRIDES: {AMP: none}, MEASURED: {AMP: auto}, GRID: {RATE: [1]}, "
-        "FURTHER: {core: 3}}}}"
+        "FURTHER: 3}}}"
     )
     (one,) = read_studies(file)
     assert [row.name for row in one.rows] == ["untrained", "core", "supervised", "C", "A", "B"]
-    assert [row.further for row in one.rows] == [0, 3, 0, 0, 0, 0]
+    assert [row.further for row in one.rows] == [0, 3, 3, 3, 3, 3]
     core = one.rows[1]
     assert [one.trial(core, setting).overrides for setting in drawn(core.grid, 2, 7)] == [
         ("AMP=none",),
