@@ -132,34 +132,53 @@ class EmbeddingHead(nn.Module):
 
 @HEAD_REGISTRY.register()
 class PooledHead(nn.Module):
-    """Average and GeM pooling side by side, without neck; whitened where `dim` is set. Computes in float32.
+    """Average and GeM pooling side by side, and the cells of a grid; whitened where `dim` is set. Without neck.
 
-    Nothing in it is trained: GeM has the power 3, and `whitening.fit` sets the whitening.
+    Nothing in it is trained: GeM has the power 3, and `whitening.fit` sets the whitening. Computes in float32.
 
     Args:
         in_channels: C of the feature map.
-        dim: D of a `ViewWhitening` before unit length; 0 = none, D = 2C.
+        grid: G, the map is cut into G x G cells, each of which is average pooled; 0 = no cells. Cells overlap where G
+            does not divide the map.
+        dim: D of a `ViewWhitening` before unit length; 0 = none, D = (2 + G^2) C.
 
     Raises:
-        ValueError: `dim` is negative.
+        ValueError: `grid` or `dim` is negative.
     """
 
-    def __init__(self, in_channels: int, *, dim: int = 0) -> None:
+    def __init__(self, in_channels: int, *, grid: int = 0, dim: int = 0) -> None:
         super().__init__()
-        if dim < 0:
-            raise ValueError(f"MODEL.HEAD.DIM is {dim}; 0 (no whitening) or more is accepted. Change it.")
+        for key, value in (("GRID", grid), ("DIM", dim)):
+            if value < 0:
+                raise InvalidValue(f"MODEL.HEAD.{key} is {value}; 0 (none) or more is accepted. Change it.")
+        self.grid = grid
         self.average, self.gem = Pool("avg"), Pool("gem")
         self.gem.p.requires_grad_(False)
-        self.whitening = ViewWhitening(2 * in_channels, dim) if dim else None
-        self.dim = self.whitening.dim if self.whitening else 2 * in_channels
+        width = (2 + grid**2) * in_channels
+        self.whitening = ViewWhitening(width, dim) if dim else None
+        self.dim = self.whitening.dim if self.whitening else width
 
     def forward(self, output: Tensor | Tokens) -> HeadOutput:
-        """What the backbone gives → `HeadOutput` with `pooled` (B,2C), both halves of unit length."""
+        """What the backbone gives → `HeadOutput`; `pooled` (B,(2+G^2)C): average, GeM, cells, each of unit length."""
         x = feature_map(output)
         with torch.autocast(x.device.type, enabled=False):
-            pooled = torch.cat([F.normalize(pool(x).squeeze(1)) for pool in (self.average, self.gem)], dim=1)
-            raw = pooled if self.whitening is None else self.whitening(pooled)
-            return HeadOutput(pooled, F.normalize(raw), unnormalized=raw)
+            pooled = [F.normalize(pool(x).squeeze(1)) for pool in (self.average, self.gem)]
+            if self.grid:
+                pooled.append(F.normalize(grid_cells(x, self.grid).flatten(1)))
+            whole = torch.cat(pooled, dim=1)
+            raw = whole if self.whitening is None else self.whitening(whole)
+            return HeadOutput(whole, F.normalize(raw), unnormalized=raw)
+
+
+def grid_cells(x: Tensor, grid: int) -> Tensor:
+    """(B,C,h,w) of any float type → (B,G,G,C), means of the cells of a grid, at least float32.
+
+    Cell i of a side of n covers floor(i*n/G) to ceil((i+1)*n/G), so cells overlap where G does not divide n.
+    """
+    rows, columns = ([slice(i * side // grid, -(-(i + 1) * side // grid)) for i in range(grid)] for side in x.shape[2:])
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cells = [[x[:, :, row, column].mean((2, 3), dtype=dtype) for column in columns] for row in rows]
+    return torch.stack([torch.stack(line, dim=1) for line in cells], dim=1)
 
 
 @HEAD_REGISTRY.register()

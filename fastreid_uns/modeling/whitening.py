@@ -1,13 +1,46 @@
-"""A linear map, found in closed form, that weakens the directions in which views of one image differ."""
+"""A linear map, found in closed form, that weakens the directions in which images of one individual differ."""
 
 from __future__ import annotations
 
-import numpy as np
+import functools
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-RIDGE = 0.03  # share of the mean variance between views that is added to each
-_BLOCK = 4096  # rows whose products are summed up in float32; blocks are summed in float64
+RIDGE = 0.03  # share of the mean variance within individuals that is added to each
+_BLOCK = 4096  # rows that are multiplied at a time, in float32; blocks are summed in float64
+_SPARE = 64  # directions that are sought beside the wanted ones
+_ROUNDS = 4  # of the search for them
+
+
+class MainDirections(NamedTuple):
+    """Features of several views of images, and their parts along the main directions of all."""
+
+    mean: Tensor  # (C,) float64, of all views
+    directions: Tensor  # (C, d) float64, of unit length, the one of largest variance first
+    views: Tensor  # (N, V, d) float32, along the directions, less the mean
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, views: Tensor, dim: int) -> MainDirections:
+        """The directions of largest variance, at most `dim`, and fewer where the views span fewer.
+
+        Args:
+            views: (N, V, C) float.
+            dim: at least 1.
+
+        Source: Halko et al. 2011, randomised subspace iteration; exact where C is at most `dim` + 64.
+        """
+        rows = views.flatten(0, 1)
+        mean = torch.stack([part.double().sum(0) for part in rows.split(_BLOCK)]).sum(0) / len(rows)
+        basis = _main_space(rows, mean, min(dim + _SPARE, rows.shape[1]))
+        covariance = _sum(along.T @ along for _, along in _along(rows, mean, basis)) / len(rows)
+        inner, _ = _eigenvectors(covariance, min(dim, max(len(rows) - 1, 1)))
+        directions = basis @ inner
+        parts = torch.cat([along for _, along in _along(rows, mean, directions)])
+        return cls(mean, directions, parts.unflatten(0, views.shape[:2]))
 
 
 class ViewWhitening(nn.Module):
@@ -38,74 +71,80 @@ class ViewWhitening(nn.Module):
         return (feats - self.mean) @ self.projection
 
     @torch.no_grad()
-    def fit(self, views: Tensor) -> ViewWhitening:
+    def fit(self, found: MainDirections, groups: Tensor | None = None) -> ViewWhitening:
         """Set the map from features of several views of each image.
 
-        The D main directions of all views; in them, whitening of the covariance of view minus mean of its image; then
-        the main directions of these means, each divided by the fourth root of its variance, which is half the way to
-        full whitening. With one view the second step is left out.
+        In the main directions, what differs within an individual is whitened; then the main directions of the means of
+        the images are divided by the fourth root of their variance, which is half the way to full whitening. What
+        differs within an individual is the covariance of view minus mean of its image, and with groups the mean of
+        this one and of that of image minus mean of its group.
 
         Args:
-            views: (N, V, C) float, at least two images.
+            found: of at least two images, at most D directions. One view tells nothing about what differs within an
+                image.
+            groups: (N,) int64, images with the same number show the same individual. Those that are alone tell nothing
+                about what differs within an individual.
 
-        Source: within-class covariance normalisation (Hatch et al. 2006), the views of an image for its class.
+        Source: within-class covariance normalisation (Hatch et al. 2006); the classes are the images, whose members
+        are the views, and the groups.
         """
+        views = found.views.double()
         count, number = views.shape[:2]
-        mean = _mean(views.flatten(0, 1))
-        chosen, _ = _main_directions(_covariance(views.flatten(0, 1), mean), min(self.dim, count * number - 1))
-        inner = torch.cat([(part.double() - mean) @ chosen for part in views.flatten(0, 1).split(_BLOCK)])
-        inner = inner.view(count, number, -1)
-        means = inner.mean(1)
-        if number > 1:
-            rest = (inner - means[:, None]).flatten(0, 1)
-            root = _inverse_root(rest.T @ rest / (count * (number - 1)))
-            chosen, means = chosen @ root, means @ root
-        outer, variance = _main_directions(means.T @ means / count, min(count - 1, means.shape[1]))
-        matrix = chosen @ (outer / variance.pow(0.25))
-        self.mean.copy_(mean)
+        image, means = torch.arange(count, device=views.device), views.mean(1)
+        pairs = [(views.flatten(0, 1), image.repeat_interleave(number))]
+        pairs += [] if groups is None else [(means, groups.to(views.device))]
+        within = [_covariance_within(rows, classes) for rows, classes in pairs if len(classes.unique()) < len(classes)]
+        root = _inverse_root(torch.stack(within).mean(0)) if within else torch.eye(views.shape[2]).to(views)
+        means = means @ root
+        outer, variance = _eigenvectors(means.T @ means / count, min(count - 1, means.shape[1]))
+        matrix = found.directions @ root @ (outer / variance.pow(0.25))
+        self.mean.copy_(found.mean)
         self.projection.zero_()
         self.projection[:, : matrix.shape[1]] = matrix.float()
         return self
 
 
-@torch.no_grad()
-def in_main_directions(views: Tensor, dim: int) -> Tensor:
-    """(N, V, C) features of views → (N, V, d) float32: their parts along the main directions of all, at most `dim`."""
-    rows = views.flatten(0, 1)
-    mean = _mean(rows)
-    chosen, _ = _main_directions(_covariance(rows, mean), min(dim, len(rows) - 1))
-    return torch.cat([((part.double() - mean) @ chosen).float() for part in rows.split(_BLOCK)]).unflatten(
-        0, views.shape[:2]
-    )
+def _main_space(rows: Tensor, mean: Tensor, width: int) -> Tensor:
+    """(C, width) float64 orthonormal, whose span holds nearly all variance that so many directions can hold."""
+    if width == rows.shape[1]:
+        return torch.eye(width, dtype=torch.float64, device=rows.device)
+    basis = torch.randn(rows.shape[1], width, generator=torch.Generator().manual_seed(0)).to(rows.device)
+    for _ in range(_ROUNDS):
+        basis = torch.linalg.qr(_sum(part.T @ along for part, along in _along(rows, mean, basis))).Q
+    return basis
 
 
-def _mean(rows: Tensor) -> Tensor:
-    return torch.stack([part.double().sum(0) for part in rows.split(_BLOCK)]).sum(0) / len(rows)
-
-
-def _covariance(rows: Tensor, mean: Tensor) -> Tensor:
-    """(C, C) float64."""
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+def _along(rows: Tensor, mean: Tensor, directions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of rows less the mean, and their parts along directions, both float32."""
     for part in rows.split(_BLOCK):
-        centred = part.float() - mean.float()
-        total += centred.T @ centred
-    return total / len(rows)
+        centred = (part.double() - mean).float()
+        yield centred, centred @ directions.float()
 
 
-def _main_directions(covariance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """(C, d) unit length and (d,) variances of the directions of largest variance, at most `dim`, none without any."""
-    from scipy.linalg import eigh
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    """In float64."""
+    return functools.reduce(torch.add, (part.double() for part in parts))
 
-    width = len(covariance)
-    variance, directions = eigh(covariance.cpu().numpy(), subset_by_index=[max(width - dim, 0), width - 1])
-    variance, directions = variance[::-1].copy(), directions[:, ::-1].copy()
-    kept = variance > max(variance[0], 0) * 1e-9
+
+def _covariance_within(rows: Tensor, classes: Tensor) -> Tensor:
+    """(C, C) covariance of rows minus the mean of their class, of whose (N,) numbers at least two are equal."""
+    _, place = classes.unique(return_inverse=True)
+    sums = torch.zeros(int(place.max()) + 1, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    means = sums.index_add_(0, place, rows) / place.bincount()[:, None]
+    rest = rows - means[place]
+    return rest.T @ rest / (len(rows) - len(means))
+
+
+def _eigenvectors(covariance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """(C, d) unit length and (d,) variances of the directions of largest variance, at most `dim`, at least one.
+
+    Directions without variance are left out.
+    """
+    variance, directions = torch.linalg.eigh(covariance)
+    variance, directions = variance.flip(0)[:dim], directions.flip(1)[:, :dim]
+    kept = variance > variance[0].clamp(min=0) * 1e-9
     kept[0] = True
-    device = covariance.device
-    return (
-        torch.from_numpy(directions[:, kept]).to(device),
-        torch.from_numpy(np.maximum(variance[kept], 1e-12)).to(device),
-    )
+    return directions[:, kept], variance[kept].clamp(min=1e-12)
 
 
 def _inverse_root(covariance: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ class Stages:
         return Fixed(self.top, activations[:_PASS], self.amp)
 
     def pooled(self, activations: Tensor, top: nn.Module | Fixed | None = None) -> Tensor:
-        """What the trunk gave → (B, 2C), without whitening; by the top itself, in float32, unless one is named."""
+        """What the trunk gave → (B, P) before whitening; by the top itself, in float32, unless one is named."""
         return self.head((self.top if top is None else top)(_channels_last(activations))).pooled
 
 
@@ -187,14 +187,17 @@ def cache_activations(
 
 @torch.no_grad()
 def pooled_features(stages: Stages, kept: ViewStore, told: Told = lambda done: None) -> Tensor:
-    """(N, V, 2C) float32 pooled features of activations, on the device; `told` counts views."""
-    parts = []
+    """(N, V, P) float32 pooled features of activations, on the device; `told` counts views."""
+    pooled = torch.empty(0)
     top = stages.fixed_top(kept.take(slice(0, _PASS)).flatten(0, 1))
     for start in range(0, len(kept), BATCH):
-        values = kept.take(slice(start, start + BATCH))
-        parts.append(stages.pooled(values.flatten(0, 1), top).unflatten(0, values.shape[:2]))
+        rows = slice(start, min(start + BATCH, len(kept)))
+        values = kept.take(rows)
+        found = stages.pooled(values.flatten(0, 1), top).unflatten(0, values.shape[:2])
+        pooled = pooled if len(pooled) else found.new_empty((len(kept), *found.shape[1:]))
+        pooled[rows] = found
         told(values.shape[0] * values.shape[1])
-    return torch.cat(parts)
+    return pooled
 
 
 def direct_features(
@@ -205,7 +208,7 @@ def direct_features(
     kept: ViewStore | None = None,
     told: Told = lambda done: None,
 ) -> Tensor:
-    """The same without keeping activations: (N, V, 2C) float32; `told` counts views, `kept` takes the features."""
+    """The same without keeping activations: (N, V, P) float32; `told` counts views, `kept` takes the features."""
 
     def compute(made: Tensor) -> Tensor:
         return stages.pooled(stages.activations(made))
@@ -237,7 +240,7 @@ def _by_block(
 
 
 def whitened(head: PooledHead, pooled: Tensor) -> Tensor:
-    """(N, V, 2C) pooled features of views → (N, D) features of photos, unit length, by the whitening of the head.
+    """(N, V, P) pooled features of views → (N, D) features of photos, unit length, by the whitening of the head.
 
     Photos that the whitening cannot tell from their mean, as equal ones, all get the same feature.
     """

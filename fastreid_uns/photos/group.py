@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.modeling.encoder import Encoder
-from fastreid_uns.modeling.whitening import in_main_directions
+from fastreid_uns.modeling.whitening import MainDirections
 from fastreid_uns.photos.adapt import Adaptation, adapt
 from fastreid_uns.photos.embed import (
     Stages,
@@ -50,7 +50,8 @@ class Settings:
         views: of each photo, itself included.
         adaptation: the training; `steps` 0 trains nothing.
         threshold: average distance up to which groups are merged.
-        positives: the same for the smaller groups whose photos are each other's positives in training.
+        positives: the same for the smaller groups to which the whitening is fitted, and whose photos are each other's
+            positives in training.
         k1, k2, cosine: of `multi_scale_distance`; see `for_count`.
         amp: precision of what is not being trained: `auto` takes bfloat16 where the processor is faster in it, so that
             groups may differ a little between processors; `none` float32.
@@ -151,10 +152,10 @@ def _embed(
     clock.stage = "read photos"
     if not training:
         pooled = direct_features(stages, images, number, settings.seed, kept, clock.add)
-        return Features(_fitted(stages, pooled), _reduced(stages, pooled))
+        return fitted(stages, pooled, settings, constraints)
     kept = cache_activations(stages, images, number, settings.seed, kept, clock.add)
     pooled = pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW))
-    before, views = _fitted(stages, pooled), _reduced(stages, pooled)
+    before = fitted(stages, pooled, settings, constraints)
     del pooled
     clock.stage = "train"
     losses = adapt(
@@ -162,31 +163,35 @@ def _embed(
         kept,
         whitening_of(stages.head),
         how,
-        positive_groups(before, settings, constraints),
+        positive_groups(before.feats, settings, constraints),
         seed=settings.seed,
         told=lambda views: clock.add(views * _TRAINED_VIEW),
     )
     logger.info("trained %d steps: loss %.2f to %.2f", len(losses), losses[0], losses[-1])
     clock.stage = "features"
-    feats = _fitted(stages, pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW)))
-    return Features(feats, views)
+    pooled = pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW))
+    return before._replace(feats=fitted(stages, pooled, settings, constraints).feats)
 
 
-def _fitted(stages: Stages, pooled: Tensor) -> Tensor:
-    """Features of photos by a whitening that is fitted to them; one photo alone has nothing to be fitted to."""
-    if len(pooled) > 1:
-        whitening_of(stages.head).fit(pooled)
-    return whitened(stages.head, pooled).cpu()
+def fitted(stages: Stages, pooled: Tensor, settings: Settings, constraints: Constraints | None = None) -> Features:
+    """Features of photos by a whitening that is fitted to them: to their views, then to the groups that come out too.
+
+    Args:
+        pooled: (N, V, P), see `embed.pooled_features`.
+    """
+    whitening = whitening_of(stages.head)
+    if len(pooled) == 1:  # has nothing to be fitted to
+        return Features(whitened(stages.head, pooled).cpu(), pooled.cpu())
+    found = MainDirections.of(pooled, whitening.dim)
+    whitening.fit(found)
+    groups = positive_groups(whitened(stages.head, pooled).cpu(), settings, constraints)
+    whitening.fit(found, groups)
+    return Features(whitened(stages.head, pooled).cpu(), found.views.cpu())
 
 
 def positive_groups(feats: Tensor, settings: Settings, constraints: Constraints | None = None) -> Tensor:
     """(N,) int64 groups that hold few photos of other individuals, but not all of their own."""
     return torch.from_numpy(cluster(feats, replace(settings, threshold=settings.positives), constraints).labels)
-
-
-def _reduced(stages: Stages, pooled: Tensor) -> Tensor:
-    """Pooled features along as many main directions as the whitening has; of one photo as they are."""
-    return in_main_directions(pooled, stages.head.dim).cpu() if len(pooled) > 1 else pooled.cpu()
 
 
 def cluster(feats: Tensor, settings: Settings, constraints: Constraints | None = None) -> Grouping:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastreid_uns.errors import InvalidValue
-from fastreid_uns.modeling.whitening import ViewWhitening
+from fastreid_uns.modeling.whitening import MainDirections, ViewWhitening
 from fastreid_uns.photos.audit import GOOD
 
 FALSE_KNOWN = 0.05  # of photos of new individuals that may be called known
@@ -95,7 +95,8 @@ def least_known(views: Tensor, groups: Tensor, *, false_known: float = FALSE_KNO
     for part in range(_FOLDS):
         out, others = together & (fold == part), together & (fold != part)
         if out.any() and others.any():
-            whitening = ViewWhitening(views.shape[2], views.shape[2]).fit(views[fold != part])
+            known = MainDirections.of(views[fold != part], views.shape[2])
+            whitening = ViewWhitening(views.shape[2], views.shape[2]).fit(known, groups[fold != part])
             feats = F.normalize(whitening(views.mean(1)))
             scores += [(rows @ feats[others].T).amax(1) for rows in feats[out].split(2048)]
     return _upper_quantile(torch.cat(scores), false_known)

@@ -24,10 +24,11 @@ from fastreid_uns.utils.paths import path_manager
 
 MODEL = "tf_efficientnet_lite0"  # in timm; a package carries its weights
 DIM = 256  # of the features
-
+GRID = 2  # cells of the feature map in each direction, which tell where something is
 _SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")  # of files of weights; names of networks have none of them
 _FIXED = (  # what a config of grouped photos has in common
     "MODEL.HEAD.NAME=PooledHead",
+    f"MODEL.HEAD.GRID={GRID}",
     f"MODEL.HEAD.DIM={DIM}",
     "MODEL.FREEZE_NORM=true",
     "MODEL.MEMORY.NAME=",

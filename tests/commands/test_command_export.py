@@ -12,6 +12,7 @@ import torch
 from fastreid_uns.commands import export
 from fastreid_uns.config import load_config
 from fastreid_uns.modeling.meta_arch import build_model
+from fastreid_uns.modeling.whitening import MainDirections
 from fastreid_uns.predictor import FeatureExtractor
 
 needs_onnx = pytest.mark.skipif(
@@ -67,13 +68,19 @@ def whitened(tmp_path_factory):
     """A run as grouped photos leave it: fixed norm layers, a fitted whitening, and numbers not of ImageNet."""
     folder = tmp_path_factory.mktemp("photos")
     keys = ["INPUT.SIZE=[32, 16]", "MODEL.BACKBONE.NAME=SmallNet", "MODEL.BACKBONE.WIDTH=8", "MODEL.FREEZE_NORM=true"]
-    keys += ["MODEL.HEAD.NAME=PooledHead", "MODEL.HEAD.DIM=12", "MODEL.MEMORY.NAME=", "MODEL.LOSSES.contrast=null"]
+    keys += [
+        "MODEL.HEAD.NAME=PooledHead",
+        "MODEL.HEAD.DIM=12",
+        "MODEL.HEAD.GRID=2",
+        "MODEL.MEMORY.NAME=",
+        "MODEL.LOSSES.contrast=null",
+    ]
     cfg = load_config(None, [*keys, f"INPUT.MEAN={MEAN}", f"INPUT.STD={STD}"])
     torch.manual_seed(3)
     model = build_model(cfg, 5).eval()
     with torch.no_grad():
         pooled = model.encoder(torch.rand(40, 3, 32, 16)).pooled
-        model.encoder.head.whitening.fit(pooled.view(20, 2, -1))
+        model.encoder.head.whitening.fit(MainDirections.of(pooled.view(20, 2, -1), 12))
     content = {"model": model.state_dict(), "config": cfg.dump(), "num_images": 5}
     torch.save(content, folder / "checkpoint_0001.pth")
     (folder / "last").write_text("checkpoint_0001.pth\n")

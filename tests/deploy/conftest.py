@@ -11,6 +11,7 @@ import torch
 
 from fastreid_uns.config import load_config
 from fastreid_uns.modeling.meta_arch import build_model
+from fastreid_uns.modeling.whitening import MainDirections
 
 HEIGHT, WIDTH = 64, 32
 
@@ -35,13 +36,13 @@ def make_run(pictures: Pictures) -> Callable[..., Path]:
 
     def make(folder: Path, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)) -> Path:
         keys = [f"INPUT.SIZE=[{HEIGHT}, {WIDTH}]", f"INPUT.MEAN={list(mean)}", f"INPUT.STD={list(std)}"]
-        keys += ["MODEL.BACKBONE.NAME=SmallNet", "MODEL.HEAD.NAME=PooledHead", "MODEL.HEAD.DIM=32"]
+        keys += ["MODEL.BACKBONE.NAME=SmallNet", "MODEL.HEAD.NAME=PooledHead", "MODEL.HEAD.DIM=32", "MODEL.HEAD.GRID=2"]
         cfg = load_config(None, [*keys, "MODEL.MEMORY.NAME=", "MODEL.LOSSES.contrast=null"])
         torch.manual_seed(1)
         model = build_model(cfg, 4).eval()
         with torch.no_grad():
             pooled = model.encoder(torch.from_numpy(pictures(80, 7)).permute(0, 3, 1, 2)).pooled
-            model.encoder.head.whitening.fit(pooled.unflatten(0, (40, 2)))
+            model.encoder.head.whitening.fit(MainDirections.of(pooled.unflatten(0, (40, 2)), 32))
         content = {"model": model.state_dict(), "config": cfg.dump(), "num_images": 4}
         torch.save(content, folder / "checkpoint_0001.pth")
         (folder / "last").write_text("checkpoint_0001.pth\n")

@@ -17,6 +17,7 @@ from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.modeling.backbones.timm_net import TimmBackbone
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.heads import PooledHead
+from fastreid_uns.modeling.whitening import MainDirections
 from fastreid_uns.photos import view_store
 from fastreid_uns.photos.adapt import Adaptation, adapt
 from fastreid_uns.photos.cost import estimate
@@ -111,7 +112,12 @@ def test_features_are_those_of_a_loop_over_single_views(encoder, photos):
         for view in range(START.views - 1):
             made.append(augment(pixels[None], {name: values[view : view + 1] for name, values in drawn.items()}))
         pooled.append(torch.cat([own.head(own.backbone((one - own.mean) / own.std)).pooled for one in made]))
-    own.head.whitening.fit(torch.stack(pooled))
+    found = MainDirections.of(torch.stack(pooled), own.head.dim)
+    own.head.whitening.fit(found)
+    groups = cluster(
+        whitened(own.head, torch.stack(pooled)), dataclasses.replace(START, threshold=START.positives)
+    ).labels
+    own.head.whitening.fit(found, torch.from_numpy(groups))
     expected = whitened(own.head, torch.stack(pooled))
     found = embed(image_set(photos), copy.deepcopy(encoder), dataclasses.replace(START, amp="none")).feats
     torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-4, rtol=0)  # axes may be mirrored
@@ -122,7 +128,7 @@ def test_training_moves_the_last_stages_only(encoder, photos):
     before = {name: value.clone() for name, value in own.state_dict().items()}
     stages = Stages.of(own, SIZE, trained=True)
     kept = cache_activations(stages, image_set(photos), 3, 0)
-    stages.head.whitening.fit(pooled_features(stages, kept))
+    stages.head.whitening.fit(MainDirections.of(pooled_features(stages, kept), stages.head.dim))
     space = {name: value.clone() for name, value in stages.head.whitening.state_dict().items()}
     losses = adapt(stages, kept, stages.head.whitening, Adaptation(steps=5, batch=10), torch.arange(20))
     assert len(losses) == 5
@@ -267,6 +273,6 @@ def test_a_gpu_trains_on_activations_wherever_they_are(encoder, photos, share, m
     kept = cache_activations(stages, image_set(photos), 3, 0, ViewStore(tmp_path / "kept.bin"))
     assert kept.values.device.type == ("cuda" if share else "cpu")
     assert (tmp_path / "kept.bin").exists() == (not share)
-    stages.head.whitening.fit(pooled_features(stages, kept))
+    stages.head.whitening.fit(MainDirections.of(pooled_features(stages, kept), stages.head.dim))
     losses = adapt(stages, kept, stages.head.whitening, Adaptation(steps=5, batch=10), torch.arange(20))
     assert losses[-1] < losses[0]

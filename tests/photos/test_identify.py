@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastreid_uns.modeling.whitening import ViewWhitening, in_main_directions
+from fastreid_uns.modeling.whitening import MainDirections, ViewWhitening
 from fastreid_uns.photos.identify import Thresholds, fit_thresholds, identify, least_known
 
 
@@ -74,7 +74,8 @@ def test_the_least_threshold_by_a_loop():
     for photo in range(48):
         tenth = order[groups[photo]] % 10
         seen = [other for other in range(50) if order[groups[other]] % 10 != tenth]
-        feats = F.normalize(ViewWhitening(300, 300).fit(views[seen])(views.mean(1)))
+        whitening = ViewWhitening(300, 300).fit(MainDirections.of(views[seen], 300), groups[seen])
+        feats = F.normalize(whitening(views.mean(1)))
         scores.append(max(float(feats[photo] @ feats[other]) for other in seen if other < 48))
     found = least_known(views, groups, false_known=0.1, seed=3)
     assert found == pytest.approx(sorted(scores)[44], abs=1e-5)  # ceil(49 * 0.9) = 45
@@ -86,13 +87,13 @@ def test_few_photos_are_pushed_apart_by_their_own_whitening_and_new_ones_are_not
     for seed in range(2):
         views, groups = views_of_individuals(50, seed)
         known = groups < 25
-        whitening = ViewWhitening(300, 192).fit(views[known])
+        found = MainDirections.of(views[known], 192)
+        whitening = ViewWhitening(300, 192).fit(found)
         feats = F.normalize(whitening(views.mean(1)))
         own = fit_thresholds(feats[known], groups[known])
         scores = (feats[~known] @ feats[known].T).amax(1)
         naive += int((scores >= own.known).sum())
-        reduced = in_main_directions(views[known], 192)
-        honest += int((scores >= least_known(reduced, groups[known])).sum())
+        honest += int((scores >= least_known(found.views, groups[known])).sum())
         count += len(scores)
     assert naive / count > 0.9
     assert honest / count <= 0.12  # 0.05 is meant; four photos of an individual fall on one side together

@@ -137,7 +137,7 @@ def measure(photos: Photos, truth: Any, rows: Any, seed: int) -> dict[str, Any]:
     """False known, found, findable and threshold of each rule."""
     import numpy as np
 
-    from fastreid_uns.modeling.whitening import in_main_directions
+    from fastreid_uns.modeling.whitening import MainDirections
 
     begin, draw = time.monotonic(), np.random.default_rng(seed)
     individuals = draw.permutation(np.unique(truth[rows]))
@@ -146,7 +146,7 @@ def measure(photos: Photos, truth: Any, rows: Any, seed: int) -> dict[str, Any]:
     own, rest = np.flatnonzero(inside), np.flatnonzero(rows & ~inside)
     asked = SimpleNamespace(truth=truth[rest], old=known[rest], own=truth[own])
     start = features(photos, own, rest, steps=0)
-    views = in_main_directions(photos.published_features[own], photos.stages.head.dim).cpu()
+    views = MainDirections.of(photos.published_features[own], photos.stages.head.dim).views.cpu()
     trained = features(photos, own, rest)
     held = np.zeros(len(own), bool)
     for group in draw.permutation(start.groups.max() + 1):

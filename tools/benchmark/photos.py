@@ -217,7 +217,6 @@ class Photos:
         kept = self.kept if rows is None else self.part(rows)
         how = self.settings.adaptation
         how = how if steps is None else dataclasses.replace(how, steps=steps)
-        space = whitening_of(self.stages.head)
         feats = self._fitted(self.published_features if rows is None else self.published_features[rows])
         if how.steps:
             with self.timed("training"):
@@ -225,18 +224,17 @@ class Photos:
                 if unit is None:
                     known = feats if trained_on is None else feats[torch.from_numpy(trained_on)]
                     unit = positive_groups(known, for_count(self.usual, len(known)))
-                adapt(self.stages, part, space, how, unit, seed=self.seed)
+                adapt(self.stages, part, whitening_of(self.stages.head), how, unit, seed=self.seed)
             with self.timed("features"):
                 pooled = pooled_features(self.stages, kept)
             feats = self._fitted(pooled)
         return feats
 
     def _fitted(self, pooled: Any) -> Any:
-        from fastreid_uns.photos.embed import whitened, whitening_of
+        from fastreid_uns.photos.group import fitted, for_count
 
         with self.timed("features"):
-            whitening_of(self.stages.head).fit(pooled)
-            return whitened(self.stages.head, pooled).cpu()
+            return fitted(self.stages, pooled, for_count(self.usual, len(pooled))).feats
 
     def more_features(self, rows: Any) -> Any:
         """Features of other photos by the network as it is now."""
@@ -298,7 +296,7 @@ def today(photos: Photos, truth) -> dict[str, Any]:
 
     with photos.timed("features"):
         pooled = photos.published_features[:, 0].cpu()
-        feats = torch.nn.functional.normalize(pooled[:, : pooled.shape[1] // 2])
+        feats = torch.nn.functional.normalize(pooled[:, : photos.encoder.backbone.out_channels])
     try:
         with photos.timed("clustering"):
             bank = FeatureBank(feats, torch.zeros(len(feats)))
@@ -369,7 +367,7 @@ def identified(photos: Photos, truth) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from fastreid_uns.modeling.whitening import in_main_directions
+    from fastreid_uns.modeling.whitening import MainDirections
     from fastreid_uns.photos.group import for_count
     from fastreid_uns.photos.identify import STRICT, fit_thresholds, identify, least_known
 
@@ -377,7 +375,7 @@ def identified(photos: Photos, truth) -> dict[str, Any]:
     individuals = draw.permutation(np.unique(truth))
     known = np.isin(truth, individuals[: len(individuals) // 2])
     inside = known & (draw.random(len(truth)) < 0.8)
-    views = in_main_directions(photos.published_features[np.flatnonzero(inside)], photos.stages.head.dim).cpu()
+    views = MainDirections.of(photos.published_features[np.flatnonzero(inside)], photos.stages.head.dim).views.cpu()
     feats = photos.features(np.flatnonzero(inside))
     settings = for_count(photos.usual, int(inside.sum()))
     grouping = photos.cluster(feats, k1=settings.k1)
