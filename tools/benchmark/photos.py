@@ -32,11 +32,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,8 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        print(json.dumps(measure(given.data, given.device, given.weights, given.rows, **json.loads(given.one))))
+        for row in measure(given.data, given.device, given.weights, given.rows, **json.loads(given.one)):
+            print(json.dumps(row), flush=True)
     elif given.table:
         print(table(read_lines(given.output)))
     else:
@@ -77,7 +80,7 @@ def main() -> None:
 
 
 def run_all(given: argparse.Namespace) -> None:
-    """Each set and seed that has no lines yet, in a process of its own; only this process writes.
+    """Each set and seed that has no lines yet, in a process of its own; a row is written when it is there.
 
     Raises:
         SystemExit: a case failed; the others are done and written.
@@ -89,33 +92,31 @@ def run_all(given: argparse.Namespace) -> None:
     cases = [case for case in cases if any({**case, "row": row} not in done for row in given.rows)]
     for name in GENERATED_SETS.intersection(case["name"] for case in cases):
         photos_of(given.data, name, 0)  # processes at the same time must not generate it
-    failed = []
+    lock = threading.Lock()
+
+    def write(line: dict[str, Any]) -> None:
+        with lock, given.output.open("a") as file:
+            if line["case"] not in done:
+                file.write(json.dumps(line) + "\n")
+                print(json.dumps({**line["case"], **line["result"]}), flush=True)
+
+    one = partial(run_one, given, write)
     with ThreadPoolExecutor(given.jobs) as pool:
-        running = {pool.submit(run_one, given, case): case for case in cases}
-        for future in as_completed(running):
-            if future.result() is None:
-                failed.append(running[future])
-                continue
-            found = future.result()
-            for row, result in found["rows"].items():
-                if {**running[future], "row": row} in done:
-                    continue
-                line = {"case": {**running[future], "row": row}, "result": result, "environment": found["environment"]}
-                with given.output.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                print(json.dumps({**line["case"], **result}), flush=True)
+        failed = [case for case, good in zip(cases, pool.map(one, cases), strict=True) if not good]
     if failed:
         raise SystemExit(f"photos: {len(failed)} of {len(cases)} cases failed, such as {failed[0]}; see above.")
 
 
-def run_one(given: argparse.Namespace, case: dict[str, Any]) -> dict[str, Any] | None:
-    """What `measure` gives in a process that has its share of the cores; None if it failed."""
+def run_one(given: argparse.Namespace, write: Callable[[dict[str, Any]], None], case: dict[str, Any]) -> bool:
+    """Write what `measure` gives in a process that has its share of the cores; whether it came to its end."""
     share = str(max((os.cpu_count() or 1) // given.jobs, 1))
     variables = {name: os.environ.get(name, share) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
     command = [sys.executable, __file__, "--data", str(given.data), "--device", given.device]
     command += ["--weights", given.weights, "--rows", *given.rows, "--one", json.dumps(case)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **variables})
-    return None if done.returncode else json.loads(done.stdout.splitlines()[-1])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **variables}) as process:
+        for text in process.stdout or ():
+            write(json.loads(text))
+    return process.returncode == 0
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -124,8 +125,8 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def measure(
     data: Path, device: str, weights: str, rows: list[str], name: str, seed: int, identities: int
-) -> dict[str, Any]:
-    """The numbers of each row, and what they were measured on.
+) -> Iterator[dict[str, Any]]:
+    """The line of each row: its case, its numbers, and what they were measured on.
 
     What rows share is computed once, and counted in the seconds of each of them.
     """
@@ -147,6 +148,8 @@ def measure(
         with measuring.measured(shared):
             photos = Photos(found, seed, place, weights)
         once = dict(photos.seconds)
+        hardware = {**environment(place), "processor": processor(), "threads": str(torch.get_num_threads())}
+        hardware["precision"] = str(photos.stages.trunk.dtype or torch.float32)
         results: dict[str, dict[str, Any]] = {}
         for row in (row for row in ROWS if row in rows):
             own: dict[str, Any] = {}
@@ -156,8 +159,8 @@ def measure(
             base = results[BEFORE[row]] if row in BEFORE else shared
             seconds = own["seconds"] + base["seconds"]
             results[row] = {**shared, **own, **numbers, "seconds": seconds, "stages": {**once, **photos.seconds}}
-    hardware = {**environment(place), "processor": processor(), "threads": str(torch.get_num_threads())}
-    return {"rows": results, "environment": {**hardware, "precision": str(photos.stages.trunk.dtype or torch.float32)}}
+            case = {"name": name, "seed": seed, "identities": identities, "row": row}
+            yield {"case": case, "result": results[row], "environment": hardware}
 
 
 class Photos:
