@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +61,7 @@ def add_photos(run: PhotoRun, folder: str | Path, teller: Teller | None = None, 
         prefix = run.add_folder(folder)
         names = [*known.index.paths, *(prefix + name for name in album.names)]
         both = torch.cat([known.index.features, feats])
-        settings = for_count(known.with_threshold(float(run.about["settings"]["threshold"])), len(names))
+        settings = replace(for_count(known.settings, len(names)), threshold=float(run.about["settings"]["threshold"]))
         grouping, constraints = _extended(both, [old.get(name, 0) for name in names], settings)
         members = members_of(run, names, grouping)
         scan = {key: run.about["scan"].get(key, 0) + count for key, count in album.facts.items()}

@@ -6,7 +6,6 @@ import math
 import shlex
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +98,6 @@ class Known:
             except UnreadableImage as error:
                 raise InvalidValue(f"identify: the image cannot be read ({error.cause}). Send another one.") from error
         return said(found, self.caveat())
-
-    def with_threshold(self, threshold: float) -> Settings:
-        """Settings of clustering with these features."""
-        return replace(self.settings, threshold=threshold)
 
 
 def said(found: Identity, caveat: str = "") -> dict[str, Any]:
