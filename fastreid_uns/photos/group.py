@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -50,7 +49,7 @@ class Settings:
     Attributes:
         views: of each photo, itself included.
         adaptation: the training; `steps` 0 trains nothing.
-        threshold: average distance up to which groups are merged; see `for_count`.
+        threshold: average distance up to which groups are merged.
         positives: the same for the smaller groups to which the whitening is fitted, and whose photos are each other's
             positives in training.
         k1, k2, cosine: of `multi_scale_distance`; see `for_count`.
@@ -71,15 +70,9 @@ class Settings:
 
 
 def for_count(settings: Settings, count: int) -> Settings:
-    """Settings for so many photos.
-
-    Of few photos fewer neighbours vote, or all of them would be neighbours. Among many, others look like an individual
-    by chance, so the threshold falls by 0.02 each time the number doubles; it is what `settings` say for 1,000 photos,
-    and at most 0.85.
-    """
+    """Settings for so many photos: of few photos fewer neighbours vote, or all of them would be neighbours."""
     share = min(1.0, count**0.5 / 25)
-    threshold = min(settings.threshold - 0.02 * math.log2(count / 1000), 0.85)
-    return replace(settings, k1=tuple(max(round(k * share), 3) for k in settings.k1), threshold=threshold)
+    return replace(settings, k1=tuple(max(round(k * share), 3) for k in settings.k1))
 
 
 class Features(NamedTuple):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fastreid_uns.pseudo_labels.constraints import Constraints
 from fastreid_uns.pseudo_labels.linkage import Dendrogram
 
+_LEAST = 0.35  # chance of being right from which a merge pays: an error costs less than what is missed, as in F scores
 _SPREAD = 0.06  # of heights around the threshold at which answers are uncertain
 _PRIOR = 0.05  # standard deviation of the best threshold of a set around the default
 _GRID = np.linspace(0.5, 0.99, 99)
@@ -81,8 +82,8 @@ def meeting_heights(tree: Dendrogram, pairs: np.ndarray) -> np.ndarray:
 
 
 def _same(heights: np.ndarray, threshold: float | np.ndarray) -> np.ndarray:
-    """Chance that photos which come together at these heights are one individual."""
-    return 1 / (1 + np.exp((heights - threshold) / (_SPREAD / 2)))
+    """Chance that photos which come together at these heights are one individual; `_LEAST` at the threshold."""
+    return 1 / (1 + (1 / _LEAST - 1) * np.exp((heights - threshold) / (_SPREAD / 2)))
 
 
 def _speaker(side: np.ndarray, feats: Tensor) -> int:

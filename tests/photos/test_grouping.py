@@ -195,11 +195,6 @@ def test_of_few_photos_few_neighbours_vote():
     assert sizes == [(3, 3, 3), (3, 4, 9), (5, 10, 20), (12, 25, 50), (12, 25, 50)]
 
 
-def test_of_many_photos_nearer_ones_make_a_group():
-    thresholds = [for_count(Settings(threshold=0.8), count).threshold for count in (1, 250, 1000, 4000, 16_000)]
-    assert thresholds == pytest.approx([0.85, 0.84, 0.8, 0.76, 0.72])
-
-
 def test_confidence_by_hand():
     """Two pairs of equal features and one alone: nothing is shared between groups."""
     feats = F.normalize(torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1]]))

@@ -22,7 +22,7 @@ def test_the_merge_near_the_threshold_that_changes_most_is_asked_first():
     found = informative_pairs(TREE, FEATS, 0.8, 2)
     assert {found[0].first, found[0].second} & {0, 1}
     assert {found[0].first, found[0].second} & {2, 3}
-    assert found[0].weight == pytest.approx(4 / 4)  # four pairs, chance one half
+    assert found[0].weight == pytest.approx(4 * 0.35 * 0.65)  # four pairs, the chance at the threshold
     assert found[0].height == 0.8
     assert 4 in (found[1].first, found[1].second)
 
