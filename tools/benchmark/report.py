@@ -114,15 +114,16 @@ def evaluation(records: Sequence[Record]) -> str:
 
 
 def rates(records: Sequence[Record], base: str, keys: Iterable[str]) -> str:
-    """One row for each case: images a second, and how many times that of the base form with the same other values."""
+    """One row for each case: images a second, and how many times that of the base form on the same machine."""
     rows = []
     for record in records:
-        case, result = record["case"], record["result"]
-        own = measuring.result_of(records, **{**case, "form": base})
+        case, result, made_on = record["case"], record["result"], record["environment"]["device"]
+        beside = [other for other in records if other["environment"]["device"] == made_on]
+        own = measuring.result_of(beside, **{**case, "form": base})
         rate = result["images_per_second"]
         faster = ratio(rate, own["images_per_second"]) if own and case["form"] not in (base, "extract") else ""
-        rows.append([*(case[key] for key in keys), result.get("precision", ""), number(rate), faster])
-    return table(rows, [*keys, "precision", "images a second", f"as many as {base}"])
+        rows.append([*(case[key] for key in keys), made_on, result.get("precision", ""), number(rate), faster])
+    return table(rows, [*keys, "on", "precision", "images a second", f"as many as {base}"])
 
 
 def runs(records: Sequence[Record]) -> str:
@@ -249,12 +250,12 @@ def report() -> str:
         ("Pseudo labels", "pseudo_labels", [record for record in labels if record not in shared], pseudo_labels),
         ("Pseudo labels by several processes of one thread", "pseudo_labels", shared, ranks),
         ("Ranking", "evaluation", records_of("evaluation"), evaluation),
-        ("Feeding", "feeding", records_of("feeding"), lambda found: rates(found, "pil", ["form", "device"])),
+        ("Feeding", "feeding", records_of("feeding"), lambda found: rates(found, "pil", ["form"])),
         (
             "Training step",
             "training_step",
             records_of("training_step"),
-            lambda found: rates(found, "plain", ["form", "backbone", "device"]),
+            lambda found: rates(found, "plain", ["form", "backbone"]),
         ),
         ("Whole runs", "runs", records_of("runs"), runs),
     ]
