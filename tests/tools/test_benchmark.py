@@ -37,13 +37,27 @@ def test_pseudo_labels_are_set_against_the_dense_form_of_the_same_size():
     assert found[3] == ["1,000 x 4", "exact", "1 s", "2 s", "", "3 s", "", "0.5 GiB", ""]
 
 
-def test_rates_are_set_against_the_plain_form_of_the_same_backbone():
+def test_rates_are_set_against_the_plain_form_of_the_same_backbone_and_machine():
     records = [
-        {"case": {"form": form, "backbone": backbone}, "result": {"images_per_second": rate}}
-        for form, backbone, rate in (("plain", "a", 10.0), ("plain", "b", 50.0), ("ours", "b", 120.0))
+        {
+            "case": {"form": form, "backbone": backbone},
+            "result": {"images_per_second": rate},
+            "environment": {"device": device},
+        }
+        for form, backbone, device, rate in (
+            ("plain", "a", "X", 10.0),
+            ("plain", "b", "X", 50.0),
+            ("ours", "b", "X", 120.0),
+            ("ours", "b", "Y", 500.0),
+        )
     ]
     found = rows(report.rates(records, "plain", ["form", "backbone"]))
-    assert found == [["plain", "a", "", "10", ""], ["plain", "b", "", "50", ""], ["ours", "b", "", "120", "2.4 times"]]
+    assert found == [
+        ["plain", "a", "X", "", "10", ""],
+        ["plain", "b", "X", "", "50", ""],
+        ["ours", "b", "X", "", "120", "2.4 times"],
+        ["ours", "b", "Y", "", "500", ""],
+    ]
 
 
 def test_a_run_is_summed_up_without_its_first_epoch():
