@@ -127,7 +127,7 @@ def embed(
     Args:
         images: at least one photo.
         encoder: with a `PooledHead` that whitens, its weights as they were published; its device computes.
-        constraints: used in training.
+        constraints: used in training, and in the whitening of what was trained.
         kept: what the network gives for the views goes there; what is there already is not computed again.
         told: see `Clock`.
     """
@@ -152,7 +152,7 @@ def _embed(
     clock.stage = "read photos"
     if not training:
         pooled = direct_features(stages, images, number, settings.seed, kept, clock.add)
-        return fitted(stages, pooled, settings, constraints)
+        return fitted(stages, pooled, settings)
     kept = cache_activations(stages, images, number, settings.seed, kept, clock.add)
     pooled = pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW))
     before = fitted(stages, pooled, settings, constraints)
