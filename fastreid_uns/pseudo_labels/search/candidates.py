@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _SMALL = 8192  # images below which float32 takes less time than the choice
 _SIDE = 1024  # rows of a block: products of a pair of blocks fit into the cache
-_NOTED = 8192  # images to which the estimates are noted for the limits
+_NOTED = 1024  # images to which the estimates are noted for the limits
 _PAUSES = (1 / 4, 1 / 2)  # of all rounds, after which processes tell each other their limits
 _MEASURED = 1 / 30  # of all pairs that 8 bits may leave to be measured; more take longer than products in float32
 _UNIT_ROUNDOFF = 2.0**-24  # of float32
