@@ -173,7 +173,7 @@ def features(photos: Photos, own: Any, rest: Any, **how: Any) -> SimpleNamespace
 
     feats = photos.features(own, **how)
     settings = for_count(photos.usual, len(own))
-    grouping = photos.cluster(feats, k1=settings.k1, threshold=settings.threshold)
+    grouping = photos.cluster(feats, k1=settings.k1)
     return SimpleNamespace(
         feats=feats.numpy(),
         queries=photos.more_features(rest).numpy(),

@@ -381,7 +381,7 @@ def identified(photos: Photos, truth) -> dict[str, Any]:
     views = MainDirections.of(photos.published_features[np.flatnonzero(inside)], photos.stages.head.dim).views.cpu()
     feats = photos.features(np.flatnonzero(inside))
     settings = for_count(photos.usual, int(inside.sum()))
-    grouping = photos.cluster(feats, k1=settings.k1, threshold=settings.threshold)
+    grouping = photos.cluster(feats, k1=settings.k1)
     groups, strict = grouping.labels, grouping.dendrogram.cut(STRICT)
     thresholds = fit_thresholds(feats, torch.from_numpy(strict))
     least = least_known(views, torch.from_numpy(strict))
