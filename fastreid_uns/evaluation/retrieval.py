@@ -138,7 +138,10 @@ class Ranker:
             if len(self.junk) > 0:
                 block = block.index_fill(1, self.junk.to(block.device), torch.inf)
             rows, columns, _ = self._slice(first, len(block))
-            before[filled : filled + len(rows)] = count_closer(block, _offsets(rows, len(block)), columns)
+            closer = count_closer(block, _offsets(rows, len(block)), columns)
+            if bool((closer < 0).any()):
+                _raise_for_nan(block, first)
+            before[filled : filled + len(rows)] = closer
             filled, end = filled + len(rows), first + len(block)
         rows, _, removed = self._slice(first_query, end - first_query)
         return _score(before[:filled], rows, removed, _offsets(rows, end - first_query))
@@ -151,6 +154,8 @@ class Ranker:
         """
         found = [torch.zeros((0, k), dtype=torch.long)]
         for first, block in self._numbered(blocks, first_query):
+            if block.numel() > 0 and bool(block.amin().isnan()):
+                _raise_for_nan(block, first)
             rows, columns, removed = (index.to(block.device) for index in self._slice(first, len(block)))
             valid = block.index_fill(1, self.junk.to(block.device), torch.inf)
             valid[rows[removed], columns[removed]] = torch.inf
@@ -172,12 +177,6 @@ class Ranker:
                     f"evaluation: distances of queries {first}..{first + len(block) - 1} to {block.shape[1]} gallery "
                     f"images do not fit {self.query_size} queries and {self.gallery_size} gallery images. "
                     f"Features and records must come from the same split."
-                )
-            if block.numel() > 0 and bool(block.amin().isnan()):
-                raise InvalidValue(
-                    f"evaluation: {int(block.isnan().any(1).sum())} of the queries {first}..{first + len(block) - 1} "
-                    f"have a distance that is NaN; all must be numbers. The features hold NaN or infinite values: "
-                    f"check the weights, and lower the learning rate if training has diverged."
                 )
             yield first, block
             first += len(block)
@@ -219,13 +218,13 @@ def count_closer(block: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
         columns: (P,) int64 on the CPU.
 
     Returns:
-        (P,) int64 on the CPU.
+        (P,) int64 on the CPU; -1 in a row that holds NaN.
     """
     if block.device.type == "cpu":
         from fastreid_uns.evaluation import ranking_kernels
         from fastreid_uns.utils.compiled import over_rows
 
-        count = torch.zeros(len(columns), dtype=torch.long)
+        count = torch.empty(len(columns), dtype=torch.long)
         arrays = (tensor.numpy() for tensor in (block.contiguous(), offsets, columns, count))
         over_rows(ranking_kernels.count_closer, len(block), *arrays)
         return count
@@ -242,8 +241,17 @@ def count_closer_torch(block: Tensor, offsets: Tensor, columns: Tensor) -> Tenso
     ):
         values = block[row]
         own = values.gather(1, column[:, None])
-        counts.append(((values < own) | ((values == own) & (position < column[:, None]))).sum(1))
+        count = ((values < own) | ((values == own) & (position < column[:, None]))).sum(1)
+        counts.append(count.masked_fill(values.isnan().any(1), -1))
     return torch.cat(counts).cpu() if counts else torch.zeros(0, dtype=torch.long)
+
+
+def _raise_for_nan(block: Tensor, first: int) -> None:
+    raise InvalidValue(
+        f"evaluation: {int(block.isnan().any(1).sum())} of the queries {first}..{first + len(block) - 1} "
+        f"have a distance that is NaN; all must be numbers. The features hold NaN or infinite values: "
+        f"check the weights, and lower the learning rate if training has diverged."
+    )
 
 
 def _labels(records: Sequence[Record]) -> tuple[Tensor, Tensor]:

@@ -149,12 +149,13 @@ def test_a_process_without_queries_has_scores_of_the_same_kind():
 
 def test_count_closer_is_the_same_by_both_ways(monkeypatch):
     block = torch.randint(0, 50, (9, 5000)) / 50
-    counts = torch.randint(0, 4, (9,))
+    block[4, 4999] = torch.nan
+    counts = torch.randint(1, 4, (9,))
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
     columns = torch.randint(0, 5000, (int(offsets[-1]),))
     rows = torch.repeat_interleave(torch.arange(9), counts).tolist()
     wanted = [
-        int((block[r] < block[r, c]).sum() + (block[r, :c] == block[r, c]).sum())
+        -1 if r == 4 else int((block[r] < block[r, c]).sum() + (block[r, :c] == block[r, c]).sum())
         for r, c in zip(rows, columns.tolist(), strict=True)
     ]
     assert count_closer(block, offsets, columns).tolist() == wanted
