@@ -284,8 +284,7 @@ def _score(before: Tensor, rows: Tensor, removed: Tensor, offsets: Tensor) -> Qu
         removed: (P,) whether it is left out of the gallery.
         offsets: where each query begins among the P.
     """
-    order = before.argsort(stable=True)
-    order = order[rows[order].argsort(stable=True)]
+    order = (rows * (before.amax() + 1) + before).argsort() if len(before) > 0 else rows
     before, out = before[order], removed[order]
     out_before = nn.functional.pad(out.long().cumsum(0), (1, 0))
     ranks = (1 + before - out_before[:-1] + out_before[offsets[:-1]][rows])[~out]
