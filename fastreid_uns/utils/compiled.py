@@ -42,7 +42,8 @@ class Workers:
 
     def __init__(self) -> None:
         self.count = torch.get_num_threads()
-        self.pool = ThreadPoolExecutor(self.count)
+        # asked for the number, a thread takes over torch's; else its products of 8 bits would take all processors
+        self.pool = ThreadPoolExecutor(self.count, initializer=torch.get_num_threads)
 
     def __enter__(self) -> Workers:
         return self

@@ -12,8 +12,10 @@ group from which a photo is called known:
     own scores          the same after training
     crossed             at least the scores before training by whitenings that have not seen the group: what the product
                         does, see `least_known`; `whole groups` are those of groups.csv instead of strict ones
+    crossed, trained    the same with what training made of the views
     groups              after training, over groups: the quantile of the largest scores of a group
     held out            one fifth of the groups is held out of training and gives the scores
+    held out, crossed   they are held out of the whitening as well
     best                the threshold that calls 5 % of the new individuals known, by true labels
 
 Lines that are there are not measured again.
@@ -137,8 +139,6 @@ def measure(photos: Photos, truth: Any, rows: Any, seed: int) -> dict[str, Any]:
     """False known, found, findable and threshold of each rule."""
     import numpy as np
 
-    from fastreid_uns.modeling.whitening import MainDirections
-
     begin, draw = time.monotonic(), np.random.default_rng(seed)
     individuals = draw.permutation(np.unique(truth[rows]))
     known = np.isin(truth, individuals[: len(individuals) // 2])
@@ -146,7 +146,6 @@ def measure(photos: Photos, truth: Any, rows: Any, seed: int) -> dict[str, Any]:
     own, rest = np.flatnonzero(inside), np.flatnonzero(rows & ~inside)
     asked = SimpleNamespace(truth=truth[rest], old=known[rest], own=truth[own])
     start = features(photos, own, rest, steps=0)
-    views = MainDirections.of(photos.published_features[own], photos.stages.head.dim).views.cpu()
     trained = features(photos, own, rest)
     held = np.zeros(len(own), bool)
     for group in draw.permutation(start.groups.max() + 1):
@@ -156,11 +155,13 @@ def measure(photos: Photos, truth: Any, rows: Any, seed: int) -> dict[str, Any]:
     rules = {
         "untrained": judged(start, asked, quantile(scores(start, start.strict))),
         "own scores": judged(trained, asked, quantile(scores(trained, trained.strict))),
-        "untrained, crossed": judged(start, asked, crossed(start, views, start.strict)),
-        "crossed": judged(trained, asked, crossed(trained, views, trained.strict)),
-        "crossed, whole groups": judged(trained, asked, crossed(trained, views, trained.groups)),
+        "untrained, crossed": judged(start, asked, crossed(start, start.views, start.strict)),
+        "crossed": judged(trained, asked, crossed(trained, start.views, trained.strict)),
+        "crossed, trained": judged(trained, asked, crossed(trained, trained.views, trained.strict)),
+        "crossed, whole groups": judged(trained, asked, crossed(trained, start.views, trained.groups)),
         "groups": judged(trained, asked, quantile(of_groups(trained))),
         "held out": judged(apart, asked, quantile(scores(apart, apart.strict, held))),
+        "held out, crossed": judged(apart, asked, quantile(left_out(apart, held))),
         "best": judged(trained, asked, float(best)),
     }
     return {"rules": rules, "photos": len(own), "asked": len(rest), "seconds": time.monotonic() - begin}
@@ -176,6 +177,7 @@ def features(photos: Photos, own: Any, rest: Any, **how: Any) -> SimpleNamespace
     grouping = photos.cluster(feats, k1=settings.k1)
     return SimpleNamespace(
         feats=feats.numpy(),
+        views=photos.fitted.views,
         queries=photos.more_features(rest).numpy(),
         groups=grouping.labels,
         strict=grouping.dendrogram.cut(STRICT),
@@ -201,6 +203,20 @@ def crossed(space: SimpleNamespace, views: Any, groups: Any) -> float:
     strict = torch.from_numpy(space.strict)
     least = least_known(views, torch.from_numpy(groups))
     return max(fit_thresholds(torch.from_numpy(space.feats), strict).known, least)
+
+
+def left_out(space: SimpleNamespace, held: Any) -> Any:
+    """Largest cosine of photos to all others, by a whitening of the others."""
+    import torch
+
+    from fastreid_uns.modeling.whitening import MainDirections, ViewWhitening
+
+    dim, strict = space.views.shape[2], torch.from_numpy(space.strict)
+    together = strict.bincount()[strict] > 1
+    known = torch.from_numpy(~held)
+    whitening = ViewWhitening(dim, dim).fit(MainDirections.of(space.views[known], dim), strict[known])
+    feats = torch.nn.functional.normalize(whitening(space.views.mean(1)))
+    return (feats[~known & together] @ feats[known & together].T).amax(1).numpy()
 
 
 def of_groups(space: SimpleNamespace) -> Any:

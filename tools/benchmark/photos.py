@@ -166,7 +166,7 @@ def measure(
 class Photos:
     """Photos of a scan, with the activations of their views and the network that makes features of these.
 
-    `seconds` adds up the time of each stage.
+    `seconds` adds up the time of each stage; `fitted` has the features that were made last, and their views.
     """
 
     def __init__(self, found: Any, seed: int, device: Any, weights: str) -> None:
@@ -237,7 +237,8 @@ class Photos:
         from fastreid_uns.photos.group import fitted, for_count
 
         with self.timed("features"):
-            return fitted(self.stages, pooled, for_count(self.usual, len(pooled))).feats
+            self.fitted = fitted(self.stages, pooled, for_count(self.usual, len(pooled)))
+        return self.fitted.feats
 
     def more_features(self, rows: Any) -> Any:
         """Features of other photos by the network as it is now."""

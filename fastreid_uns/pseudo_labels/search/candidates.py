@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from itertools import islice, pairwise
+from itertools import pairwise
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 _SMALL = 8192  # images below which float32 takes less time than the choice
 _SIDE = 1024  # rows of a block: products of a pair of blocks fit into the cache
-_NOTED = 1024  # images to which the estimates are noted for the limits
-_PAUSES = (1 / 4, 1 / 2)  # of all rounds, after which processes tell each other their limits
+_NOTED = 1024  # images to which a process notes the estimates for the limits
+_GROWTH = 2.0  # of the rounds done, after which processes tell each other their limits again
 _MEASURED = 1 / 30  # of all pairs that 8 bits may leave to be measured; more take longer than products in float32
 _UNIT_ROUNDOFF = 2.0**-24  # of float32
 _SLACK = 2.0**-19  # of both squared lengths: float32 arithmetic around the product, and rounding of the true distance
@@ -115,7 +115,7 @@ class _Blocks:
 
     def show(self, to: Callable[[np.ndarray, int, int], int], rounds: range) -> int:
         """Sum of `to(products, row0, col0)` over the pairs of this process; an image meets a block in each round."""
-        own = islice(_own(_rounds(self.count, rounds.stop), self.count), rounds.start, None)
+        own = (_own(_round(turn, self.count), turn, self.count) for turn in rounds)
         return sum(sum(self.workers.pool.map(partial(self._one, to), pairs)) for pairs in own)
 
     def _one(self, to: Callable[[np.ndarray, int, int], int], pair: tuple[int, int]) -> int:
@@ -146,16 +146,21 @@ def _limits(blocks: _Blocks, n: int, k: int) -> np.ndarray:
         kernels.note_nearest(products, row0, col0, coarse.scales, coarse.norms, nearest, blocks.groups)
         return 0
 
-    blocks.show(note, range(min(blocks.count, math.ceil(_NOTED / blocks.side))))
+    blocks.show(note, range(min(blocks.count, math.ceil(_NOTED / blocks.side) * sharing.ranks())))
     lists = torch.cat(sharing.parts_of_own_rows(torch.from_numpy(nearest)), 1)
     last = np.concatenate(sharing.from_all(smallest(lists, k)[:, -1].numpy()))
     return np.nextafter(last + 2 * coarse.errors, np.float32(np.inf))
 
 
 def _stages(rounds: int) -> list[range]:
-    """All rounds, in parts if several processes have something to tell each other between them."""
-    ends = [math.ceil(share * rounds) for share in _PAUSES] if sharing.ranks() > 1 else []
-    return [range(start, stop) for start, stop in pairwise([0, *ends, rounds]) if stop > start]
+    """All rounds, in parts if several processes have something to tell each other between them.
+
+    Limits fall as the logarithm of what was searched. Each part has as many rounds for each process.
+    """
+    world, ends = sharing.ranks(), [0]
+    while world > 1 and (end := world * math.ceil(max(_GROWTH * ends[-1], 1) / world)) < rounds:
+        ends.append(end)
+    return [range(*ends_of) for ends_of in pairwise([*ends, rounds])]
 
 
 def _tell_limits(limits: np.ndarray, sq: np.ndarray, errors: np.ndarray) -> None:
@@ -212,30 +217,25 @@ def _chosen(feats: Tensor, k: int) -> CoarseFeatures:
     return CoarseFeatures(feats, int8=False)
 
 
-def _rounds(blocks: int, rounds: int) -> Iterator[list[tuple[int, int]]]:
+def _round(turn: int, blocks: int) -> list[tuple[int, int]]:
     """Pairs of blocks, also of one with itself; each is once in a round, whose pairs so can run side by side.
 
     As many rounds as blocks give all pairs.
     """
-    for turn in range(rounds):
-        yield [(a, (turn - a) % blocks) for a in range(blocks) if a <= (turn - a) % blocks]
+    return [(a, (turn - a) % blocks) for a in range(blocks) if a <= (turn - a) % blocks]
 
 
-def _own(rounds: Iterable[list[tuple[int, int]]], blocks: int) -> Iterator[list[tuple[int, int]]]:
-    """Of each round the pairs of this process."""
-    for pairs in rounds:
-        yield [pair for pair in pairs if sharing.is_own(_number(pair, blocks))]
+def _own(pairs: list[tuple[int, int]], turn: int, blocks: int) -> list[tuple[int, int]]:
+    """Of the pairs of a round those of this process: all or none, and a part in the last rounds, if these do not go up.
 
-
-def _number(pair: tuple[int, int], blocks: int) -> int:
-    """By which a pair is dealt out: so each process meets all blocks about equally often, from the first rounds on.
-
-    A process that has met a block late knows little of its images, and measures much in vain. The number is that of the
-    first of the two in the ring of all blocks, plus half of the steps to the other.
+    So each process meets all blocks equally often, from the first rounds on. One that has met a block late knows little
+    of its images, and measures much in vain.
     """
-    first, second = pair
-    steps = second - first
-    return first + steps // 2 if 2 * steps <= blocks else second + (blocks - steps) // 2
+    world = sharing.ranks()
+    if turn >= blocks // world * world:
+        return list(sharing.dealt(pairs))
+    place = turn % (2 * world)
+    return pairs if sharing.is_own(min(place, 2 * world - 1 - place)) else []
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from fastreid_uns.pseudo_labels.search import candidates, exact
 from fastreid_uns.pseudo_labels.search.candidates import CoarseFeatures, search_by_candidates
 from fastreid_uns.pseudo_labels.search.exact import nearest_neighbours, nearest_of_others, neighbours_and_farthest
 from fastreid_uns.pseudo_labels.search.gpu import RoundedFeatures, pair_distances, search_by_rows, triton_works
+from fastreid_uns.utils import sharing
 from fastreid_uns.utils.precision import full_precision
 
 SEARCHES = {
@@ -146,7 +147,7 @@ def test_a_collapse_to_few_points_is_told(caplog, monkeypatch):
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 8, 13])
 def test_each_pair_of_blocks_meets_once_and_no_block_is_in_two_places(blocks):
-    rounds = list(candidates._rounds(blocks, blocks))
+    rounds = [candidates._round(turn, blocks) for turn in range(blocks)]
     met = [frozenset(pair) for pairs in rounds for pair in pairs]
     assert len(met) == len(set(met)) == blocks * (blocks + 1) // 2
     for pairs in rounds:
@@ -154,16 +155,23 @@ def test_each_pair_of_blocks_meets_once_and_no_block_is_in_two_places(blocks):
         assert len(busy) == len(set(busy))
 
 
-@pytest.mark.parametrize(("blocks", "world"), [(8, 2), (32, 2), (33, 3), (64, 4)])
-def test_each_process_gets_as_many_pairs_of_blocks_and_of_each_block(blocks, world):
-    rounds = list(candidates._rounds(blocks, blocks))
-    owned = [
-        [pair for pairs in rounds for pair in pairs if candidates._number(pair, blocks) % world == rank]
-        for rank in range(world)
-    ]
-    assert sum(map(len, owned)) == blocks * (blocks + 1) // 2
-    assert max(map(len, owned)) - min(map(len, owned)) <= 1
-    met = [[sum(block in pair for pair in pairs) for block in range(blocks)] for pairs in owned]
+@pytest.mark.parametrize(("blocks", "world"), [(3, 2), (8, 2), (11, 3), (32, 2), (32, 3), (33, 2), (64, 4)])
+def test_each_process_gets_as_many_pairs_of_blocks_and_of_each_block(blocks, world, monkeypatch):
+    monkeypatch.setattr(sharing, "_shared", True)
+    monkeypatch.setattr(sharing.comm, "world", lambda: world)
+    stages = candidates._stages(blocks)
+    assert [turn for rounds in stages for turn in rounds] == list(range(blocks))
+    owned = []
+    for rank in range(world):
+        monkeypatch.setattr(sharing.comm, "rank", lambda rank=rank: rank)
+        owned.append([candidates._own(candidates._round(turn, blocks), turn, blocks) for turn in range(blocks)])
+    for rounds in stages[:-1]:
+        counts = [sum(bool(pairs[turn]) for turn in rounds) for pairs in owned]
+        assert len(set(counts)) == 1
+    every = [[pair for pairs in own for pair in pairs] for own in owned]
+    assert len({pair for own in every for pair in own}) == sum(map(len, every)) == blocks * (blocks + 1) // 2
+    assert max(map(len, every)) - min(map(len, every)) <= 1 + blocks % world
+    met = [[sum(block in pair for pair in pairs) for block in range(blocks)] for pairs in every]
     assert np.max(met) - np.min(met) <= 2
 
 
