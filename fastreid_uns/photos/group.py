@@ -79,7 +79,7 @@ class Features(NamedTuple):
     """Features of N photos, float32 on the CPU."""
 
     feats: Tensor  # (N, D), unit length
-    views: Tensor  # (N, V, D) before training and whitening, along the main directions; for `identify.least_known`
+    views: Tensor  # (N, V, D) before the whitening, along the main directions; for `identify.least_known`
 
 
 class Grouping(NamedTuple):
@@ -155,7 +155,7 @@ def _embed(
         return fitted(stages, pooled, settings)
     kept = cache_activations(stages, images, number, settings.seed, kept, clock.add)
     pooled = pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW))
-    before = fitted(stages, pooled, settings, constraints)
+    feats = fitted(stages, pooled, settings, constraints).feats
     del pooled
     clock.stage = "train"
     losses = adapt(
@@ -163,14 +163,14 @@ def _embed(
         kept,
         whitening_of(stages.head),
         how,
-        positive_groups(before.feats, settings, constraints),
+        positive_groups(feats, settings, constraints),
         seed=settings.seed,
         told=lambda views: clock.add(views * _TRAINED_VIEW),
     )
     logger.info("trained %d steps: loss %.2f to %.2f", len(losses), losses[0], losses[-1])
     clock.stage = "features"
     pooled = pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW))
-    return before._replace(feats=fitted(stages, pooled, settings, constraints).feats)
+    return fitted(stages, pooled, settings, constraints)
 
 
 def fitted(stages: Stages, pooled: Tensor, settings: Settings, constraints: Constraints | None = None) -> Features:

@@ -74,14 +74,14 @@ def fit_thresholds(
 
 
 def least_known(views: Tensor, groups: Tensor, *, false_known: float = FALSE_KNOWN, seed: int = 0) -> float:
-    """The threshold `known` by photos that were new to all that was fitted.
+    """The threshold `known` by photos that were new to the whitening.
 
-    A whitening pushes apart the photos that it is fitted to, the more so the fewer they are, and training does as well:
-    their scores against other groups are lower than those of new individuals. So one tenth of the groups at a time is
-    scored against the others by a whitening of the others, before training.
+    A whitening pushes apart the photos that it is fitted to, the more so the fewer they are: their scores against other
+    groups are lower than those of new individuals. So one tenth of the groups at a time is scored against the others by
+    a whitening of the others. Training meets each photo about once, and does not show in these scores.
 
     Args:
-        views: (N, V, C) features of the views of photos before training.
+        views: (N, V, C) features of the views of photos, after training, before the whitening.
         groups: (N,) int64, strict ones; those of at least two photos count.
         false_known: share of photos of new individuals that are called known.
         seed: of the tenths.

@@ -10,9 +10,9 @@ group from which a photo is called known:
 
     untrained           no training; quantile of the scores against other strict groups (what `fit_thresholds` does)
     own scores          the same after training
-    crossed             at least the scores before training by whitenings that have not seen the group: what the product
-                        does, see `least_known`; `whole groups` are those of groups.csv instead of strict ones
-    crossed, trained    the same with what training made of the views
+    crossed             at least the scores by whitenings that have not seen the group, of views before training
+    crossed, trained    the same with what training made of the views: what the product does, see `least_known`; `whole
+                        groups` are those of groups.csv instead of strict ones
     groups              after training, over groups: the quantile of the largest scores of a group
     held out            one fifth of the groups is held out of training and gives the scores
     held out, crossed   they are held out of the whitening as well
@@ -158,7 +158,7 @@ def measure(photos: Photos, truth: Any, rows: Any, seed: int) -> dict[str, Any]:
         "untrained, crossed": judged(start, asked, crossed(start, start.views, start.strict)),
         "crossed": judged(trained, asked, crossed(trained, start.views, trained.strict)),
         "crossed, trained": judged(trained, asked, crossed(trained, trained.views, trained.strict)),
-        "crossed, whole groups": judged(trained, asked, crossed(trained, start.views, trained.groups)),
+        "crossed, whole groups": judged(trained, asked, crossed(trained, trained.views, trained.groups)),
         "groups": judged(trained, asked, quantile(of_groups(trained))),
         "held out": judged(apart, asked, quantile(scores(apart, apart.strict, held))),
         "held out, crossed": judged(apart, asked, quantile(left_out(apart, held))),
@@ -195,7 +195,7 @@ def scores(space: SimpleNamespace, strict: Any, rows: Any = None) -> Any:
 
 
 def crossed(space: SimpleNamespace, views: Any, groups: Any) -> float:
-    """What the product takes, with `groups` for those that are left out of a whitening."""
+    """What the product takes of trained views, with `groups` for those that are left out of a whitening."""
     import torch
 
     from fastreid_uns.photos.identify import fit_thresholds, least_known

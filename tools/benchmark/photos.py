@@ -371,7 +371,6 @@ def identified(photos: Photos, truth) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from fastreid_uns.modeling.whitening import MainDirections
     from fastreid_uns.photos.group import for_count
     from fastreid_uns.photos.identify import STRICT, fit_thresholds, identify, least_known
 
@@ -379,8 +378,8 @@ def identified(photos: Photos, truth) -> dict[str, Any]:
     individuals = draw.permutation(np.unique(truth))
     known = np.isin(truth, individuals[: len(individuals) // 2])
     inside = known & (draw.random(len(truth)) < 0.8)
-    views = MainDirections.of(photos.published_features[np.flatnonzero(inside)], photos.stages.head.dim).views.cpu()
     feats = photos.features(np.flatnonzero(inside))
+    views = photos.fitted.views
     settings = for_count(photos.usual, int(inside.sum()))
     grouping = photos.cluster(feats, k1=settings.k1)
     groups, strict = grouping.labels, grouping.dendrogram.cut(STRICT)
