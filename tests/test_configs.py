@@ -55,7 +55,15 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@pytest.fixture
+def weights_of_zeros(monkeypatch):
+    """Drawing them takes longer than all else, and shapes do not depend on them."""
+    for draw in ("normal_", "uniform_"):
+        monkeypatch.setattr(torch.Tensor, draw, lambda weights, *given, **named: weights.zero_())
+
+
 @pytest.mark.parametrize("path", FILES, ids=name)
+@pytest.mark.usefixtures("weights_of_zeros")
 def test_file_builds(path, tmp_path, models):
     cfg = load(path, tmp_path)
     if cfg.MODEL.BACKBONE.NAME == "ViT":

@@ -17,7 +17,7 @@ _INT = "tag:yaml.org,2002:int"
 _TIME = "tag:yaml.org,2002:timestamp"
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Reads whole numbers as people do: 010 and 12:30 are text, and so is a date."""
 
 
@@ -75,8 +75,9 @@ def parse_yaml(text: str, name: str, *, scalars_as_text: bool = False) -> Any:
         raise InvalidValue(f"{name}: the text has more than {LARGEST_FILE:,} characters; a config is a short text.")
     loader = None
     try:
-        loader = yaml.BaseLoader(text) if scalars_as_text else _Loader(text)
-        loader.name = name
+        loader = (
+            yaml.BaseLoader(text) if scalars_as_text else _Loader(str(text))
+        )  # the compiled reader takes no subclass
         node = loader.get_single_node()
         if node is None:
             return None
@@ -87,12 +88,19 @@ def parse_yaml(text: str, name: str, *, scalars_as_text: bool = False) -> Any:
     except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:  # the last three: `!!int x` and the like
         if isinstance(error, InvalidValue):
             raise
-        raise InvalidValue(f"{name}: no valid YAML: {' '.join(str(error).split())}. Correct it.") from error
+        if "maximum nesting depth" in str(error):
+            raise _too_deep(name) from error
+        told = " ".join(str(error).replace("<unicode string>", name).split())
+        raise InvalidValue(f"{name}: no valid YAML: {told}. Correct it.") from error
     except RecursionError as error:
-        raise InvalidValue(f"{name}: the values are nested too deeply; a config is a map of maps.") from error
+        raise _too_deep(name) from error
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _too_deep(name: str) -> InvalidValue:
+    return InvalidValue(f"{name}: the values are nested too deeply; a config is a map of maps.")
 
 
 def _children(node: yaml.Node) -> list[yaml.Node]:
