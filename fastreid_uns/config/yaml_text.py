@@ -75,9 +75,8 @@ def parse_yaml(text: str, name: str, *, scalars_as_text: bool = False) -> Any:
         raise InvalidValue(f"{name}: the text has more than {LARGEST_FILE:,} characters; a config is a short text.")
     loader = None
     try:
-        loader = (
-            yaml.BaseLoader(text) if scalars_as_text else _Loader(str(text))
-        )  # the compiled reader takes no subclass
+        text = str(text)  # the compiled reader takes no subclass
+        loader = yaml.BaseLoader(text) if scalars_as_text else _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None

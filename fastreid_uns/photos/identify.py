@@ -78,7 +78,7 @@ def least_known(views: Tensor, groups: Tensor, *, false_known: float = FALSE_KNO
 
     A whitening pushes apart the photos that it is fitted to, the more so the fewer they are: their scores against other
     groups are lower than those of new individuals. So one tenth of the groups at a time is scored against the others by
-    a whitening of the others. Training meets each photo about once, and does not show in these scores.
+    a whitening of the others. The few steps of training hardly push them apart; `tools/benchmark/known.py` measures it.
 
     Args:
         views: (N, V, C) features of the views of photos, after training, before the whitening.

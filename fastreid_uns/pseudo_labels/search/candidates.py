@@ -226,7 +226,7 @@ def _round(turn: int, blocks: int) -> list[tuple[int, int]]:
 
 
 def _own(pairs: list[tuple[int, int]], turn: int, blocks: int) -> list[tuple[int, int]]:
-    """Of the pairs of a round those of this process: all or none, and a part in the last rounds, if these do not go up.
+    """Of the pairs of a round those of this process: all or none, but a part where too few rounds are left for all.
 
     So each process meets all blocks equally often, from the first rounds on. One that has met a block late knows little
     of its images, and measures much in vain.
