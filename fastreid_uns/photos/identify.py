@@ -89,17 +89,31 @@ def least_known(views: Tensor, groups: Tensor, *, false_known: float = FALSE_KNO
     Returns:
         Infinite if there are fewer than 20 scores, or fewer than the quantile needs.
     """
-    together = groups.bincount()[groups] > 1
     fold = torch.randperm(int(groups.max()) + 1, generator=torch.Generator().manual_seed(seed))[groups] % _FOLDS
-    scores = [torch.empty(0)]
-    for part in range(_FOLDS):
-        out, others = together & (fold == part), together & (fold != part)
-        if out.any() and others.any():
-            known = MainDirections.of(views[fold != part], views.shape[2])
-            whitening = ViewWhitening(views.shape[2], views.shape[2]).fit(known, groups[fold != part])
-            feats = F.normalize(whitening(views.mean(1)))
-            scores += [(rows @ feats[others].T).amax(1) for rows in feats[out].split(2048)]
-    return _upper_quantile(torch.cat(scores), false_known)
+    return _upper_quantile(
+        torch.cat([left_out_scores(views, groups, fold == part) for part in range(_FOLDS)]), false_known
+    )
+
+
+def left_out_scores(views: Tensor, groups: Tensor, out: Tensor) -> Tensor:
+    """Largest cosine of photos to all others, by a whitening of the others; photos alone in their group do not count.
+
+    Args:
+        views: (N, V, C).
+        groups: (N,) int64.
+        out: (N,) bool, the photos that are left out, whole groups of them.
+
+    Returns:
+        (M,) of those that are left out; (0,) where there are no others.
+    """
+    together = groups.bincount()[groups] > 1
+    asked, others = together & out, together & ~out
+    if not (asked.any() and others.any()):
+        return torch.empty(0)
+    known = MainDirections.of(views[~out], views.shape[2])
+    whitening = ViewWhitening(views.shape[2], views.shape[2]).fit(known, groups[~out])
+    feats = F.normalize(whitening(views.mean(1)))
+    return torch.cat([(rows @ feats[others].T).amax(1) for rows in feats[asked].split(2048)])
 
 
 def _upper_quantile(scores: Tensor, share: float) -> float:

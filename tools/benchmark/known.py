@@ -138,6 +138,9 @@ def size_of(paths: list[str]) -> tuple[int, int]:
 def measure(photos: Photos, truth: Any, rows: Any, seed: int) -> dict[str, Any]:
     """False known, found, findable and threshold of each rule."""
     import numpy as np
+    import torch
+
+    from fastreid_uns.photos.identify import left_out_scores
 
     begin, draw = time.monotonic(), np.random.default_rng(seed)
     individuals = draw.permutation(np.unique(truth[rows]))
@@ -151,6 +154,7 @@ def measure(photos: Photos, truth: Any, rows: Any, seed: int) -> dict[str, Any]:
     for group in draw.permutation(start.groups.max() + 1):
         held |= (start.groups == group) & (held.mean() < HELD)
     apart = features(photos, own, rest, trained_on=np.flatnonzero(~held))
+    crossed_once = left_out_scores(apart.views, torch.from_numpy(apart.strict), torch.from_numpy(held))
     best = np.quantile(best_match(trained)[1][~asked.old], 1 - SHARE)
     rules = {
         "untrained": judged(start, asked, quantile(scores(start, start.strict))),
@@ -161,7 +165,7 @@ def measure(photos: Photos, truth: Any, rows: Any, seed: int) -> dict[str, Any]:
         "crossed, whole groups": judged(trained, asked, crossed(trained, trained.views, trained.groups)),
         "groups": judged(trained, asked, quantile(of_groups(trained))),
         "held out": judged(apart, asked, quantile(scores(apart, apart.strict, held))),
-        "held out, crossed": judged(apart, asked, quantile(left_out(apart, held))),
+        "held out, crossed": judged(apart, asked, quantile(crossed_once.numpy())),
         "best": judged(trained, asked, float(best)),
     }
     return {"rules": rules, "photos": len(own), "asked": len(rest), "seconds": time.monotonic() - begin}
@@ -203,20 +207,6 @@ def crossed(space: SimpleNamespace, views: Any, groups: Any) -> float:
     strict = torch.from_numpy(space.strict)
     least = least_known(views, torch.from_numpy(groups))
     return max(fit_thresholds(torch.from_numpy(space.feats), strict).known, least)
-
-
-def left_out(space: SimpleNamespace, held: Any) -> Any:
-    """Largest cosine of photos to all others, by a whitening of the others."""
-    import torch
-
-    from fastreid_uns.modeling.whitening import MainDirections, ViewWhitening
-
-    dim, strict = space.views.shape[2], torch.from_numpy(space.strict)
-    together = strict.bincount()[strict] > 1
-    known = torch.from_numpy(~held)
-    whitening = ViewWhitening(dim, dim).fit(MainDirections.of(space.views[known], dim), strict[known])
-    feats = torch.nn.functional.normalize(whitening(space.views.mean(1)))
-    return (feats[~known & together] @ feats[known & together].T).amax(1).numpy()
 
 
 def of_groups(space: SimpleNamespace) -> Any:
