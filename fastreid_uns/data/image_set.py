@@ -72,6 +72,9 @@ class ImageSet:
         self._list([self.records[i] for i in index])
         self._loader = None
 
+    def release(self) -> None:
+        """Give back memory that is not needed before the images are read again; here there is none."""
+
     def stream(self, batches: Iterable[Sequence[int]], device: torch.device | str) -> Iterator[Tensor]:
         """For each list of B indices, in order, the images as uint8 (B,3,H,W) on `device`.
 

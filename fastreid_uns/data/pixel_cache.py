@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fastreid_uns.data.image_check import united
 from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.data.pixel_file import BLOCK, gib, map_pixels
 from fastreid_uns.errors import InvalidState, InvalidValue, UserError
+from fastreid_uns.utils.memory import drop_pages
 from fastreid_uns.utils.progress import progress
 from fastreid_uns.utils.transfer import to_device
 
@@ -61,8 +63,9 @@ class CachedImageSet(ImageSet):
         self._source: ImageSet | None = None  # of what is not held yet
         self._held = torch.ones(len(images), dtype=torch.bool)
         self._rows: Tensor | None = None  # of `pixels` for each index, once images have been left out
+        self._mapping: mmap.mmap | None = None
         if where == "disk":
-            self.pixels, self._errors = map_pixels(images, Path(folder), what)
+            self.pixels, self._errors, self._mapping = map_pixels(images, Path(folder), what)
         else:
             self.pixels = _allocate(images, where, torch.device(device if where == "device" else "cpu"))
             self._source = images
@@ -89,6 +92,11 @@ class CachedImageSet(ImageSet):
         self._rows = chosen if self._rows is None else self._rows[chosen]
         self._errors = {new: self._errors[old] for new, old in enumerate(index) if old in self._errors}
         self._list([self.records[i] for i in index])
+
+    def release(self) -> None:
+        """See `ImageSet.release`: what is mapped from a file takes no memory until it is read again."""
+        if self._mapping is not None:
+            drop_pages(self._mapping)
 
     def stream(self, batches: Iterable[Sequence[int]], device: torch.device | str) -> Iterator[Tensor]:
         """See `ImageSet.stream`."""

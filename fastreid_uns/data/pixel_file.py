@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from os.path import commonpath, dirname
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -51,7 +51,15 @@ _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _KEY = "DATALOADER.CACHE disk"
 
 
-def map_pixels(images: ImageSet, folder: Path, what: str) -> tuple[Tensor, dict[int, UserError]]:
+class MappedPixels(NamedTuple):
+    """The pixels of a set of N images in a file."""
+
+    pixels: Tensor  # (N,3,H,W) uint8
+    errors: dict[int, UserError]  # of images that cannot be read, by index; their pixels are 0
+    mapping: mmap.mmap  # the memory of `pixels`
+
+
+def map_pixels(images: ImageSet, folder: Path, what: str) -> MappedPixels:
     """The pixels of a set from its file, which is written first if there is none, or none that is whole.
 
     Processes share the work, also that of reading the checksums; all must call.
@@ -60,9 +68,6 @@ def map_pixels(images: ImageSet, folder: Path, what: str) -> tuple[Tensor, dict[
         images: N images; decoded once if the file has to be written.
         folder: where the files are, on a file system that all processes see.
         what: the images are to the run, such as `DATASETS.TRAIN`; older files of the same owner are removed.
-
-    Returns:
-        (N,3,H,W) uint8, and the errors of images that cannot be read, by index; their pixels are 0.
 
     Raises:
         RuntimeError: the file cannot be written.
@@ -73,7 +78,7 @@ def map_pixels(images: ImageSet, folder: Path, what: str) -> tuple[Tensor, dict[
     file = folder / f"{start}-{owner}-{state}.bin"
     there = any(gather_objects(os.path.lexists(file)))
     found = _open(file, shape)
-    whole = found is not None and _is_whole(*found)
+    whole = found is not None and _is_whole(*found[:2])
     if all(gather_objects(whole)):
         logger.info("%s: pixels of %s images from %s", what, f"{len(images):,}", file)
     else:
@@ -87,9 +92,9 @@ def map_pixels(images: ImageSet, folder: Path, what: str) -> tuple[Tensor, dict[
     barrier()
     if found is None:
         raise InvalidState(f"{_KEY}: {file} was changed while it was written. Give each run a folder of its own.")
-    pixels, content = found
+    pixels, content, mapping = found
     errors = {int(i): _error(images.paths[int(i)], *said) for i, said in content["unreadable"].items()}
-    return pixels, errors
+    return MappedPixels(pixels, errors, mapping)
 
 
 def gib(shape: tuple[int, ...]) -> str:
@@ -115,8 +120,8 @@ def _state(images: ImageSet) -> str:
     return digest.hexdigest()[:16]
 
 
-def _open(file: Path, shape: tuple[int, ...]) -> tuple[Tensor, dict[str, Any]] | None:
-    """The mapped pixels and the content of the text behind them; None where there is no such file."""
+def _open(file: Path, shape: tuple[int, ...]) -> tuple[Tensor, dict[str, Any], mmap.mmap] | None:
+    """The mapped pixels, the content of the text behind them, and the mapping; None where there is no such file."""
     size = int(np.prod(shape))
     try:
         with open(os.open(file, os.O_RDONLY | _NO_FOLLOW), "rb") as stream:
@@ -131,7 +136,7 @@ def _open(file: Path, shape: tuple[int, ...]) -> tuple[Tensor, dict[str, Any]] |
     content = json.loads(text[:-8])
     if content["format"] != FORMAT or tuple(content["shape"]) != shape:
         return None
-    return torch.frombuffer(mapped, dtype=torch.uint8, count=size).view(shape), content
+    return torch.frombuffer(mapped, dtype=torch.uint8, count=size).view(shape), content, mapped
 
 
 def _is_whole(pixels: Tensor, content: dict[str, Any]) -> bool:

@@ -236,6 +236,7 @@ def _by_block(
         kept.begin((len(images), number, *found.shape[2:]), found.dtype)
         kept.put(rows, found)
         told(made.shape[0] * made.shape[1])
+    images.release()
     return kept
 
 

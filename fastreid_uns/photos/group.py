@@ -28,6 +28,7 @@ from fastreid_uns.photos.view_store import ViewStore
 from fastreid_uns.pseudo_labels.base import centroids
 from fastreid_uns.pseudo_labels.constraints import Constraints
 from fastreid_uns.pseudo_labels.linkage import Dendrogram, average_linkage, multi_scale_distance
+from fastreid_uns.utils.allocator import raise_malloc_thresholds
 from fastreid_uns.utils.precision import full_precision
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,10 @@ def embed(
         kept: what the network gives for the views goes there; what is there already is not computed again.
         told: see `Clock`.
     """
-    with full_precision(encoder.mean.device):
+    device = encoder.mean.device
+    if device.type == "cpu":
+        raise_malloc_thresholds()
+    with full_precision(device):
         return _embed(images, encoder, settings, constraints, ViewStore() if kept is None else kept, told)
 
 

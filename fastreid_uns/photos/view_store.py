@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import math
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastreid_uns.errors import InvalidState
 from fastreid_uns.photos.files import own_folder
+from fastreid_uns.utils.memory import drop_pages
 from fastreid_uns.utils.transfer import to_device
 
 _HEAD = 4096  # bytes of a file before its rows: how many are there, then JSON
@@ -42,8 +43,7 @@ class ViewStore:
     def __init__(self, file: Path | None = None, mark: str = "") -> None:
         self.file, self.mark = file, mark
         self.done, self.values, self.device = 0, torch.empty(0, 0), torch.device("cpu")
-        self._mapped: np.memmap | None = None
-        self._count: np.memmap | None = None
+        self._mapped: mmap.mmap | None = None  # of the whole file
         if file is not None:
             self._go_on(file)
 
@@ -73,10 +73,11 @@ class ViewStore:
         """Keep the next rows."""
         self.values[rows] = found.to(self.values.device, self.values.dtype)
         self.done = rows.stop
-        if self._mapped is not None and self._count is not None:
+        if self._mapped is not None:
             self._mapped.flush()  # rows first: after a power cut none is missing that the file says is there
-            self._count[0] = self.done
-            self._count.flush()
+            self._mapped[:8] = self.done.to_bytes(8, "little")
+            self._mapped.flush(0, _HEAD)
+            drop_pages(self._mapped)
 
     def take(self, photos: slice | Tensor, chosen: Tensor | None = None) -> Tensor:
         """float32 of some photos: (B, V, ...), or (B, n, ...) of the (B, n) chosen views."""
@@ -89,7 +90,7 @@ class ViewStore:
         """A store of some photos, in memory."""
         part = copy.copy(self)
         part.values, part.done = self.values[photos.to(self.values.device)], len(photos)
-        part.file = part._mapped = part._count = None
+        part.file = part._mapped = None
         return part
 
     def remove(self) -> None:
@@ -130,9 +131,8 @@ class ViewStore:
             ) from error
 
     def _map(self, stream: BinaryIO, shape: Sequence[int], dtype: str) -> None:
-        values: Any = np.memmap(stream, np.dtype(dtype), "r+", offset=_HEAD, shape=tuple(shape))
-        self._mapped, self._count = values, np.memmap(stream, np.int64, "r+", shape=(1,))
-        self.values = torch.from_numpy(values)
+        self._mapped = mmap.mmap(stream.fileno(), 0)
+        self.values = torch.frombuffer(self._mapped, dtype=_KINDS[dtype], offset=_HEAD).view(*shape)
 
 
 def on_device(size: int, device: torch.device) -> bool:

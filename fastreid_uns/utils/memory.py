@@ -1,8 +1,9 @@
-"""How much memory there is."""
+"""How much memory there is, and how memory of mapped files is given back."""
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from pathlib import Path
 
@@ -20,3 +21,12 @@ def total_memory(device: torch.device) -> int:
         with contextlib.suppress(OSError, ValueError):  # no such file, or the word "max"
             found = min(found, int(limit.read_text()))
     return found
+
+
+def drop_pages(mapping: mmap.mmap) -> None:
+    """Give back the memory of a mapped file; what is read again comes from the file. Some systems do so by themselves.
+
+    What was written to a private mapping is lost.
+    """
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
