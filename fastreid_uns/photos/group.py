@@ -24,10 +24,11 @@ from fastreid_uns.photos.embed import (
     whitened,
     whitening_of,
 )
+from fastreid_uns.photos.local import LocalMatch, local_descriptors, local_match
 from fastreid_uns.photos.view_store import ViewStore
 from fastreid_uns.pseudo_labels.base import centroids
 from fastreid_uns.pseudo_labels.constraints import Constraints
-from fastreid_uns.pseudo_labels.linkage import Dendrogram, average_linkage, multi_scale_distance
+from fastreid_uns.pseudo_labels.linkage import Dendrogram, average_linkage, multi_scale_distance, reach_of
 from fastreid_uns.utils.allocator import raise_malloc_thresholds
 from fastreid_uns.utils.precision import full_precision
 
@@ -81,6 +82,7 @@ class Features(NamedTuple):
 
     feats: Tensor  # (N, D), unit length
     views: Tensor  # (N, V, D) before the whitening, along the main directions; for `identify.least_known`
+    local: LocalMatch | None = None  # where it tells more than features alone; only after training
 
 
 class Grouping(NamedTuple):
@@ -161,23 +163,33 @@ def _embed(
     pooled = pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW))
     feats = fitted(stages, pooled, settings, constraints).feats
     del pooled
+    positives = positive_groups(feats, settings, constraints)
+    local = local_match(local_descriptors(kept), feats, positives, reach_of(settings.k1))
+    if local is not None:
+        positives = positive_groups(feats, settings, constraints, local)
     clock.stage = "train"
     losses = adapt(
         stages,
         kept,
         whitening_of(stages.head),
         how,
-        positive_groups(feats, settings, constraints),
+        positives,
         seed=settings.seed,
         told=lambda views: clock.add(views * _TRAINED_VIEW),
     )
     logger.info("trained %d steps: loss %.2f to %.2f", len(losses), losses[0], losses[-1])
     clock.stage = "features"
     pooled = pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW))
-    return fitted(stages, pooled, settings, constraints)
+    return fitted(stages, pooled, settings, constraints, local)
 
 
-def fitted(stages: Stages, pooled: Tensor, settings: Settings, constraints: Constraints | None = None) -> Features:
+def fitted(
+    stages: Stages,
+    pooled: Tensor,
+    settings: Settings,
+    constraints: Constraints | None = None,
+    local: LocalMatch | None = None,
+) -> Features:
     """Features of photos by a whitening that is fitted to them: to their views, then to the groups that come out too.
 
     Args:
@@ -185,31 +197,37 @@ def fitted(stages: Stages, pooled: Tensor, settings: Settings, constraints: Cons
     """
     whitening = whitening_of(stages.head)
     if len(pooled) == 1:  # has nothing to be fitted to
-        return Features(whitened(stages.head, pooled).cpu(), pooled.cpu())
+        return Features(whitened(stages.head, pooled).cpu(), pooled.cpu(), local)
     found = MainDirections.of(pooled, whitening.dim)
     whitening.fit(found)
-    groups = positive_groups(whitened(stages.head, pooled).cpu(), settings, constraints)
+    groups = positive_groups(whitened(stages.head, pooled).cpu(), settings, constraints, local)
     whitening.fit(found, groups)
-    return Features(whitened(stages.head, pooled).cpu(), found.views.cpu())
+    return Features(whitened(stages.head, pooled).cpu(), found.views.cpu(), local)
 
 
-def positive_groups(feats: Tensor, settings: Settings, constraints: Constraints | None = None) -> Tensor:
+def positive_groups(
+    feats: Tensor, settings: Settings, constraints: Constraints | None = None, local: LocalMatch | None = None
+) -> Tensor:
     """(N,) int64 groups that hold few photos of other individuals, but not all of their own."""
-    return torch.from_numpy(cluster(feats, replace(settings, threshold=settings.positives), constraints).labels)
+    strict = replace(settings, threshold=settings.positives)
+    return torch.from_numpy(cluster(feats, strict, constraints, local).labels)
 
 
-def cluster(feats: Tensor, settings: Settings, constraints: Constraints | None = None) -> Grouping:
+def cluster(
+    feats: Tensor, settings: Settings, constraints: Constraints | None = None, local: LocalMatch | None = None
+) -> Grouping:
     """Groups of photos by their features.
 
     Args:
         feats: (N, D) float32, unit length, N at least 1.
         constraints: answers that the groups keep to.
+        local: counts beside the features.
     """
     from scipy.sparse import csr_matrix
 
     count = len(feats)
     distance = (
-        multi_scale_distance(feats, settings.k1, settings.k2, cosine=settings.cosine)
+        multi_scale_distance(feats, settings.k1, settings.k2, cosine=settings.cosine, similarity=local)
         if count > 1
         else csr_matrix((1, 1), dtype=np.float32)
     )
@@ -267,8 +285,8 @@ def group(
     told: Told = _silent,
 ) -> Grouping:
     """`embed` and `cluster`: from any number of photos, at least one, to groups."""
-    feats = embed(images, encoder, settings, constraints=constraints, told=told).feats
-    return cluster(feats, settings, constraints)
+    found = embed(images, encoder, settings, constraints=constraints, told=told)
+    return cluster(found.feats, settings, constraints, found.local)
 
 
 def features(images: ImageSet, encoder: Encoder, settings: Settings) -> Tensor:

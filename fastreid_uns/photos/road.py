@@ -25,6 +25,7 @@ from fastreid_uns.photos.decisions import Decisions
 from fastreid_uns.photos.group import Features, Settings, cluster, embed, for_count
 from fastreid_uns.photos.identify import least_known
 from fastreid_uns.photos.informative import meeting_heights, refitted_threshold
+from fastreid_uns.photos.local import LocalMatch
 from fastreid_uns.photos.network import Network, Origin, describe, start
 from fastreid_uns.photos.outcome import constraints_of, members_of, strict_groups, write_outcome
 from fastreid_uns.photos.report import write_report
@@ -175,11 +176,11 @@ def _group(
     decisions = Decisions(run.folder / "decisions.csv")
     constraints = constraints_of(album.names, album.equal, decisions)
     with watch.step("features and training"):
-        feats, views = _features(run, album, images, network, settings, constraints, teller)
+        feats, views, local = _features(run, album, images, network, settings, constraints, teller)
         network.model.cpu()
     with watch.step("group"):
-        settings = _refitted(feats, settings, album.names, decisions)
-        grouping = cluster(feats, settings, constraints)
+        settings = _refitted(feats, local, settings, album.names, decisions)
+        grouping = cluster(feats, settings, constraints, local)
     _tell_gone(run, album, teller)
     members = members_of(run, album.names, grouping)
     about = {
@@ -268,7 +269,8 @@ def _features(
     if earlier is not None:
         teller.line("features and weights are those of an earlier command; nothing that they depend on has changed")
         found = {name: torch.from_numpy(value) for name, value in earlier.items()}
-        features = Features(found.pop("feats"), found.pop("views"))
+        feats, views, descriptors = (found.pop(name) for name in Features._fields)
+        features = Features(feats, views, LocalMatch(descriptors) if len(descriptors) else None)
         network.encoder.load_state_dict(found)
         return features
     kept = ViewStore(run.folder / "state" / "unfinished.bin", mark)
@@ -276,7 +278,10 @@ def _features(
         teller.line(f"{kept.done:,} of {plural(len(album), 'photo')} were done by an earlier command")
     features = embed(images, network.encoder, settings, constraints=constraints, kept=kept, told=teller.share)
     state = {name: value.cpu().numpy() for name, value in network.encoder.state_dict().items()}
-    run.save_state("features", mark, {**{name: value.numpy() for name, value in features._asdict().items()}, **state})
+    feats, views, local = features
+    descriptors = torch.empty(0) if local is None else local.descriptors
+    kinds = zip(Features._fields, (feats, views, descriptors), strict=True)
+    run.save_state("features", mark, {**{name: value.numpy() for name, value in kinds}, **state})
     kept.remove()
     return features
 
@@ -293,7 +298,9 @@ def _mark(album: Album, network: Network, settings: Settings, constraints: Const
     return whole.hexdigest()
 
 
-def _refitted(feats: Tensor, settings: Settings, names: list[str], decisions: Decisions) -> Settings:
+def _refitted(
+    feats: Tensor, local: LocalMatch | None, settings: Settings, names: list[str], decisions: Decisions
+) -> Settings:
     """Settings whose threshold agrees best with the answers about pairs."""
     place = {name: position for position, name in enumerate(names)}
     answers = [
@@ -304,7 +311,7 @@ def _refitted(feats: Tensor, settings: Settings, names: list[str], decisions: De
     if not answers:
         return settings
     pairs = np.array([answer[:2] for answer in answers])
-    heights = meeting_heights(cluster(feats, settings).dendrogram, pairs)
+    heights = meeting_heights(cluster(feats, settings, local=local).dendrogram, pairs)
     same = np.array([answer[2] for answer in answers])
     return replace(settings, threshold=refitted_threshold(settings.threshold, heights, same))
 

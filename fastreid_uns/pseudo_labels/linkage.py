@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,6 +20,9 @@ from fastreid_uns.structures import FeatureBank, NoClusters, PairAnswers, Pseudo
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
+PairSimilarity = Callable[[Tensor, Tensor, Tensor], Tensor]  # (M,) images, (M,) images, their cosines → similarities
+
+_REACH = 1.2  # neighbours that are compared by a similarity, with those that vote as 1
 _UNIT = 2**20  # of similarities, which are integers: their sums are exact, so no order of images shows
 
 
@@ -115,6 +119,7 @@ def multi_scale_distance(
     *,
     cosine: float = 0.5,
     max_distance: float = 0.98,
+    similarity: PairSimilarity | None = None,
 ) -> csr_matrix:
     """Jaccard distances of several neighbourhood sizes and the cosine distance, averaged.
 
@@ -127,6 +132,8 @@ def multi_scale_distance(
         k2: see `jaccard_distance`; at most a third of the neighbours that vote.
         cosine: weight of 1 - cosine, cut to 0..1, in pairs that are near at any size; 0 leaves it out.
         max_distance: pairs farther apart at a size have distance 1 there; four fifths of all pairs share that little.
+        similarity: takes the place of the cosine between images that are near by their features, see `reach_of`; others
+            do not vote and have a cosine distance of 1.
 
     Returns:
         As `jaccard_distance`; pairs that are near at no size are absent, whatever their cosine.
@@ -142,7 +149,8 @@ def multi_scale_distance(
     sizes = sorted({min(k, len(feats)) for k in k1})
     if min(sizes, default=0) < 2 or k2 < 1:
         raise InvalidValue(f"jaccard distance: k1 is {list(k1)} and k2 is {k2}; at least 2 and 1 are accepted.")
-    sq, index = nearest_neighbours(feats, sizes[-1])
+    compared = None if similarity is None else _compared(feats, reach_of(sizes), similarity)
+    sq, index = nearest_neighbours(feats, sizes[-1]) if compared is None else _most_similar(compared, sizes[-1])
     shared = csr_matrix((len(feats), len(feats)), dtype=np.float32)
     for k in sizes:
         encoding = encode(feats, sq[:, :k], index[:, :k], k, min(k2, max(k // 3, 1)), lambda rows, distances: distances)
@@ -150,10 +158,74 @@ def multi_scale_distance(
         one.data = (1 - one.data) / len(sizes)
         shared = shared + one
     shared.sort_indices()
-    shared.data = (1 - cosine) * (1 - shared.data) + (cosine * _cosine_distances(feats, shared) if cosine else 0)
+    shared.data = (1 - cosine) * (1 - shared.data)
+    if cosine:
+        found = _cosine_distances(feats, shared) if compared is None else 1 - _looked_up(compared, shared).clip(0, 1)
+        shared.data += cosine * found
     shared.data = np.minimum(np.round(shared.data * 2**20) / 2**20, 1 - 2.0**-20).astype(np.float32)
     shared.setdiag(0)
     return shared
+
+
+def reach_of(k1: Sequence[int]) -> int:
+    """Neighbours of an image, itself included, with which a `similarity` compares it."""
+    return math.ceil(_REACH * max(k1))
+
+
+def near_pairs(feats: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of images of which one is among the k nearest of the other, itself included, each pair once.
+
+    Args:
+        feats: (N, D) float, unit length.
+        k: taken as N if there are fewer images.
+
+    Returns:
+        (M,) int64 first images, ascending, (M,) int64 second ones, which are larger, and (M,) float32 cosines; on the
+        CPU.
+    """
+    count = len(feats)
+    sq, index = (found.cpu() for found in nearest_neighbours(feats, min(k, count)))
+    images = torch.arange(count)[:, None].expand_as(index)
+    keys = torch.minimum(images, index) * count + torch.maximum(images, index)
+    pairs, place = keys[:, 1:].reshape(-1).unique(return_inverse=True)
+    cosines = torch.empty(len(pairs)).scatter_(0, place, 1 - sq[:, 1:].reshape(-1) / 2)
+    return pairs // count, pairs % count, cosines
+
+
+def _compared(feats: Tensor, k: int, similarity: PairSimilarity) -> csr_matrix:
+    """(N, N) symmetric float32 similarities of near pairs."""
+    from scipy.sparse import csr_matrix
+
+    first, second, cosines = near_pairs(feats, k)
+    found = similarity(first, second, cosines).numpy()
+    rows, columns = torch.cat([first, second]).numpy(), torch.cat([second, first]).numpy()
+    matrix = csr_matrix((np.concatenate([found, found]), (rows, columns)), shape=(len(feats), len(feats)))
+    matrix.sort_indices()
+    return matrix
+
+
+def _most_similar(compared: csr_matrix, k: int) -> tuple[Tensor, Tensor]:
+    """As `nearest_neighbours`, by similarities: 2 - 2 * similarity takes the place of the squared distance."""
+    count = compared.shape[0]
+    itself = np.arange(count)
+    rows = np.concatenate([itself, compared.tocoo().row])
+    columns = np.concatenate([itself, compared.indices])
+    values = np.concatenate([np.full(count, np.inf, np.float32), compared.data])
+    order = np.lexsort((columns, -values, rows))
+    starts = np.arange(count) + compared.indptr[:-1]
+    chosen = order[starts[:, None] + np.arange(k)]
+    sq = 2 - 2 * np.minimum(values[chosen], 1)
+    return torch.from_numpy(sq.astype(np.float32)), torch.from_numpy(columns[chosen].astype(np.int64))
+
+
+def _looked_up(compared: csr_matrix, pairs: csr_matrix) -> np.ndarray:
+    """Entries of a matrix at those of another one, in their order; 0 where there is none. Both have sorted indices."""
+    count = compared.shape[0]
+    there, wanted = (one.tocoo().row.astype(np.int64) * count + one.indices for one in (compared, pairs))
+    place = np.searchsorted(there, wanted).clip(max=max(len(there) - 1, 0))
+    return (
+        np.where(there[place] == wanted, compared.data[place], 0) if len(there) else np.zeros(len(wanted), np.float32)
+    )
 
 
 def _cosine_distances(feats: Tensor, pairs: csr_matrix, block: int = 1 << 18) -> np.ndarray:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastreid_uns import group_photos
 from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile
-from fastreid_uns.photos import embed, road
+from fastreid_uns.photos import embed, group, road
 from fastreid_uns.photos.adapt import Adaptation
 from fastreid_uns.photos.addition import _extended, add_photos
 from fastreid_uns.photos.album import read_album
@@ -22,6 +22,7 @@ from fastreid_uns.photos.group import Features, Settings
 from fastreid_uns.photos.identify import Identity
 from fastreid_uns.photos.index import Index
 from fastreid_uns.photos.known import Known, said
+from fastreid_uns.photos.local import LocalMatch
 from fastreid_uns.photos.network import describe
 from fastreid_uns.photos.store import PhotoRun
 from fastreid_uns.photos.teller import Teller
@@ -147,9 +148,18 @@ def test_a_finished_run_is_not_overwritten(run, network):
         grouped(run.photos.parent, run.folder, network)
 
 
-def test_the_same_call_goes_on_after_an_interruption(tmp_path, network, monkeypatch):
+@pytest.mark.parametrize("places", [False, True])
+def test_the_same_call_goes_on_after_an_interruption(tmp_path, network, monkeypatch, places):
     draw_things(tmp_path / "photos", range(3), range(3))
     monkeypatch.setattr(road, "Adaptation", few_steps)
+    clustered = []
+
+    def watched(feats, settings, constraints=None, local=None):
+        clustered.append(local)
+        return group.cluster(feats, settings, constraints, local)
+
+    monkeypatch.setattr(road, "cluster", watched)
+    monkeypatch.setattr(group, "local_match", lambda found, *_: LocalMatch(found) if places else None)
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -165,6 +175,8 @@ def test_the_same_call_goes_on_after_an_interruption(tmp_path, network, monkeypa
     assert len(run.groups()) == 9
     whole = grouped_anew(tmp_path, network, monkeypatch)
     assert parts(run) == parts(whole)
+    assert [local is not None for local in clustered] == [places] * 3
+    assert not places or torch.equal(clustered[0].descriptors, clustered[1].descriptors)
     assert (
         Index.load(run.folder / "index.safetensors").fingerprint
         == Index.load(whole.folder / "index.safetensors").fingerprint

@@ -15,7 +15,13 @@ from scipy.sparse import csr_matrix
 from scipy.spatial.distance import squareform
 
 from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
-from fastreid_uns.pseudo_labels.linkage import AverageLinkageLabels, average_linkage, multi_scale_distance
+from fastreid_uns.pseudo_labels.linkage import (
+    AverageLinkageLabels,
+    average_linkage,
+    multi_scale_distance,
+    near_pairs,
+    reach_of,
+)
 from fastreid_uns.structures import FeatureBank, NoClusters
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -171,6 +177,41 @@ def test_several_sizes_are_the_mean_of_dense_distances_and_the_cosine(cosine):
     np.fill_diagonal(distances, 0)
     np.testing.assert_allclose(distances, expected, atol=3e-6, rtol=0)
     assert (abs(found - found.T) > 2**-19).nnz == 0
+
+
+def test_near_pairs_are_those_of_a_dense_search():
+    feats = F.normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)))
+    first, second, cosines = near_pairs(feats, 5)
+    products = feats.double() @ feats.double().T
+    nearest = products.topk(5).indices.tolist()
+    expected = sorted({tuple(sorted((i, j))) for i in range(40) for j in nearest[i] if i != j})
+    assert list(zip(first.tolist(), second.tolist(), strict=True)) == expected
+    torch.testing.assert_close(cosines.double(), products[first, second], atol=1e-6, rtol=0)
+
+
+def test_a_similarity_takes_the_place_of_the_cosine():
+    feats = F.normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)))
+    other = F.normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(1)))
+    assert reach_of((9, 40)) >= 40  # all pairs are compared
+    sizes = {"k1": (9, 40), "k2": 1, "max_distance": 1.0}
+    plain = multi_scale_distance(feats, **sizes).toarray()
+    same = multi_scale_distance(feats, **sizes, similarity=lambda first, second, cosine: cosine).toarray()
+    np.testing.assert_allclose(same, plain, atol=3e-6, rtol=0)
+    expected = multi_scale_distance(other, **sizes).toarray()
+    found = multi_scale_distance(feats, **sizes, similarity=lambda a, b, cosine: (other[a] * other[b]).sum(1)).toarray()
+    agreed = np.corrcoef(found.ravel(), expected.ravel())[0, 1]
+    assert agreed > 0.9  # members that come by expansion are still weighed by the features
+    assert np.corrcoef(plain.ravel(), expected.ravel())[0, 1] < 0.7
+
+
+def test_images_that_no_similarity_compares_are_far_apart():
+    feats = F.normalize(torch.randn(60, 4, generator=torch.Generator().manual_seed(0)))
+    found = multi_scale_distance(feats, (5,), 1, cosine=1.0, similarity=lambda a, b, cosine: cosine).tocoo()
+    first, second, cosines = near_pairs(feats, reach_of((5,)))
+    near = dict(zip(zip(first.tolist(), second.tolist(), strict=True), (1 - cosines).clip(0, 1).tolist(), strict=True))
+    pairs = [(a, b, d) for a, b, d in zip(found.row.tolist(), found.col.tolist(), found.data, strict=True) if a < b]
+    assert any((a, b) not in near for a, b, _ in pairs)
+    assert all(d == pytest.approx(near.get((a, b), 1), abs=3e-6) for a, b, d in pairs)
 
 
 def test_several_sizes_are_those_that_a_small_set_has():

@@ -166,7 +166,8 @@ def measure(
 class Photos:
     """Photos of a scan, with the activations of their views and the network that makes features of these.
 
-    `seconds` adds up the time of each stage; `fitted` has the features that were made last, and their views.
+    `seconds` adds up the time of each stage; `fitted` has the features that were made last, and their views, `local`
+    the local descriptors that count beside them.
     """
 
     def __init__(self, found: Any, seed: int, device: Any, weights: str) -> None:
@@ -191,6 +192,7 @@ class Photos:
             self.kept = cache_activations(self.stages, images, self.settings.views, seed)
         with self.timed("features"):
             self.published_features = pooled_features(self.stages, self.kept)
+        self.local: Any = None
         self.groups: Any = None
         self.asked: Any = None  # groups, threshold and answers so far
 
@@ -215,18 +217,25 @@ class Photos:
         from fastreid_uns.photos.adapt import adapt
         from fastreid_uns.photos.embed import pooled_features, whitening_of
         from fastreid_uns.photos.group import for_count, positive_groups
+        from fastreid_uns.photos.local import LocalMatch, local_descriptors, local_match
+        from fastreid_uns.pseudo_labels.linkage import reach_of
 
         self.encoder.load_state_dict(self.published, strict=False)
         kept = self.kept if rows is None else self.part(rows)
         how = self.settings.adaptation
         how = how if steps is None else dataclasses.replace(how, steps=steps)
+        self.local = None
         feats = self._fitted(self.published_features if rows is None else self.published_features[rows])
         if how.steps:
             with self.timed("training"):
-                part = kept if trained_on is None else kept.part(torch.from_numpy(trained_on))
-                if unit is None:
-                    known = feats if trained_on is None else feats[torch.from_numpy(trained_on)]
-                    unit = positive_groups(known, for_count(self.usual, len(known)))
+                chosen = torch.arange(len(kept)) if trained_on is None else torch.from_numpy(trained_on)
+                part, known = kept if trained_on is None else kept.part(chosen), feats[chosen]
+                settings = for_count(self.usual, len(known))
+                groups, places = positive_groups(known, settings), local_descriptors(kept)
+                if local_match(places[chosen], known, groups, reach_of(settings.k1)):
+                    self.local = LocalMatch(places)
+                    groups = positive_groups(known, settings, local=LocalMatch(places[chosen]))
+                unit = groups if unit is None else unit
                 adapt(self.stages, part, whitening_of(self.stages.head), how, unit, seed=self.seed)
             with self.timed("features"):
                 pooled = pooled_features(self.stages, kept)
@@ -237,7 +246,7 @@ class Photos:
         from fastreid_uns.photos.group import fitted, for_count
 
         with self.timed("features"):
-            self.fitted = fitted(self.stages, pooled, for_count(self.usual, len(pooled)))
+            self.fitted = fitted(self.stages, pooled, for_count(self.usual, len(pooled)), local=self.local)
         return self.fitted.feats
 
     def more_features(self, rows: Any) -> Any:
@@ -252,7 +261,7 @@ class Photos:
         from fastreid_uns.photos.group import cluster
 
         with self.timed("clustering"):
-            return cluster(feats, dataclasses.replace(self.settings, **changes), constraints)
+            return cluster(feats, dataclasses.replace(self.settings, **changes), constraints, self.local)
 
     def part(self, rows: Any) -> Any:
         """The activations of some photos."""
