@@ -39,6 +39,8 @@ class Addition(NamedTuple):
 def add_photos(run: PhotoRun, folder: str | Path, teller: Teller | None = None, *, device: str = "auto") -> Addition:
     """Assign the photos of another folder; groups that are known keep their numbers and their photos.
 
+    Features alone are compared: the index holds no local descriptors.
+
     Args:
         device: see `Known`.
 
