@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fastreid_uns import __version__
 from fastreid_uns.data.image_set import ImageSet
@@ -176,24 +175,24 @@ def _group(
     decisions = Decisions(run.folder / "decisions.csv")
     constraints = constraints_of(album.names, album.equal, decisions)
     with watch.step("features and training"):
-        feats, views, local = _features(run, album, images, network, settings, constraints, teller)
+        found = _features(run, album, images, network, settings, constraints, teller)
         network.model.cpu()
     with watch.step("group"):
-        settings = _refitted(feats, local, settings, album.names, decisions)
-        grouping = cluster(feats, settings, constraints, local)
+        settings = _refitted(found, settings, album.names, decisions)
+        grouping = cluster(found.feats, settings, constraints, found.local)
     _tell_gone(run, album, teller)
     members = members_of(run, album.names, grouping)
     about = {
         "weights": origin._asdict(),
         "size": list(network.size),
-        "settings": _told_settings(settings),
+        "settings": {**_told_settings(settings), "local descriptors": "not used" if found.local is None else "used"},
         "scan": album.facts,
         "audit": draw(members, asked.seed),
         "fastreid_uns": __version__,
         "commit": commit(Path(__file__).resolve().parents[2]),
     }
     with watch.step("write the groups"):
-        least = least_known(views, strict_groups(grouping, constraints))
+        least = least_known(found.views, strict_groups(grouping, constraints))
         write_outcome(run, members, grouping, network, settings, constraints, copy=asked.copy, about=about, least=least)
 
 
@@ -277,11 +276,9 @@ def _features(
     if kept.done:
         teller.line(f"{kept.done:,} of {plural(len(album), 'photo')} were done by an earlier command")
     features = embed(images, network.encoder, settings, constraints=constraints, kept=kept, told=teller.share)
-    state = {name: value.cpu().numpy() for name, value in network.encoder.state_dict().items()}
-    feats, views, local = features
-    descriptors = torch.empty(0) if local is None else local.descriptors
-    kinds = zip(Features._fields, (feats, views, descriptors), strict=True)
-    run.save_state("features", mark, {**{name: value.numpy() for name, value in kinds}, **state})
+    descriptors = torch.empty(0) if features.local is None else features.local.descriptors
+    tensors = {**features._asdict(), "local": descriptors, **network.encoder.state_dict()}
+    run.save_state("features", mark, {name: value.cpu().numpy() for name, value in tensors.items()})
     kept.remove()
     return features
 
@@ -298,9 +295,7 @@ def _mark(album: Album, network: Network, settings: Settings, constraints: Const
     return whole.hexdigest()
 
 
-def _refitted(
-    feats: Tensor, local: LocalMatch | None, settings: Settings, names: list[str], decisions: Decisions
-) -> Settings:
+def _refitted(found: Features, settings: Settings, names: list[str], decisions: Decisions) -> Settings:
     """Settings whose threshold agrees best with the answers about pairs."""
     place = {name: position for position, name in enumerate(names)}
     answers = [
@@ -311,7 +306,7 @@ def _refitted(
     if not answers:
         return settings
     pairs = np.array([answer[:2] for answer in answers])
-    heights = meeting_heights(cluster(feats, settings, local=local).dendrogram, pairs)
+    heights = meeting_heights(cluster(found.feats, settings, local=found.local).dendrogram, pairs)
     same = np.array([answer[2] for answer in answers])
     return replace(settings, threshold=refitted_threshold(settings.threshold, heights, same))
 

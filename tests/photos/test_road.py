@@ -177,6 +177,7 @@ def test_the_same_call_goes_on_after_an_interruption(tmp_path, network, monkeypa
     assert parts(run) == parts(whole)
     assert [local is not None for local in clustered] == [places] * 3
     assert not places or torch.equal(clustered[0].descriptors, clustered[1].descriptors)
+    assert run.about["settings"]["local descriptors"] == ("used" if places else "not used")
     assert (
         Index.load(run.folder / "index.safetensors").fingerprint
         == Index.load(whole.folder / "index.safetensors").fingerprint
