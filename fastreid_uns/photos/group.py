@@ -163,10 +163,7 @@ def _embed(
     pooled = pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW))
     feats = fitted(stages, pooled, settings, constraints).feats
     del pooled
-    positives = positive_groups(feats, settings, constraints)
-    local = local_match(local_descriptors(kept), feats, positives, reach_of(settings.k1))
-    if local is not None:
-        positives = positive_groups(feats, settings, constraints, local)
+    local, positives = local_and_positives(kept, feats, settings, constraints)
     clock.stage = "train"
     losses = adapt(
         stages,
@@ -203,6 +200,20 @@ def fitted(
     groups = positive_groups(whitened(stages.head, pooled).cpu(), settings, constraints, local)
     whitening.fit(found, groups)
     return Features(whitened(stages.head, pooled).cpu(), found.views.cpu(), local)
+
+
+def local_and_positives(
+    kept: ViewStore, feats: Tensor, settings: Settings, constraints: Constraints | None = None
+) -> tuple[LocalMatch | None, Tensor]:
+    """Local descriptors where they tell more than features alone, and `positive_groups` with them.
+
+    Args:
+        kept: activations of N photos.
+        feats: (N, D) features of these.
+    """
+    groups = positive_groups(feats, settings, constraints)
+    local = local_match(local_descriptors(kept), feats, groups, reach_of(settings.k1))
+    return local, groups if local is None else positive_groups(feats, settings, constraints, local)
 
 
 def positive_groups(

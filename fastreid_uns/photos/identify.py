@@ -16,7 +16,7 @@ FALSE_KNOWN = 0.05  # of photos of new individuals that may be called known
 FALSE_NEW = 0.05  # of photos of known individuals that may be called new
 STRICT = 0.65  # average distance up to which groups are merged before thresholds are set
 _FOLDS = 10  # parts of the groups; more of them cost time and leave out less
-_LEAST = 20  # scores from which a quantile can be taken
+_LEAST = 20  # scores from which a threshold can be taken
 
 KINDS = ("known", "new", "unsure")
 
@@ -44,18 +44,19 @@ def fit_thresholds(
 ) -> Thresholds:
     """Thresholds from the known photos alone.
 
-    To all groups but its own a photo is one of a new individual. `known` is the (1 - false_known) quantile of the
-    largest similarity to these, in its conformal form; `new` the `false_new` quantile of that to the other photos of
+    To all groups but its own a photo is one of a new individual. `known` is what the largest similarity to these
+    exceeds with a probability of `false_known` at most; `new` the `false_new` quantile of that to the other photos of
     its own group, and at most `known`.
 
     Args:
         feats: (N, D) unit length.
         groups: (N,) int64; strict ones, cut at `STRICT`, hold few photos of other individuals.
         false_known: share of photos of new individuals that are called known; holds if groups are at least 80 % pure.
+            Of fewer than 1 / `false_known` - 1 groups, one in their number + 1 is called so.
         false_new: share of photos of known individuals that are called new.
 
     Returns:
-        Infinite `known` if fewer than 20 scores, or fewer than the quantile needs, are there.
+        Infinite `known` if there are fewer than 20 scores.
     """
     together = groups.bincount()[groups] > 1
     if not together.any():
@@ -67,7 +68,7 @@ def fit_thresholds(
         same = group[:, None] == of
         others.append(similarity.masked_fill(same, -torch.inf).amax(1))
         own.append(similarity.masked_fill(~same, -torch.inf).scatter_(1, at[:, None], -torch.inf).amax(1))
-    known = _upper_quantile(torch.cat(others), false_known)
+    known = _rarely_exceeded(torch.cat(others), of, false_known)
     inside = torch.cat(own).sort().values
     new = float(inside[int(false_new * len(inside))])
     return Thresholds(known, min(known, new))
@@ -83,19 +84,19 @@ def least_known(views: Tensor, groups: Tensor, *, false_known: float = FALSE_KNO
     Args:
         views: (N, V, C) features of the views of photos, after training, before the whitening.
         groups: (N,) int64, strict ones; those of at least two photos count.
-        false_known: share of photos of new individuals that are called known.
+        false_known: see `fit_thresholds`.
         seed: of the tenths.
 
     Returns:
-        Infinite if there are fewer than 20 scores, or fewer than the quantile needs.
+        Infinite if there are fewer than 20 scores.
     """
     fold = torch.randperm(int(groups.max()) + 1, generator=torch.Generator().manual_seed(seed))[groups] % _FOLDS
-    return _upper_quantile(
-        torch.cat([left_out_scores(views, groups, fold == part) for part in range(_FOLDS)]), false_known
-    )
+    found = [left_out_scores(views, groups, fold == part) for part in range(_FOLDS)]
+    scores, of = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return _rarely_exceeded(scores, of, false_known)
 
 
-def left_out_scores(views: Tensor, groups: Tensor, out: Tensor) -> Tensor:
+def left_out_scores(views: Tensor, groups: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Largest cosine of photos to all others, by a whitening of the others; photos alone in their group do not count.
 
     Args:
@@ -104,25 +105,40 @@ def left_out_scores(views: Tensor, groups: Tensor, out: Tensor) -> Tensor:
         out: (N,) bool, the photos that are left out, whole groups of them.
 
     Returns:
-        (M,) of those that are left out; (0,) where there are no others.
+        (M,) of those that are left out, and (M,) their groups; none where there are no others.
     """
     together = groups.bincount()[groups] > 1
     asked, others = together & out, together & ~out
     if not (asked.any() and others.any()):
-        return torch.empty(0)
+        return torch.empty(0), groups[:0]
     known = MainDirections.of(views[~out], views.shape[2])
     whitening = ViewWhitening(views.shape[2], views.shape[2]).fit(known, groups[~out])
     feats = F.normalize(whitening(views.mean(1)))
-    return torch.cat([(rows @ feats[others].T).amax(1) for rows in feats[asked].split(2048)])
+    return torch.cat([(rows @ feats[others].T).amax(1) for rows in feats[asked].split(2048)]), groups[asked]
 
 
-def _upper_quantile(scores: Tensor, share: float) -> float:
-    """The smallest score that a further one of the same kind exceeds with a probability of at most `share`."""
-    scores = scores[scores.isfinite()].sort().values
-    place = int(torch.ceil(torch.tensor((len(scores) + 1) * (1 - share), dtype=torch.float64)))
-    if len(scores) < _LEAST or place > len(scores):
+def _rarely_exceeded(scores: Tensor, groups: Tensor, share: float) -> float:
+    """The smallest score that a photo of a further group reaches with a probability of at most `share`.
+
+    Photos of one individual are alike, so groups are drawn at random, not photos: each counts as one, however many
+    photos it has, and the further one, of which nothing is known, may reach any score. If there are too few groups to
+    promise `share`, it is the smallest number above all scores.
+
+    Args:
+        scores: (M,).
+        groups: (M,) int64.
+
+    Source: Lee et al. 2023, hierarchical conformal prediction.
+    """
+    there = scores.isfinite()
+    scores, groups = scores[there], groups[there]
+    if len(scores) < _LEAST:
         return torch.inf
-    return float(torch.nextafter(scores[place - 1], torch.tensor(torch.inf)))
+    _, place, sizes = groups.unique(return_inverse=True, return_counts=True)
+    order = scores.argsort(descending=True)
+    reached = (1 + (1 / sizes.double())[place][order].cumsum(0)) / (len(sizes) + 1)
+    first_too_many = int((reached <= share + 1e-9).sum())
+    return float(torch.nextafter(scores[order[first_too_many]], torch.tensor(torch.inf)))
 
 
 def identify(

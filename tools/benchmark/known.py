@@ -1,22 +1,17 @@
 """Rules by which `identify` tells known individuals from new ones, labels hidden; one line of known.jsonl a case.
 
-    python tools/benchmark/known.py --data my/sets --sets cattely grocery:3 omniglot:3 --device cuda --jobs 3
+    python tools/benchmark/known.py --data my/sets --sets cattely grocery omniglot --device cuda --jobs 3
     python tools/benchmark/known.py --table
 
-A set is a folder of `--data` with a manifest.csv (path, identity, split, ...); `grocery:3` takes every third of its
-identities. A case is a set, the identities of its training split or the others, and a seed: half of the identities are
-known by four fifths of their photos, the rest is asked about. A rule sets the largest cosine to a photo of a known
-group from which a photo is called known:
+A set is a folder of `--data` with a manifest.csv (path, identity, ...); `grocery:3` takes every third identity. A case
+is a set and a seed: half of the identities are known by four fifths of their photos, the rest is asked about. A rule
+sets the largest cosine to a photo of a known group from which a photo is called known:
 
-    untrained           no training; quantile of the scores against other strict groups (what `fit_thresholds` does)
-    own scores          the same after training
-    crossed             at least the scores by whitenings that have not seen the group, of views before training
-    crossed, trained    the same with what training made of the views: what the product does, see `least_known`; `whole
-                        groups` are those of groups.csv instead of strict ones
-    groups              after training, over groups: the quantile of the largest scores of a group
-    held out            one fifth of the groups is held out of training and gives the scores
-    held out, crossed   they are held out of the whitening as well
-    best                the threshold that calls 5 % of the new individuals known, by true labels
+    own scores      quantile over photos of the scores against other strict groups
+    over photos     at least that of the scores by whitenings that have not seen the group
+    over groups     the same scores, but groups count alike, and one more may reach any: what the product does, see
+                    `identify.least_known`
+    best            the threshold that calls 5 % of the new individuals known, by true labels
 
 Lines that are there are not measured again.
 """
@@ -41,15 +36,13 @@ from measuring import ROOT
 from photos import Photos, read_lines, spread
 
 SEEDS = range(5)
-SPLITS = ("train", "rest")
-HELD = 0.2  # share of the photos that are held out of training
 SHARE = 0.05  # of photos of new individuals that may be called known
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "datasets", help="folder of the sets")
-    parser.add_argument("--sets", nargs="+", default=["cattely", "grocery:3", "omniglot:3"])
+    parser.add_argument("--sets", nargs="+", default=["cattely", "grocery", "omniglot"])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument(
         "--weights", default="imagenet", help="of the network, or a file of them (default: %(default)s)"
@@ -94,36 +87,30 @@ def measure_set(given: argparse.Namespace, name: str) -> None:
 
     begin = time.monotonic()
     done = [line["case"] for line in read_lines(given.output)]
-    cases = [{"set": name, "split": split, "seed": seed} for seed in SEEDS for split in SPLITS]
-    cases = [case for case in cases if case not in done]
+    cases = [case for seed in SEEDS if (case := {"set": name, "seed": seed}) not in done]
     if not cases:
         return
     device = choose_device(given.device)
-    paths, truth, training = photos_of(given.data, name)
+    paths, truth = photos_of(given.data, name)
     with full_precision(device):
         photos = Photos(SimpleNamespace(photos=paths, size=size_of(paths)), 0, device, given.weights)
         about = {**environment(device), "processor": processor(), "threads": str(torch.get_num_threads())}
         for case in cases:
             if time.monotonic() - begin < given.limit:
-                rows = training if case["split"] == "train" else ~training
-                line = {"case": case, "result": measure(photos, truth, rows, case["seed"]), "environment": about}
+                line = {"case": case, "result": measure(photos, truth, case["seed"]), "environment": about}
                 print(json.dumps(line), flush=True)
 
 
-def photos_of(data: Path, name: str) -> tuple[list[str], Any, Any]:
-    """Paths, identities and whether they are of the training split."""
+def photos_of(data: Path, name: str) -> tuple[list[str], Any]:
+    """Paths and identities."""
     import numpy as np
 
     folder, _, every = name.partition(":")
     with (data / folder / "manifest.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    training = {int(row["identity"]) for row in rows if row["split"] == "train"}
-    others = {int(row["identity"]) for row in rows} - training
-    step = int(every or 1)
-    kept = {*sorted(training)[::step], *sorted(others)[::step]}
+    kept = set(sorted({int(row["identity"]) for row in rows})[:: int(every or 1)])
     rows = [row for row in rows if int(row["identity"]) in kept]
-    truth = np.array([int(row["identity"]) for row in rows])
-    return [str(data / folder / row["path"]) for row in rows], truth, np.isin(truth, sorted(training))
+    return [str(data / folder / row["path"]) for row in rows], np.array([int(row["identity"]) for row in rows])
 
 
 def size_of(paths: list[str]) -> tuple[int, int]:
@@ -135,48 +122,42 @@ def size_of(paths: list[str]) -> tuple[int, int]:
     return input_size(statistics.median(width / height for height, width in sizes))
 
 
-def measure(photos: Photos, truth: Any, rows: Any, seed: int) -> dict[str, Any]:
+def measure(photos: Photos, truth: Any, seed: int) -> dict[str, Any]:
     """False known, found, findable and threshold of each rule."""
     import numpy as np
-    import torch
-
-    from fastreid_uns.photos.identify import left_out_scores
 
     begin, draw = time.monotonic(), np.random.default_rng(seed)
-    individuals = draw.permutation(np.unique(truth[rows]))
+    individuals = draw.permutation(np.unique(truth))
     known = np.isin(truth, individuals[: len(individuals) // 2])
-    inside = rows & known & (draw.random(len(truth)) < 0.8)
-    own, rest = np.flatnonzero(inside), np.flatnonzero(rows & ~inside)
+    inside = known & (draw.random(len(truth)) < 0.8)
+    own, rest = np.flatnonzero(inside), np.flatnonzero(~inside)
     asked = SimpleNamespace(truth=truth[rest], old=known[rest], own=truth[own])
-    start = features(photos, own, rest, steps=0)
-    trained = features(photos, own, rest)
-    held = np.zeros(len(own), bool)
-    for group in draw.permutation(start.groups.max() + 1):
-        held |= (start.groups == group) & (held.mean() < HELD)
-    apart = features(photos, own, rest, trained_on=np.flatnonzero(~held))
-    crossed_once = left_out_scores(apart.views, torch.from_numpy(apart.strict), torch.from_numpy(held))
-    best = np.quantile(best_match(trained)[1][~asked.old], 1 - SHARE)
-    rules = {
-        "untrained": judged(start, asked, quantile(scores(start, start.strict))),
-        "own scores": judged(trained, asked, quantile(scores(trained, trained.strict))),
-        "untrained, crossed": judged(start, asked, crossed(start, start.views, start.strict)),
-        "crossed": judged(trained, asked, crossed(trained, start.views, trained.strict)),
-        "crossed, trained": judged(trained, asked, crossed(trained, trained.views, trained.strict)),
-        "crossed, whole groups": judged(trained, asked, crossed(trained, trained.views, trained.groups)),
-        "groups": judged(trained, asked, quantile(of_groups(trained))),
-        "held out": judged(apart, asked, quantile(scores(apart, apart.strict, held))),
-        "held out, crossed": judged(apart, asked, quantile(crossed_once.numpy())),
-        "best": judged(trained, asked, float(best)),
-    }
+    rules = judged_rules(features(photos, own, rest), asked)
     return {"rules": rules, "photos": len(own), "asked": len(rest), "seconds": time.monotonic() - begin}
 
 
-def features(photos: Photos, own: Any, rest: Any, **how: Any) -> SimpleNamespace:
+def judged_rules(space: SimpleNamespace, asked: SimpleNamespace) -> dict[str, dict[str, float]]:
+    import numpy as np
+    import torch
+
+    from fastreid_uns.photos.identify import fit_thresholds, least_known, left_out_scores
+
+    strict = torch.from_numpy(space.strict)
+    tenths = np.random.default_rng(0).permutation(strict.max() + 1)[space.strict] % 10
+    crossed = [left_out_scores(space.views, strict, torch.from_numpy(tenths == tenth))[0] for tenth in range(10)]
+    own, over_photos = quantile(scores(space)), quantile(torch.cat(crossed).numpy())
+    over_groups = max(fit_thresholds(torch.from_numpy(space.feats), strict).known, least_known(space.views, strict))
+    best = np.quantile(best_match(space)[1][~asked.old], 1 - SHARE)
+    thresholds = {"own scores": own, "over photos": max(own, over_photos), "over groups": over_groups, "best": best}
+    return {rule: judged(space, asked, float(threshold)) for rule, threshold in thresholds.items()}
+
+
+def features(photos: Photos, own: Any, rest: Any) -> SimpleNamespace:
     """Features of known photos and of those that are asked about, groups, and strict groups."""
     from fastreid_uns.photos.group import for_count
     from fastreid_uns.photos.identify import STRICT
 
-    feats = photos.features(own, **how)
+    feats = photos.features(own)
     settings = for_count(photos.usual, len(own))
     grouping = photos.cluster(feats, k1=settings.k1)
     return SimpleNamespace(
@@ -188,34 +169,14 @@ def features(photos: Photos, own: Any, rest: Any, **how: Any) -> SimpleNamespace
     )
 
 
-def scores(space: SimpleNamespace, strict: Any, rows: Any = None) -> Any:
-    """Largest cosine of photos, or of some of them, to those of other groups; groups of two and more alone count."""
+def scores(space: SimpleNamespace) -> Any:
+    """Largest cosine of photos to those of other strict groups; groups of two and more alone count."""
     import numpy as np
 
-    together = np.bincount(strict)[strict] > 1
+    together = np.bincount(space.strict)[space.strict] > 1
     found = space.feats @ space.feats.T
-    found[(strict[:, None] == strict) | ~together] = -2
-    return found.max(1)[together if rows is None else together & rows]
-
-
-def crossed(space: SimpleNamespace, views: Any, groups: Any) -> float:
-    """What the product takes of trained views, with `groups` for those that are left out of a whitening."""
-    import torch
-
-    from fastreid_uns.photos.identify import fit_thresholds, least_known
-
-    strict = torch.from_numpy(space.strict)
-    least = least_known(views, torch.from_numpy(groups))
-    return max(fit_thresholds(torch.from_numpy(space.feats), strict).known, least)
-
-
-def of_groups(space: SimpleNamespace) -> Any:
-    """For each strict group of two and more the 0.9 quantile of the scores of its photos."""
-    import numpy as np
-
-    strict = space.strict[np.bincount(space.strict)[space.strict] > 1]
-    found = scores(space, space.strict)
-    return np.array([np.quantile(found[strict == group], 0.9) for group in np.unique(strict)])
+    found[(space.strict[:, None] == space.strict) | ~together] = -2
+    return found.max(1)[together]
 
 
 def quantile(found: Any) -> float:
@@ -253,17 +214,17 @@ def table(lines: list[dict[str, Any]]) -> str:
     """Percent; mean and worst over the seeds."""
     from tabulate import tabulate
 
-    found: dict[tuple[str, str, str], list[dict[str, float]]] = defaultdict(list)
+    found: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     for line in lines:
         for rule, result in line["result"]["rules"].items():
-            found[line["case"]["split"], line["case"]["set"], rule].append(result)
+            found[line["case"]["set"], rule].append(result)
     rows = []
-    for (split, name, rule), results in found.items():
+    for (name, rule), results in found.items():
         wrong = [100 * result["false_known"] for result in results]
         cells = [spread([100 * result[key] for result in results]) for key in ("found", "findable")]
-        rows.append([split, name, rule, len(results), f"{statistics.mean(wrong):.1f}", f"{max(wrong):.1f}", *cells])
-    heads = ["identities", "set", "rule", "seeds", "false known", "worst", "found", "findable"]
-    return tabulate(sorted(rows), heads, tablefmt="github", disable_numparse=True)
+        rows.append([name, rule, len(results), f"{statistics.mean(wrong):.1f}", f"{max(wrong):.1f}", *cells])
+    heads = ["set", "rule", "seeds", "false known", "worst", "found", "findable"]
+    return tabulate(rows, heads, tablefmt="github", disable_numparse=True)
 
 
 if __name__ == "__main__":

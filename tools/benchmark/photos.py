@@ -207,18 +207,14 @@ class Photos:
             torch.cuda.synchronize(self.device)
         self.seconds[stage] += time.perf_counter() - begin
 
-    def features(self, rows: Any = None, *, steps: int | None = None, unit: Any = None, trained_on: Any = None) -> Any:
-        """Features of some photos by a network that was trained on them, or on some of them, from published weights.
+    def features(self, rows: Any = None, *, steps: int | None = None, unit: Any = None) -> Any:
+        """Features of some photos by a network that was trained on them, from published weights.
 
         `unit` tells which photos belong together, instead of strict groups.
         """
-        import torch
-
         from fastreid_uns.photos.adapt import adapt
         from fastreid_uns.photos.embed import pooled_features, whitening_of
-        from fastreid_uns.photos.group import for_count, positive_groups
-        from fastreid_uns.photos.local import LocalMatch, local_descriptors, local_match
-        from fastreid_uns.pseudo_labels.linkage import reach_of
+        from fastreid_uns.photos.group import for_count, local_and_positives
 
         self.encoder.load_state_dict(self.published, strict=False)
         kept = self.kept if rows is None else self.part(rows)
@@ -228,15 +224,9 @@ class Photos:
         feats = self._fitted(self.published_features if rows is None else self.published_features[rows])
         if how.steps:
             with self.timed("training"):
-                chosen = torch.arange(len(kept)) if trained_on is None else torch.from_numpy(trained_on)
-                part, known = kept if trained_on is None else kept.part(chosen), feats[chosen]
-                settings = for_count(self.usual, len(known))
-                groups, places = positive_groups(known, settings), local_descriptors(kept)
-                if local_match(places[chosen], known, groups, reach_of(settings.k1)):
-                    self.local = LocalMatch(places)
-                    groups = positive_groups(known, settings, local=LocalMatch(places[chosen]))
-                unit = groups if unit is None else unit
-                adapt(self.stages, part, whitening_of(self.stages.head), how, unit, seed=self.seed)
+                self.local, positives = local_and_positives(kept, feats, for_count(self.usual, len(feats)))
+                unit = positives if unit is None else unit
+                adapt(self.stages, kept, whitening_of(self.stages.head), how, unit, seed=self.seed)
             with self.timed("features"):
                 pooled = pooled_features(self.stages, kept)
             feats = self._fitted(pooled)
