@@ -95,6 +95,11 @@ class Grouping(NamedTuple):
     feats: Tensor  # (N, D) float32, unit length
     dendrogram: Dendrogram
 
+    @property
+    def individuals(self) -> int:
+        """Groups of at least two photos."""
+        return int((np.bincount(self.labels) > 1).sum())
+
 
 class Clock:
     """Tells how far a run is and how long it will still take.

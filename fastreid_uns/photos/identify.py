@@ -40,7 +40,12 @@ class Identity(NamedTuple):
 
 
 def fit_thresholds(
-    feats: Tensor, groups: Tensor, *, false_known: float = FALSE_KNOWN, false_new: float = FALSE_NEW
+    feats: Tensor,
+    groups: Tensor,
+    individuals: int,
+    *,
+    false_known: float = FALSE_KNOWN,
+    false_new: float = FALSE_NEW,
 ) -> Thresholds:
     """Thresholds from the known photos alone.
 
@@ -51,8 +56,9 @@ def fit_thresholds(
     Args:
         feats: (N, D) unit length.
         groups: (N,) int64; strict ones, cut at `STRICT`, hold few photos of other individuals.
+        individuals: that the photos show more than once, as far as is known.
         false_known: share of photos of new individuals that are called known; holds if groups are at least 80 % pure.
-            Of fewer than 1 / `false_known` - 1 groups, one in their number + 1 is called so.
+            Fewer than 1 / `false_known` - 1 individuals can promise one in their number + 1 only.
         false_new: share of photos of known individuals that are called new.
 
     Returns:
@@ -68,13 +74,15 @@ def fit_thresholds(
         same = group[:, None] == of
         others.append(similarity.masked_fill(same, -torch.inf).amax(1))
         own.append(similarity.masked_fill(~same, -torch.inf).scatter_(1, at[:, None], -torch.inf).amax(1))
-    known = _rarely_exceeded(torch.cat(others), of, false_known)
+    known = _rarely_reached(torch.cat(others), individuals, false_known)
     inside = torch.cat(own).sort().values
     new = float(inside[int(false_new * len(inside))])
     return Thresholds(known, min(known, new))
 
 
-def least_known(views: Tensor, groups: Tensor, *, false_known: float = FALSE_KNOWN, seed: int = 0) -> float:
+def least_known(
+    views: Tensor, groups: Tensor, individuals: int, *, false_known: float = FALSE_KNOWN, seed: int = 0
+) -> float:
     """The threshold `known` by photos that were new to the whitening.
 
     A whitening pushes apart the photos that it is fitted to, the more so the fewer they are: their scores against other
@@ -84,19 +92,18 @@ def least_known(views: Tensor, groups: Tensor, *, false_known: float = FALSE_KNO
     Args:
         views: (N, V, C) features of the views of photos, after training, before the whitening.
         groups: (N,) int64, strict ones; those of at least two photos count.
-        false_known: see `fit_thresholds`.
+        individuals, false_known: see `fit_thresholds`.
         seed: of the tenths.
 
     Returns:
         Infinite if there are fewer than 20 scores.
     """
     fold = torch.randperm(int(groups.max()) + 1, generator=torch.Generator().manual_seed(seed))[groups] % _FOLDS
-    found = [left_out_scores(views, groups, fold == part) for part in range(_FOLDS)]
-    scores, of = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return _rarely_exceeded(scores, of, false_known)
+    scores = torch.cat([left_out_scores(views, groups, fold == part) for part in range(_FOLDS)])
+    return _rarely_reached(scores, individuals, false_known)
 
 
-def left_out_scores(views: Tensor, groups: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+def left_out_scores(views: Tensor, groups: Tensor, out: Tensor) -> Tensor:
     """Largest cosine of photos to all others, by a whitening of the others; photos alone in their group do not count.
 
     Args:
@@ -105,40 +112,32 @@ def left_out_scores(views: Tensor, groups: Tensor, out: Tensor) -> tuple[Tensor,
         out: (N,) bool, the photos that are left out, whole groups of them.
 
     Returns:
-        (M,) of those that are left out, and (M,) their groups; none where there are no others.
+        (M,) of those that are left out; none where there are no others.
     """
     together = groups.bincount()[groups] > 1
     asked, others = together & out, together & ~out
     if not (asked.any() and others.any()):
-        return torch.empty(0), groups[:0]
+        return torch.empty(0)
     known = MainDirections.of(views[~out], views.shape[2])
     whitening = ViewWhitening(views.shape[2], views.shape[2]).fit(known, groups[~out])
     feats = F.normalize(whitening(views.mean(1)))
-    return torch.cat([(rows @ feats[others].T).amax(1) for rows in feats[asked].split(2048)]), groups[asked]
+    return torch.cat([(rows @ feats[others].T).amax(1) for rows in feats[asked].split(2048)])
 
 
-def _rarely_exceeded(scores: Tensor, groups: Tensor, share: float) -> float:
-    """The smallest score that a photo of a further group reaches with a probability of at most `share`.
+def _rarely_reached(scores: Tensor, individuals: int, share: float) -> float:
+    """The smallest score that a photo of one more individual reaches with a probability of at most `share`.
 
-    Photos of one individual are alike, so groups are drawn at random, not photos: each counts as one, however many
-    photos it has, and the further one, of which nothing is known, may reach any score. If there are too few groups to
-    promise `share`, it is the smallest number above all scores.
+    Photos of one individual are alike, so it is individuals that are drawn at random: of one more nothing is known, and
+    all of its photos may reach any score. If there are too few individuals to promise `share`, it is the smallest
+    number above all scores.
 
-    Args:
-        scores: (M,).
-        groups: (M,) int64.
-
-    Source: Lee et al. 2023, hierarchical conformal prediction.
+    Source: Lee et al. 2023, hierarchical conformal prediction; photos count alike here, not individuals.
     """
-    there = scores.isfinite()
-    scores, groups = scores[there], groups[there]
+    scores = scores[scores.isfinite()].sort(descending=True).values
     if len(scores) < _LEAST:
         return torch.inf
-    _, place, sizes = groups.unique(return_inverse=True, return_counts=True)
-    order = scores.argsort(descending=True)
-    reached = (1 + (1 / sizes.double())[place][order].cumsum(0)) / (len(sizes) + 1)
-    first_too_many = int((reached <= share + 1e-9).sum())
-    return float(torch.nextafter(scores[order[first_too_many]], torch.tensor(torch.inf)))
+    reached = max(share - (1 - share) / max(individuals, 1), 0.0) * len(scores)
+    return float(torch.nextafter(scores[int(reached + 1e-9)], torch.tensor(torch.inf)))
 
 
 def identify(

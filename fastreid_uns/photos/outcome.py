@@ -99,7 +99,7 @@ def write_outcome(
     names = [member.path for member in members]
     pairs = informative_pairs(grouping.dendrogram, grouping.feats, settings.threshold, QUESTIONS, constraints)
     run.save_questions([(names[pair.first], names[pair.second], pair.weight) for pair in pairs])
-    thresholds = fit_thresholds(grouping.feats, strict_groups(grouping, constraints))
+    thresholds = fit_thresholds(grouping.feats, strict_groups(grouping, constraints), grouping.individuals)
     thresholds = thresholds._replace(known=max(thresholds.known, least))
     index = index_of(network, grouping.feats, members, settings, thresholds)
     index.save(run.folder / "index.safetensors", overwrite=True)

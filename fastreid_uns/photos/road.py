@@ -192,7 +192,7 @@ def _group(
         "commit": commit(Path(__file__).resolve().parents[2]),
     }
     with watch.step("write the groups"):
-        least = least_known(found.views, strict_groups(grouping, constraints))
+        least = least_known(found.views, strict_groups(grouping, constraints), grouping.individuals)
         write_outcome(run, members, grouping, network, settings, constraints, copy=asked.copy, about=about, least=least)
 
 

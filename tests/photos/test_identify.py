@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastreid_uns.modeling.whitening import MainDirections, ViewWhitening
-from fastreid_uns.photos.identify import Thresholds, _rarely_exceeded, fit_thresholds, identify, least_known
+from fastreid_uns.photos.identify import Thresholds, _rarely_reached, fit_thresholds, identify, least_known
 
 
 def individuals(count: int, photos: int, noise: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,10 +19,10 @@ def individuals(count: int, photos: int, noise: float, seed: int) -> tuple[torch
 
 def test_thresholds_are_quantiles_of_scores_against_other_and_own_groups():
     feats, groups = individuals(30, 2, 0.1, 0)
-    found = fit_thresholds(feats, groups, false_known=0.1, false_new=0.1)
+    found = fit_thresholds(feats, groups, 30, false_known=0.1, false_new=0.1)
     others = [max(float(feats[i] @ feats[j]) for j in range(60) if groups[i] != groups[j]) for i in range(60)]
     own = [float(feats[i] @ feats[i ^ 1]) for i in range(60)]
-    assert found.known == pytest.approx(sorted(others)[55], abs=1e-6)  # (1 + 4 / 2) / 31 are at most 0.1
+    assert found.known == pytest.approx(sorted(others)[55], abs=1e-6)  # 1 / 31 + 4 / 62 are at most 0.1
     assert found.new == pytest.approx(min(sorted(own)[6], found.known), abs=1e-6)
 
 
@@ -30,14 +30,14 @@ def test_groups_of_one_do_not_count():
     feats, groups = individuals(30, 2, 0.1, 1)
     alone = F.normalize(torch.randn(5, 32, generator=torch.Generator().manual_seed(9)))
     more = torch.cat([feats, alone]), torch.cat([groups, torch.arange(30, 35)])
-    assert fit_thresholds(*more) == fit_thresholds(feats, groups)
+    assert fit_thresholds(*more, 30) == fit_thresholds(feats, groups, 30)
 
 
 def test_too_few_scores_recognise_nobody():
     feats, groups = individuals(3, 2, 0.1, 0)
-    assert fit_thresholds(feats, groups).known == torch.inf
-    assert fit_thresholds(torch.eye(4), torch.arange(4)) == Thresholds(torch.inf, -torch.inf)
-    one = fit_thresholds(*individuals(1, 30, 0.1, 0))
+    assert fit_thresholds(feats, groups, 3).known == torch.inf
+    assert fit_thresholds(torch.eye(4), torch.arange(4), 0) == Thresholds(torch.inf, -torch.inf)
+    one = fit_thresholds(*individuals(1, 30, 0.1, 0), 1)
     assert one.known == torch.inf
 
 
@@ -46,7 +46,7 @@ def test_new_individuals_are_called_known_as_rarely_as_said():
     for seed in range(10):
         feats, groups = individuals(60, 4, 0.12, seed)
         known = groups < 40
-        thresholds = fit_thresholds(feats[known], groups[known], false_known=0.05)
+        thresholds = fit_thresholds(feats[known], groups[known], 40, false_known=0.05)
         said = identify(feats[~known], feats[known], groups[known], thresholds, precision=0.9)
         wrong += sum(one.kind == "known" for one in said)
         count += len(said)
@@ -57,24 +57,21 @@ def test_new_individuals_are_called_known_as_rarely_as_said():
     assert found / 400 > 0.5
 
 
-def test_groups_count_alike_however_many_photos_they_have():
-    groups = torch.cat([torch.zeros(12, dtype=torch.int64), torch.arange(1, 20)])
-    scores = torch.cat([torch.linspace(0.8, 0.9, 12), torch.linspace(0.1, 0.5, 19)])
-    among_20 = _rarely_exceeded(scores, groups, 2.01 / 21)  # one group, and the further one
-    assert among_20 == pytest.approx(0.5, abs=1e-6)
-    assert (scores >= among_20).sum() == 12
-    assert _rarely_exceeded(scores, groups, 1.5 / 21) == pytest.approx(float(scores[6]), abs=1e-2)  # half of a group
-    assert _rarely_exceeded(scores, groups, 0.04) > 0.9  # fewer than 24 groups cannot promise it
-    assert _rarely_exceeded(scores[:19], groups[:19], 0.1) == torch.inf
+def test_fewer_scores_may_be_reached_the_fewer_individuals_there_are():
+    scores = torch.arange(100.0)[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
+    above = [(_rarely_reached(scores, individuals, 0.1) <= scores).sum() for individuals in (9, 12, 30, 90, 10**12)]
+    assert above == [0, 2, 7, 9, 10]  # 100 * (0.1 - 0.9 / individuals)
+    for few in (0, 1, 5):
+        assert _rarely_reached(scores, few, 0.1) == pytest.approx(99, abs=1e-4)
+        assert _rarely_reached(scores, few, 0.1) > 99
+    assert _rarely_reached(scores[:19], 30, 0.1) == torch.inf
 
 
 def test_the_promise_holds_for_individuals_whose_photos_are_all_alike():
     wrong, by_photos = [], []
     for seed in range(500):
-        draw = torch.Generator().manual_seed(seed)
-        groups = torch.arange(15).repeat_interleave(torch.randint(2, 30, (15,), generator=draw))
-        scores = torch.rand(15, generator=draw)[groups]
-        wrong.append(1 - _rarely_exceeded(scores, groups, 0.2))  # how often a further number in 0..1 reaches it
+        scores = torch.rand(15, generator=torch.Generator().manual_seed(seed)).repeat_interleave(20)
+        wrong.append(1 - _rarely_reached(scores, 15, 0.2))  # how often a further number in 0..1 reaches it
         by_photos.append(1 - float(scores.quantile(0.8)))
     assert 0.1 < sum(wrong) / 500 <= 0.2
     assert sum(by_photos) / 500 > 0.22
@@ -100,9 +97,9 @@ def test_the_least_threshold_by_a_loop():
         whitening = ViewWhitening(300, 300).fit(MainDirections.of(views[seen], 300), groups[seen])
         feats = F.normalize(whitening(views.mean(1)))
         scores.append(max(float(feats[photo] @ feats[other]) for other in seen if other < 48))
-    found = least_known(views, groups, false_known=0.1, seed=3)
-    assert found == pytest.approx(sorted(scores)[46], abs=1e-5)  # (1 + 1 / 4) / 13 are at most 0.1
-    assert least_known(views[:16], groups[:16]) == torch.inf
+    found = least_known(views, groups, 12, false_known=0.1, seed=3)
+    assert found == pytest.approx(sorted(scores)[46], abs=1e-5)  # 1 / 13 + 1 / 52 are at most 0.1
+    assert least_known(views[:16], groups[:16], 4) == torch.inf
 
 
 def test_few_photos_are_pushed_apart_by_their_own_whitening_and_new_ones_are_not():
@@ -113,10 +110,10 @@ def test_few_photos_are_pushed_apart_by_their_own_whitening_and_new_ones_are_not
         found = MainDirections.of(views[known], 192)
         whitening = ViewWhitening(300, 192).fit(found)
         feats = F.normalize(whitening(views.mean(1)))
-        own = fit_thresholds(feats[known], groups[known])
+        own = fit_thresholds(feats[known], groups[known], 25)
         scores = (feats[~known] @ feats[known].T).amax(1)
         naive += int((scores >= own.known).sum())
-        honest += int((scores >= least_known(found.views, groups[known])).sum())
+        honest += int((scores >= least_known(found.views, groups[known], 25)).sum())
         count += len(scores)
     assert naive / count > 0.9
     assert honest / count <= 0.05

@@ -502,7 +502,7 @@ def test_photos_that_are_new_to_all_that_was_fitted_raise_the_threshold(tmp_path
     things = torch.eye(5).repeat_interleave(5, 0)
     monkeypatch.setattr(road, "embed", lambda *_, **__: Features(things, things[:, None]))
     for least, expected in ((-1.0, 0.0), (0.7, 0.7)):  # different things have a cosine of 0
-        monkeypatch.setattr(road, "least_known", lambda views, groups, least=least: least)
+        monkeypatch.setattr(road, "least_known", lambda views, groups, individuals, least=least: least)
         run = grouped(tmp_path / "photos", tmp_path / str(least), network)
         assert Index.load(run.folder / "index.safetensors").thresholds["known"] == pytest.approx(expected, abs=1e-6)
 

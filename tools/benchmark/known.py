@@ -8,8 +8,8 @@ is a set and a seed: half of the identities are known by four fifths of their ph
 sets the largest cosine to a photo of a known group from which a photo is called known:
 
     own scores      quantile over photos of the scores against other strict groups
-    over photos     at least that of the scores by whitenings that have not seen the group
-    over groups     the same scores, but groups count alike, and one more may reach any: what the product does, see
+    crossed         at least that of the scores by whitenings that have not seen the group
+    one more        the same, but one more individual may reach any score: what the product does, see
                     `identify.least_known`
     best            the threshold that calls 5 % of the new individuals known, by true labels
 
@@ -142,13 +142,14 @@ def judged_rules(space: SimpleNamespace, asked: SimpleNamespace) -> dict[str, di
 
     from fastreid_uns.photos.identify import fit_thresholds, least_known, left_out_scores
 
-    strict = torch.from_numpy(space.strict)
-    tenths = np.random.default_rng(0).permutation(strict.max() + 1)[space.strict] % 10
-    crossed = [left_out_scores(space.views, strict, torch.from_numpy(tenths == tenth))[0] for tenth in range(10)]
-    own, over_photos = quantile(scores(space)), quantile(torch.cat(crossed).numpy())
-    over_groups = max(fit_thresholds(torch.from_numpy(space.feats), strict).known, least_known(space.views, strict))
+    strict, number = torch.from_numpy(space.strict), int((np.bincount(space.groups) > 1).sum())
+    tenths = np.random.default_rng(0).permutation(space.strict.max() + 1)[space.strict] % 10
+    parts = [left_out_scores(space.views, strict, torch.from_numpy(tenths == tenth)) for tenth in range(10)]
+    own, crossed = quantile(scores(space)), quantile(torch.cat(parts).numpy())
+    known = fit_thresholds(torch.from_numpy(space.feats), strict, number).known
+    one_more = max(known, least_known(space.views, strict, number))
     best = np.quantile(best_match(space)[1][~asked.old], 1 - SHARE)
-    thresholds = {"own scores": own, "over photos": max(own, over_photos), "over groups": over_groups, "best": best}
+    thresholds = {"own scores": own, "crossed": max(own, crossed), "one more": one_more, "best": best}
     return {rule: judged(space, asked, float(threshold)) for rule, threshold in thresholds.items()}
 
 
