@@ -96,9 +96,11 @@ class Grouping(NamedTuple):
     dendrogram: Dendrogram
 
     @property
-    def individuals(self) -> int:
-        """Groups of at least two photos."""
-        return int((np.bincount(self.labels) > 1).sum())
+    def individuals(self) -> float:
+        """Effective number of groups of at least two photos: as many pairs would share one of so many equal ones."""
+        sizes = np.bincount(self.labels)
+        sizes = sizes[sizes > 1].astype(float)
+        return float(sizes.sum() ** 2 / (sizes**2).sum()) if len(sizes) else 0.0
 
 
 class Clock:

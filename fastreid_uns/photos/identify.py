@@ -42,7 +42,7 @@ class Identity(NamedTuple):
 def fit_thresholds(
     feats: Tensor,
     groups: Tensor,
-    individuals: int,
+    individuals: float,
     *,
     false_known: float = FALSE_KNOWN,
     false_new: float = FALSE_NEW,
@@ -56,7 +56,7 @@ def fit_thresholds(
     Args:
         feats: (N, D) unit length.
         groups: (N,) int64; strict ones, cut at `STRICT`, hold few photos of other individuals.
-        individuals: that the photos show more than once, as far as is known.
+        individuals: effective number of those that are known, see `Grouping.individuals`.
         false_known: share of photos of new individuals that are called known; holds if groups are at least 80 % pure.
             Fewer than 1 / `false_known` - 1 individuals can promise one in their number + 1 only.
         false_new: share of photos of known individuals that are called new.
@@ -81,7 +81,7 @@ def fit_thresholds(
 
 
 def least_known(
-    views: Tensor, groups: Tensor, individuals: int, *, false_known: float = FALSE_KNOWN, seed: int = 0
+    views: Tensor, groups: Tensor, individuals: float, *, false_known: float = FALSE_KNOWN, seed: int = 0
 ) -> float:
     """The threshold `known` by photos that were new to the whitening.
 
@@ -124,12 +124,13 @@ def left_out_scores(views: Tensor, groups: Tensor, out: Tensor) -> Tensor:
     return torch.cat([(rows @ feats[others].T).amax(1) for rows in feats[asked].split(2048)])
 
 
-def _rarely_reached(scores: Tensor, individuals: int, share: float) -> float:
+def _rarely_reached(scores: Tensor, individuals: float, share: float) -> float:
     """The smallest score that a photo of one more individual reaches with a probability of at most `share`.
 
     Photos of one individual are alike, so it is individuals that are drawn at random: of one more nothing is known, and
-    all of its photos may reach any score. If there are too few individuals to promise `share`, it is the smallest
-    number above all scores.
+    all of its photos may reach any score. A photo drawn at random is of an individual with many, so these are a share
+    of 1 / (individuals + 1), where the effective number counts. If there are too few individuals to promise `share`, it
+    is the smallest number above all scores.
 
     Source: Lee et al. 2023, hierarchical conformal prediction; photos count alike here, not individuals.
     """

@@ -14,7 +14,7 @@ from fastreid_uns.pseudo_labels.linkage import Dendrogram
 
 _LEAST = 0.35  # chance of being right from which a merge pays: an error costs less than what is missed, as in F scores
 _SPREAD = 0.06  # of heights around the threshold at which answers are uncertain
-_PRIOR = 0.05  # standard deviation of the best threshold of a set around the default
+_PRIOR = 0.02  # standard deviation of the best threshold of a set around the default
 _GRID = np.linspace(0.5, 0.99, 99)
 
 

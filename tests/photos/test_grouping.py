@@ -276,3 +276,12 @@ def test_a_gpu_trains_on_activations_wherever_they_are(encoder, photos, share, m
     stages.head.whitening.fit(MainDirections.of(pooled_features(stages, kept), stages.head.dim))
     losses = adapt(stages, kept, stages.head.whitening, Adaptation(steps=5, batch=10), torch.arange(20))
     assert losses[-1] < losses[0]
+
+
+def test_individuals_are_counted_as_if_they_had_equally_many_photos():
+    feats = F.normalize(torch.eye(9)[torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3])] + 0.01)
+    found = cluster(feats, Settings(k1=(3,)))
+    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 3]
+    assert found.individuals == pytest.approx(8**2 / (9 + 9 + 4))
+    assert cluster(feats[:6], Settings(k1=(3,))).individuals == pytest.approx(2)
+    assert cluster(torch.eye(9)[:2], Settings(k1=(3,))).individuals == 0

@@ -142,7 +142,7 @@ def judged_rules(space: SimpleNamespace, asked: SimpleNamespace) -> dict[str, di
 
     from fastreid_uns.photos.identify import fit_thresholds, least_known, left_out_scores
 
-    strict, number = torch.from_numpy(space.strict), int((np.bincount(space.groups) > 1).sum())
+    strict, number = torch.from_numpy(space.strict), space.individuals
     tenths = np.random.default_rng(0).permutation(space.strict.max() + 1)[space.strict] % 10
     parts = [left_out_scores(space.views, strict, torch.from_numpy(tenths == tenth)) for tenth in range(10)]
     own, crossed = quantile(scores(space)), quantile(torch.cat(parts).numpy())
@@ -167,6 +167,7 @@ def features(photos: Photos, own: Any, rest: Any) -> SimpleNamespace:
         queries=photos.more_features(rest).numpy(),
         groups=grouping.labels,
         strict=grouping.dendrogram.cut(STRICT),
+        individuals=grouping.individuals,
     )
 
 
