@@ -24,6 +24,7 @@ from fastreid_uns.utils.transfer import to_device
 
 BATCH = 32  # photos that are read at a time
 _PASS = 8  # images at a time on a CPU, whose maps its caches hold; on a GPU all of a batch
+_ROWS = 1024  # photos that are whitened at a time
 _LARGEST = 65504  # of float16
 _ASPECT = 0.85  # smallest width / height of a crop, with that of the photo as 1
 
@@ -245,7 +246,8 @@ def whitened(head: PooledHead, pooled: Tensor) -> Tensor:
 
     Photos that the whitening cannot tell from their mean, as equal ones, all get the same feature.
     """
-    found = whitening_of(head)(pooled.mean(1))
+    whitening = whitening_of(head)
+    found = torch.cat([whitening(rows.mean(1)) for rows in pooled.split(_ROWS)])
     length = found.norm(dim=1, keepdim=True)
     first = torch.eye(1, found.shape[1], device=found.device)
     return torch.where(length > 1e-6, found / length.clamp(min=1e-6), first)
