@@ -143,7 +143,7 @@ def embed(
     """
     device = encoder.mean.device
     if device.type == "cpu":
-        raise_malloc_thresholds()
+        raise_malloc_thresholds(large=False)
     with full_precision(device):
         return _embed(images, encoder, settings, constraints, ViewStore() if kept is None else kept, told)
 
