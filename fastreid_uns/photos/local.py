@@ -49,7 +49,7 @@ def local_match(descriptors: Tensor, feats: Tensor, groups: Tensor, reach: int) 
 
     They do if, among pairs of neighbours that are equally near by their features, those of one group are more alike by
     the descriptors. That is the sign of the weight that Fisher's linear discriminant gives them between pairs of one
-    group and pairs of two. Groups were made by the features alone, so the sign errs towards None.
+    group and pairs of two.
 
     Args:
         descriptors: of N photos.
