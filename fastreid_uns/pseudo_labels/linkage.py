@@ -219,13 +219,11 @@ def _most_similar(compared: csr_matrix, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _looked_up(compared: csr_matrix, pairs: csr_matrix) -> np.ndarray:
-    """Entries of a matrix at those of another one, in their order; 0 where there is none. Both have sorted indices."""
+    """Entries of a matrix at those of another one, in their order; 0 where there is none. Indices are sorted."""
     count = compared.shape[0]
     there, wanted = (one.tocoo().row.astype(np.int64) * count + one.indices for one in (compared, pairs))
-    place = np.searchsorted(there, wanted).clip(max=max(len(there) - 1, 0))
-    return (
-        np.where(there[place] == wanted, compared.data[place], 0) if len(there) else np.zeros(len(wanted), np.float32)
-    )
+    place = np.searchsorted(there, wanted).clip(max=len(there) - 1)
+    return np.where(there[place] == wanted, compared.data[place], 0)
 
 
 def _cosine_distances(feats: Tensor, pairs: csr_matrix, block: int = 1 << 18) -> np.ndarray:
