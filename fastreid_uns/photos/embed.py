@@ -18,7 +18,7 @@ from fastreid_uns.modeling.backbones.base import feature_map
 from fastreid_uns.modeling.encoder import Encoder
 from fastreid_uns.modeling.heads import PooledHead
 from fastreid_uns.modeling.norm import folded_norms
-from fastreid_uns.modeling.whitening import ViewWhitening
+from fastreid_uns.modeling.whitening import MainDirections, ViewWhitening
 from fastreid_uns.photos.view_store import ViewStore
 from fastreid_uns.utils.transfer import to_device
 
@@ -247,7 +247,19 @@ def whitened(head: PooledHead, pooled: Tensor) -> Tensor:
     Photos that the whitening cannot tell from their mean, as equal ones, all get the same feature.
     """
     whitening = whitening_of(head)
-    found = torch.cat([whitening(rows.mean(1)) for rows in pooled.split(_ROWS)])
+    return _unit_length(torch.cat([whitening(rows.mean(1)) for rows in pooled.split(_ROWS)]))
+
+
+def whitened_along(head: PooledHead, found: MainDirections) -> Tensor:
+    """What `whitened` gives for the features whose directions these are, but for rounding, without reading them again.
+
+    The whitening must be fitted to the same directions.
+    """
+    matrix = found.directions.T @ whitening_of(head).projection.double()
+    return _unit_length((found.views.mean(1).double() @ matrix).float())
+
+
+def _unit_length(found: Tensor) -> Tensor:
     length = found.norm(dim=1, keepdim=True)
     first = torch.eye(1, found.shape[1], device=found.device)
     return torch.where(length > 1e-6, found / length.clamp(min=1e-6), first)

@@ -22,6 +22,7 @@ from fastreid_uns.photos.embed import (
     direct_features,
     pooled_features,
     whitened,
+    whitened_along,
     whitening_of,
 )
 from fastreid_uns.photos.local import LocalMatch, local_descriptors, local_match
@@ -165,10 +166,12 @@ def _embed(
     clock.stage = "read photos"
     if not training:
         pooled = direct_features(stages, images, number, settings.seed, kept, clock.add)
-        return fitted(stages, pooled, settings)
+        found = main_directions(stages, pooled)
+        kept.release()
+        return fitted(stages, found, settings)
     kept = cache_activations(stages, images, number, settings.seed, kept, clock.add)
     pooled = pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW))
-    feats = fitted(stages, pooled, settings, constraints).feats
+    feats = fitted(stages, main_directions(stages, pooled), settings, constraints).feats
     del pooled
     local, positives = local_and_positives(kept, feats, settings, constraints)
     clock.stage = "train"
@@ -184,12 +187,21 @@ def _embed(
     logger.info("trained %d steps: loss %.2f to %.2f", len(losses), losses[0], losses[-1])
     clock.stage = "features"
     pooled = pooled_features(stages, kept, lambda views: clock.add(views * _TOP_VIEW))
-    return fitted(stages, pooled, settings, constraints, local)
+    return fitted(stages, main_directions(stages, pooled), settings, constraints, local)
+
+
+def main_directions(stages: Stages, pooled: Tensor) -> MainDirections:
+    """As many directions as the whitening has numbers.
+
+    Args:
+        pooled: (N, V, P), see `embed.pooled_features`.
+    """
+    return MainDirections.of(pooled, whitening_of(stages.head).dim)
 
 
 def fitted(
     stages: Stages,
-    pooled: Tensor,
+    found: MainDirections,
     settings: Settings,
     constraints: Constraints | None = None,
     local: LocalMatch | None = None,
@@ -197,16 +209,15 @@ def fitted(
     """Features of photos by a whitening that is fitted to them: to their views, then to the groups that come out too.
 
     Args:
-        pooled: (N, V, P), see `embed.pooled_features`.
+        found: of the N photos.
     """
-    whitening = whitening_of(stages.head)
-    if len(pooled) == 1:  # has nothing to be fitted to
-        return Features(whitened(stages.head, pooled).cpu(), pooled.cpu(), local)
-    found = MainDirections.of(pooled, whitening.dim)
+    whitening, views = whitening_of(stages.head), found.views.cpu()
+    if len(views) == 1:  # has nothing to be fitted to
+        return Features(whitened(stages.head, found.mean.float().view(1, 1, -1)).cpu(), views, local)
     whitening.fit(found)
-    groups = positive_groups(whitened(stages.head, pooled).cpu(), settings, constraints, local)
+    groups = positive_groups(whitened_along(stages.head, found).cpu(), settings, constraints, local)
     whitening.fit(found, groups)
-    return Features(whitened(stages.head, pooled).cpu(), found.views.cpu(), local)
+    return Features(whitened_along(stages.head, found).cpu(), views, local)
 
 
 def local_and_positives(

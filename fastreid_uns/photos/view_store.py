@@ -77,7 +77,7 @@ class ViewStore:
             self._mapped.flush()  # rows first: after a power cut none is missing that the file says is there
             self._mapped[:8] = self.done.to_bytes(8, "little")
             self._mapped.flush(0, _HEAD)
-            drop_pages(self._mapped)
+            self.release()
 
     def take(self, photos: slice | Tensor, chosen: Tensor | None = None) -> Tensor:
         """float32 of some photos: (B, V, ...), or (B, n, ...) of the (B, n) chosen views."""
@@ -92,6 +92,11 @@ class ViewStore:
         part.values, part.done = self.values[photos.to(self.values.device)], len(photos)
         part.file = part._mapped = None
         return part
+
+    def release(self) -> None:
+        """Give back the memory of rows that are in a file; what is taken again is read from it."""
+        if self._mapped is not None:
+            drop_pages(self._mapped)
 
     def remove(self) -> None:
         """Delete the file; the rows are there as long as this object."""

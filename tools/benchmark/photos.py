@@ -233,10 +233,11 @@ class Photos:
         return feats
 
     def _fitted(self, pooled: Any) -> Any:
-        from fastreid_uns.photos.group import fitted, for_count
+        from fastreid_uns.photos.group import fitted, for_count, main_directions
 
         with self.timed("features"):
-            self.fitted = fitted(self.stages, pooled, for_count(self.usual, len(pooled)), local=self.local)
+            found = main_directions(self.stages, pooled)
+            self.fitted = fitted(self.stages, found, for_count(self.usual, len(pooled)), local=self.local)
         return self.fitted.feats
 
     def more_features(self, rows: Any) -> Any:
