@@ -12,6 +12,7 @@ set (person, vehicle). A seed changes names, views, training and questions. Rows
     trained     the same after training
     answers15, answers50
                 after so many answers by the true labels to the questions that tell most, the threshold refitted
+    random50    after 50 answers to questions about random merges up to 0.1 from the threshold, the threshold refitted
     supervised  trained on the true labels, then grouped as `trained`
     identify    half of the individuals known, without labels: photos of the others that are called known, and photos of
                 these that are found
@@ -46,12 +47,13 @@ import measuring
 from measuring import FOLDER, ROOT
 
 SETS = ("cattely", "grocery", "omniglot", "person", "vehicle")
-ROWS = ("today", "start", "trained", "answers15", "answers50", "supervised", "identify")
+ROWS = ("today", "start", "trained", "answers15", "answers50", "random50", "supervised", "identify")
 GENERATED = {"TRAIN_IDENTITIES": 60, "TRAIN_IMAGES": 1200, "TEST_IDENTITIES": 2, "QUERY_IMAGES": 2}
 GENERATED |= {"GALLERY_IMAGES": 16, "DISTRACTORS": 0, "JUNK": 0}  # the training part alone is grouped
 GENERATED_SETS = {"person", "vehicle"}
-BEFORE = {"answers15": "trained", "answers50": "answers15"}  # rows that others go on from
+BEFORE = {"answers15": "trained", "answers50": "answers15", "random50": "trained"}  # rows that others go on from
 ROUND = 5  # answers after which the groups are made again
+DOUBTFUL = 0.1  # distance of a merge to the threshold
 
 
 def main() -> None:
@@ -59,7 +61,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "datasets", help="folder of the real sets")
     parser.add_argument("--sets", nargs="+", default=SETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="answers50 needs answers15, that trained")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="answers50 needs answers15, that and random50 trained")
     parser.add_argument("--identities", type=int, default=0, help="take every n-th identity only; 0 = all photos")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument(
@@ -327,32 +329,56 @@ def supervised(photos: Photos, truth) -> dict[str, Any]:
     return scores(photos.cluster(feats).labels, truth)
 
 
-def answered(count: int):
-    """The row after `count` answers, asked in rounds about the groups of `trained`; goes on from the row before."""
+def answered(count: int, choose: Callable[..., list[Any]], *, goes_on: bool):
+    """The row after `count` answers, asked in rounds about the groups of `trained`, or of the row before.
+
+    Args:
+        choose: gives so many pairs of photos by the photos, the groups, their threshold and the answers so far.
+    """
 
     def measure(photos: Photos, truth) -> dict[str, Any]:
         import numpy as np
 
-        from fastreid_uns.photos.informative import informative_pairs, meeting_heights, refitted_threshold
+        from fastreid_uns.photos.informative import meeting_heights, refitted_threshold
         from fastreid_uns.pseudo_labels.constraints import Answer, Constraints
 
-        if photos.asked is None:
-            photos.asked = (photos.groups, photos.settings.threshold, [])
-        groups, threshold, answers = photos.asked
+        usual = photos.settings.threshold
+        groups, threshold, answers = photos.asked if goes_on else (photos.groups, usual, [])
         while len(answers) < count:
             wanted = min(ROUND, count - len(answers))
-            known = Constraints(len(truth), answers)
-            pairs = informative_pairs(groups.dendrogram, groups.feats, threshold, wanted, known)
+            pairs = choose(photos, groups, threshold, wanted, Constraints(len(truth), answers))
             if not pairs:
                 break
-            answers += [Answer(p.first, p.second, bool(truth[p.first] == truth[p.second])) for p in pairs]
+            answers = answers + [Answer(a, b, bool(truth[a] == truth[b])) for a, b in pairs]
             heights = meeting_heights(photos.groups.dendrogram, np.array([answer[:2] for answer in answers]))
-            threshold = refitted_threshold(photos.settings.threshold, heights, np.array([a.same for a in answers]))
+            threshold = refitted_threshold(usual, heights, np.array([answer.same for answer in answers]))
             groups = photos.cluster(groups.feats, Constraints(len(truth), answers), threshold=threshold)
         photos.asked = (groups, threshold, answers)
         return {**scores(groups.labels, truth), "threshold": threshold, "answers": len(answers)}
 
     return measure
+
+
+def informative(photos: Photos, groups, threshold: float, wanted: int, known) -> list[tuple[int, int]]:
+    from fastreid_uns.photos.informative import informative_pairs
+
+    found = informative_pairs(groups.dendrogram, groups.feats, threshold, wanted, known)
+    return [(pair.first, pair.second) for pair in found]
+
+
+def at_random(photos: Photos, groups, threshold: float, wanted: int, known) -> list[tuple[int, int]]:
+    """A random photo of each side of random merges that are doubtful and not answered."""
+    import numpy as np
+
+    draw, tree = np.random.default_rng([photos.seed, len(known.answers)]), groups.dendrogram
+    found: list[tuple[int, int]] = []
+    for merge in draw.permutation(np.flatnonzero(abs(tree.heights - threshold) <= DOUBTFUL)):
+        if len(found) == wanted:
+            break
+        sides = [tree.members(int(node)) for node in tree.children[merge]]
+        if not np.isin(known.unit[sides[0]], known.unit[sides[1]]).any():
+            found.append((int(draw.choice(sides[0])), int(draw.choice(sides[1]))))
+    return found
 
 
 def audit(groups, truth, seed: int) -> dict[str, Any]:
@@ -422,8 +448,9 @@ ROW = {
     "today": today,
     "start": start,
     "trained": trained,
-    "answers15": answered(15),
-    "answers50": answered(50),
+    "answers15": answered(15, informative, goes_on=False),
+    "answers50": answered(50, informative, goes_on=True),
+    "random50": answered(50, at_random, goes_on=False),
     "supervised": supervised,
     "identify": identified,
 }
