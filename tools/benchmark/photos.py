@@ -61,7 +61,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "datasets", help="folder of the real sets")
     parser.add_argument("--sets", nargs="+", default=SETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="answers50 needs answers15, that and random50 trained")
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=ROWS, help="answers50 needs answers15, that and random50 trained"
+    )
     parser.add_argument("--identities", type=int, default=0, help="take every n-th identity only; 0 = all photos")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument(
