@@ -23,7 +23,7 @@ from fastreid_uns.photos.view_store import ViewStore
 from fastreid_uns.utils.transfer import to_device
 
 BATCH = 32  # photos that are read at a time
-_PASS = 8  # images at a time on a CPU, whose maps its caches hold; on a GPU all of a batch
+_PASS = 8  # images at a time on a CPU, whose caches hold them and their maps; on a GPU all of a batch
 _ROWS = 1024  # photos that are whitened at a time
 _LARGEST = 65504  # of float16
 _ASPECT = 0.85  # smallest width / height of a crop, with that of the photo as 1
@@ -74,13 +74,25 @@ def views(
         if number > 1:
             drawn = [augment.sample_parameters(number - 1, images.size, _generator(photo, seed)) for photo in pixels]
             parameters = {name: torch.cat([one[name] for one in drawn]) for name in drawn[0]}
-            others = augment(placed.repeat_interleave(number - 1, dim=0), parameters)
+            copies = placed.repeat_interleave(number - 1, dim=0)
+            others = torch.cat(
+                [
+                    augment(copies[few], {name: values[few] for name, values in parameters.items()})
+                    for few in _passes(copies)
+                ]
+            )
             made = torch.cat([made, others.unflatten(0, (len(pixels), number - 1))], dim=1)
         yield slice(start, start + len(pixels)), made
 
 
 def _generator(photo: Tensor, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(photo.numpy().tobytes(), seed))  # it takes 32 bits
+
+
+def _passes(images: Tensor) -> list[slice]:
+    """Rows that are worked on at a time."""
+    size = _PASS if images.device.type == "cpu" else max(len(images), 1)
+    return [slice(start, start + size) for start in range(0, len(images), size)]
 
 
 class Fixed:
@@ -96,16 +108,14 @@ class Fixed:
     def __init__(self, part: nn.Module, maps: Tensor, amp: str) -> None:
         maps = _channels_last(maps)
         self.part = folded_norms(part, maps)
-        self.on_cpu = maps.device.type == "cpu"
-        measured = amp == "auto" and self.on_cpu
+        measured = amp == "auto" and maps.device.type == "cpu"
         self.dtype = faster_inference(self.part, maps) if measured else precision(amp, maps.device)
 
     @torch.no_grad()
     def __call__(self, maps: Tensor) -> Tensor:
         """(B, C, H, W) → (B, D, h, w) float32."""
-        pieces = maps.split(_PASS if self.on_cpu else len(maps))
         with torch.autocast(maps.device.type, self.dtype, enabled=self.dtype is not None):
-            return torch.cat([feature_map(self.part(_channels_last(piece))).float() for piece in pieces])
+            return torch.cat([feature_map(self.part(_channels_last(maps[few]))).float() for few in _passes(maps)])
 
 
 @dataclass(frozen=True)
@@ -149,7 +159,8 @@ class Stages:
 
     def activations(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in 0..1 → what the trunk gives."""
-        return self.trunk((images - self.encoder.mean) / self.encoder.std)
+        mean, std = self.encoder.mean, self.encoder.std
+        return torch.cat([self.trunk((images[few] - mean) / std) for few in _passes(images)])
 
     def fixed_top(self, activations: Tensor) -> Fixed:
         """The top as it is now; some activations are for trials."""
