@@ -246,27 +246,49 @@ def freeze_norm_statistics(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def folded_norms(model: nn.Module, images: Tensor) -> nn.Module:
-    """A copy, for evaluation only, with each batch norm as part of the convolution before it: fewer passes over memory.
+def folded_norms(model: nn.Module, images: Tensor, *, trained: bool = False) -> nn.Module:
+    """A copy in evaluation mode, with each batch norm as part of the convolution before it: fewer passes over memory.
 
     A norm belongs to the convolution that precedes it among the children of a module. Whether the model computes in
     that order as well is seen from what it makes of some images; if not, it is given back as it is.
 
     Args:
-        model: its weights must not change as long as the copy is used.
+        model: is put into evaluation mode. Unless it is `trained`, its weights must not change as long as the copy is
+            used.
         images: (B, C, H, W) in the layout that the model will get.
+        trained: the copy has the very weights of the model, and gradients reach them.
 
     Returns:
         The copy, or the model itself.
     """
-    folded = copy.deepcopy(model).eval()
+    own = itertools.chain(model.parameters(), model.buffers()) if trained else ()
+    folded = copy.deepcopy(model, {id(value): value for value in own}).eval()
     for parent in list(folded.modules()):
         for (place, conv), (next_place, norm) in itertools.pairwise(list(parent.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm) and norm.running_mean is not None:
-                setattr(parent, place, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, place, _NormedConv(conv, norm) if trained else fuse_conv_bn_eval(conv, norm))
                 setattr(parent, next_place, nn.Sequential(*norm.children()))
     expected, found = feature_map(model.eval()(images)), feature_map(folded(images))
     return folded if torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())) else model
+
+
+class _NormedConv(nn.Module):
+    """A convolution with the norm after it, whose statistics stay, as one convolution with the weights of both."""
+
+    def __init__(self, conv: nn.Conv2d, norm: _BatchNorm) -> None:
+        super().__init__()
+        self.conv, self.norm = conv, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, joined = self.norm, copy.copy(self.conv)
+        mean: Any = norm.running_mean
+        variance: Any = norm.running_var
+        scale = (variance + norm.eps).rsqrt()
+        scale = scale if norm.weight is None else scale * norm.weight
+        bias = (-mean if joined.bias is None else joined.bias - mean) * scale
+        bias = bias if norm.bias is None else bias + norm.bias
+        joined._parameters = {"weight": joined.weight * scale[:, None, None, None], "bias": bias}
+        return joined(x)
 
 
 class _Rows:

@@ -68,14 +68,14 @@ def adapt(
     parameters = [p for p in stages.top.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=how.rate)
     generator = torch.Generator().manual_seed(seed)
-    losses = []
+    top, losses = stages.trained_top(kept.take(slice(0, 1)).flatten(0, 1)), []
     for step, photos in enumerate(_batches(len(kept), how, generator)):
         for group in optimizer.param_groups:
             group["lr"] = how.rate * (1 + math.cos(math.pi * step / how.steps)) / 2
         chosen = torch.rand(len(photos), kept.number, generator=generator).argsort(1)[:, :2]
         same = to_device(unit[photos], stages.device)
         values = kept.take(photos, chosen)
-        pooled = stages.pooled(values.flatten(0, 1))
+        pooled = stages.pooled(values.flatten(0, 1), top)
         feats = F.normalize(space(pooled)).unflatten(0, values.shape[:2])
         loss = instance_contrast(feats[:, 0], feats[:, -1], same, how.temperature)
         optimizer.zero_grad(set_to_none=True)

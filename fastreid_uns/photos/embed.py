@@ -166,6 +166,10 @@ class Stages:
         """The top as it is now; some activations are for trials."""
         return Fixed(self.top, activations[:_PASS], self.amp)
 
+    def trained_top(self, activations: Tensor) -> nn.Module:
+        """The top as it is trained: its norms keep their statistics; some activations are for trials."""
+        return folded_norms(self.top, _channels_last(activations[:_PASS]), trained=True)
+
     def pooled(self, activations: Tensor, top: nn.Module | Fixed | None = None) -> Tensor:
         """What the trunk gave → (B, P) before whitening; by the top itself, in float32, unless one is named."""
         return self.head((self.top if top is None else top)(_channels_last(activations))).pooled

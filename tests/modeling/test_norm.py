@@ -406,6 +406,24 @@ def test_folded_norms_leave_the_output_and_the_model_alone(frozen):
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_folded_norms_of_a_trained_model_give_its_weights_the_same_gradients(bias):
+    conv = nn.Conv2d(3, 6, 3, groups=3, stride=2, padding=1, bias=bias)
+    last = nn.BatchNorm2d(4, affine=False)
+    last.running_mean.uniform_(0.5, 1.5)
+    model = nn.Sequential(conv, a_norm(6).float(), nn.ReLU6(), nn.Conv2d(6, 4, 1), last).eval()
+    images, scale = torch.randn(2, 3, 7, 7), torch.randn(2, 4, 4, 4)
+    folded = folded_norms(model, images, trained=True)
+    for _ in range(2):  # the second time after a step
+        found = torch.autograd.grad((folded(images) * scale).sum(), list(model.parameters()))
+        expected = torch.autograd.grad((model(images) * scale).sum(), list(model.parameters()))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            for value in model.parameters():
+                value += torch.randn_like(value)
+    assert len(folded(images).grad_fn.next_functions) == 3  # the convolution comes last: no norm is left
+
+
 def test_a_model_that_does_not_compute_in_the_order_of_its_children_is_not_folded():
     model = Reversed(nn.Conv2d(3, 3, 1), a_norm(3).float()).eval()
     assert folded_norms(model, torch.randn(2, 3, 6, 6)) is model
