@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -55,10 +56,14 @@ def test_what_it_says():
     assert "unverified: 3 of 15" in str(PairPrecision(0.84, 0.75, 0.93, 3))
 
 
-def test_the_rough_estimate_is_the_mean_product_over_pairs():
+def mean_product(confidence, labels):
+    pairs = [(a, b) for a, b in combinations(range(len(labels)), 2) if labels[a] == labels[b]]
+    return np.mean([confidence[a] * confidence[b] for a, b in pairs])
+
+
+def test_the_rough_estimate_is_the_root_of_the_mean_product_over_pairs():
     confidence, labels = np.array([0.9, 0.5, 0.8, 0.3]), np.array([0, 0, 0, 1])
-    expected = (0.9 * 0.5 + 0.9 * 0.8 + 0.5 * 0.8) / 3
-    assert rough_estimate(confidence, labels) == pytest.approx(expected)
+    assert rough_estimate(confidence, labels) ** 2 == pytest.approx(mean_product(confidence, labels))
 
 
 @pytest.mark.parametrize("precision", [0.2, 0.6, 0.95])
@@ -67,7 +72,7 @@ def test_calibrated_confidence_agrees_with_the_precision_and_keeps_its_order(pre
     confidence, labels = rng.random(50), rng.integers(0, 8, 50)
     labels[7] = 8
     found = calibrated(confidence, labels, precision)
-    assert rough_estimate(found, labels) == pytest.approx(precision, abs=1e-6)
+    assert mean_product(found, labels) == pytest.approx(precision, abs=1e-6)
     others = np.arange(50) != 7
     assert np.array_equal(np.argsort(found[others]), np.argsort(confidence[others]))
     assert found[7] == confidence[7]
