@@ -124,8 +124,9 @@ def _of_studies(file: Path, records: Sequence[dict]) -> tuple[list[dict], dict[s
 def _run_missing(options: argparse.Namespace, records: list[dict], file: Path, until: float) -> int:
     """Run what has no record yet, append the new ones to the list and to the file; how many failed."""
     from fastreid_uns.experiments.workers import completed
+    from fastreid_uns.utils.environment import cores
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // options.jobs)))
     os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
     agenda = _agenda(options, records)
     failed = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +10,7 @@ from fastreid_uns.data.decode import UnreadableImage, read_image
 from fastreid_uns.errors import InvalidValue, MissingFile, UserError
 from fastreid_uns.structures import Record
 from fastreid_uns.utils.comm import gather_objects, rank, world
+from fastreid_uns.utils.environment import cores
 from fastreid_uns.utils.paths import printable
 from fastreid_uns.utils.progress import progress
 
@@ -29,7 +29,7 @@ def find_unreadable(records: Sequence[Record], threads: int = 0) -> dict[int, Us
         threads: that decode at the same time; 0 = one for each processor.
     """
     mine = range(rank(), len(records), world())
-    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(threads or cores()) as pool:
         found = pool.map(_error_of, [records[i].path for i in mine])
         errors = dict(zip(mine, progress(found, "check images", total=len(mine)), strict=True))
     return united({i: error for i, error in errors.items() if error is not None})

@@ -34,6 +34,7 @@ from fastreid_uns.data.decode import UnreadableImage
 from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.errors import InvalidState, MissingFile, UserError
 from fastreid_uns.utils.comm import barrier, broadcast_object, gather_objects, rank, world
+from fastreid_uns.utils.environment import cores
 from fastreid_uns.utils.paths import path_manager
 from fastreid_uns.utils.progress import progress
 
@@ -142,7 +143,7 @@ def _open(file: Path, shape: tuple[int, ...]) -> tuple[Tensor, dict[str, Any], m
 def _is_whole(pixels: Tensor, content: dict[str, Any]) -> bool:
     """Whether the checksums of this process's share of the blocks are right."""
     data = pixels.numpy()
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         mine = content["blocks"][rank() :: world()]
         return all(pool.map(lambda block: zlib.crc32(data[block[0] : block[1]].data) == block[2], mine))
 

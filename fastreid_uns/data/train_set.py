@@ -13,6 +13,7 @@ from torch import Tensor
 from fastreid_uns.data.image_set import ImageSet
 from fastreid_uns.errors import InvalidState, InvalidValue
 from fastreid_uns.structures import PseudoLabels, Record
+from fastreid_uns.utils.environment import cores
 from fastreid_uns.utils.paths import path_manager
 
 _SAMPLE = 4096  # bytes of a file that are read at each of three places
@@ -134,7 +135,7 @@ class TrainSet:
         return self._fingerprint
 
     def _digest(self) -> str:
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             contents = list(pool.map(_content, self.images.paths))
         whole = hashlib.sha256()
         columns = (self.cameras.tolist(), self.domains.tolist(), self.classes.tolist())

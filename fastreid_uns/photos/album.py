@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from fastreid_uns.data.pixel_cache import CachedImageSet
 from fastreid_uns.errors import MissingFile
 from fastreid_uns.photos.scan import Scan, scan
 from fastreid_uns.structures import Record
+from fastreid_uns.utils.environment import cores
 from fastreid_uns.utils.paths import printable
 
 _FEW = 64  # photos that are decoded without further processes
@@ -96,7 +96,7 @@ class Album:
 
 def images_of(files: Sequence[str], size: tuple[int, int]) -> ImageSet:
     """Photos as pixels; of many, all cores decode."""
-    workers = 0 if len(files) < _FEW else os.cpu_count() or 1
+    workers = 0 if len(files) < _FEW else cores()
     return ImageSet([Record(file, -1, -1) for file in files], size, workers=workers)
 
 

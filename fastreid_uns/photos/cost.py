@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from fastreid_uns.photos.group import Settings
 from fastreid_uns.photos.network import Network
 from fastreid_uns.photos.teller import duration
 from fastreid_uns.photos.view_store import on_device
+from fastreid_uns.utils.environment import cores
 
 _TRIED = 16  # views whose time is taken on a CPU; on a GPU as many as one pass has
 _REST = 1.5  # work of everything, with that of the views through the network as 1: reading, changing, training
@@ -52,7 +52,7 @@ def estimate(count: int, network: Network, settings: Settings) -> Cost:
     pixels = 3.0 * count * np.prod(network.size)
     trained = 2 * settings.adaptation.steps * min(settings.adaptation.batch, count) * _TRAINED * each
     return Cost(
-        _READ * count / (os.cpu_count() or 1) + _REST * number * each + trained,
+        _READ * count / cores() + _REST * number * each + trained,
         _BASE + 2 * features,
         pixels + (0.0 if on_device(int(stored), device) else stored),
     )

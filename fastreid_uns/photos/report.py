@@ -36,6 +36,7 @@ from fastreid_uns.photos.review import Group
 from fastreid_uns.photos.store import PhotoRun, resolve
 from fastreid_uns.photos.teller import duration
 from fastreid_uns.photos.thumbnails import Thumbnails, photo_id
+from fastreid_uns.utils.environment import cores
 from fastreid_uns.utils.paths import printable
 from fastreid_uns.utils.progress import progress
 
@@ -190,7 +191,7 @@ def _thumbnail_name(path: str) -> str:
 
 def _write_thumbnails(run: PhotoRun, members: Sequence[Member]) -> None:
     small, about = Thumbnails(run.folder / "report" / "thumbnails"), run.about
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         made = pool.map(lambda member: small.file(member.path, resolve(about, member.path)), members)
         for _ in progress(made, "small pictures", len(members)):
             pass

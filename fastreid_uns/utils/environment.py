@@ -29,9 +29,14 @@ def environment(device: torch.device) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[library] = "not installed"
     found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    found["cores"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    found["cores"] = str(cores())
     found["processes"] = str(comm.world())
     return found
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from fastreid_uns.data.datasets.synthetic.render import STRANGER, Shot, Style, w
 from fastreid_uns.errors import InvalidValue
 from fastreid_uns.registry import DATASET_REGISTRY
 from fastreid_uns.structures import ReIDData
+from fastreid_uns.utils.environment import cores
 from fastreid_uns.utils.paths import path_manager
 from fastreid_uns.utils.progress import progress
 
@@ -187,7 +187,7 @@ def _generate(folder: Path, knobs: dict[str, Any], processes: int) -> None:
     )
     shots = _plan(knobs)
     chunks = [shots[i : i + CHUNK] for i in range(0, len(shots), CHUNK)]
-    workers = processes or max(1, min(os.cpu_count() or 1, len(shots) // WORTH_A_PROCESS))
+    workers = processes or max(1, min(cores(), len(shots) // WORTH_A_PROCESS))
     unfinished = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     try:
         for name in FOLDERS:
