@@ -39,7 +39,7 @@ class LocalMatch:
     descriptors: Tensor
 
     def __call__(self, first: Tensor, second: Tensor, cosine: Tensor) -> Tensor:
-        """(M,) float32 similarities of pairs of photos, of the same mean and spread as their cosines (M,)."""
+        """(M,) float32 similarities of pairs of photos: cosines (M,), and local ones at the scale of these."""
         local = local_similarity(self.descriptors, first, second)
         return (1 - SHARE) * cosine + SHARE * (_standard(local) * _spread(cosine) + cosine.mean())
 
