@@ -63,7 +63,7 @@ class Settings:
 
     views: int = 4
     adaptation: Adaptation = field(default_factory=Adaptation)
-    threshold: float = 0.8
+    threshold: float = 0.82
     positives: float = 0.7
     k1: tuple[int, ...] = (12, 25, 50)
     k2: int = 6

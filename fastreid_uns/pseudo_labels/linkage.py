@@ -258,7 +258,7 @@ class AverageLinkageLabels(PseudoLabelGenerator):
     def __init__(
         self,
         *,
-        threshold: float = 0.8,
+        threshold: float = 0.82,
         k1: Sequence[int] = (12, 25, 50),
         k2: int = 6,
         cosine: float = 0.5,
