@@ -280,6 +280,7 @@ class _NormedConv(nn.Module):
         self.conv, self.norm = conv, norm
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, D, h, w); by the convolution's own forward, which may pad in a way of its own."""
         norm, joined = self.norm, copy.copy(self.conv)
         mean: Any = norm.running_mean
         variance: Any = norm.running_var
