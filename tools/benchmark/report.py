@@ -135,17 +135,28 @@ def runs(records: Sequence[Record]) -> str:
         stages = ", ".join(f"{name} {number(value)}" for name, value in result["stages"].items())
         rows.append(
             [
-                f"{case['run']}, {case['set']}",
-                f"{case['processes']} x {case['device']}",
+                f"{case['run']}, {case['set']}{', compiled' if case.get('compile') else ''}",
+                f"{case['processes']} x {record['environment']['device']}",
                 case["epochs"],
                 number(result["seconds"]),
+                number(result["epoch_seconds"]),
                 stages,
                 number(result["images_per_second"]),
                 ratio(result["images_per_second"], one and one["images_per_second"]),
             ]
         )
-    headers = ["run", "processes", "epochs", "seconds", "seconds of its stages", "images a second", "as one process"]
-    return table(rows, headers)
+    headers = ["run", "processes", "epochs", "seconds", "of an epoch", "of all stages", "images a second"]
+    return table(rows, [*headers, "as one process"])
+
+
+def memory(records: Sequence[Record]) -> str:
+    """One row for each form: the largest batch of each card, and images a second with it."""
+    cards = sorted({record["case"]["gigabytes"] for record in records})
+    rows = []
+    for form in dict.fromkeys(record["case"]["form"] for record in records):
+        found = [measuring.result_of(records, form=form, gigabytes=card) for card in cards]
+        rows.append([form, *(f"{r['batch']} ({number(r['images_per_second'])}/s)" if r else NONE for r in found)])
+    return table(rows, ["form", *(f"card of {card} GB" for card in cards)])
 
 
 def table(rows: list[list[Any]], headers: list[str]) -> str:
@@ -257,6 +268,7 @@ def report() -> str:
             records_of("training_step"),
             lambda found: rates(found, "plain", ["form", "backbone"]),
         ),
+        ("Largest batches", "memory", records_of("memory"), memory),
         ("Whole runs", "runs", records_of("runs"), runs),
     ]
     texts = [
