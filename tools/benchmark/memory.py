@@ -1,7 +1,7 @@
 """The largest batch of a training step that fits a card with less memory: the limit is set for the process.
 
-A batch fits if two steps follow each other. Batches are multiples of 32, which share norm statistics. A card of 24 GB is
-taken as 24e9 bytes less those of the CUDA context.
+A batch fits if two steps follow each other. Batches are multiples of 32, which share norm statistics. A card of 24 GB
+is taken as 24e9 bytes less those of the CUDA context.
 """
 
 from __future__ import annotations
