@@ -187,15 +187,24 @@ def report(records: Sequence[Record], project: str = "", missing: Missing | None
 
     Args:
         records: of runs.
-        project: see `tables`.
+        project: see `tables`; studies without a row of it are left out.
         missing: rows that lack seeds, by study.
     """
+    if project:
+        records = _of_studies_with(project, records)
     shown = [table.markdown() for table in tables(records, project)]
     rows = {study: [name for name in names if project in ("", name)] for study, names in (missing or {}).items()}
     absent = [
         f"{study}: not measured with all seeds yet: {', '.join(names)}." for study, names in rows.items() if names
     ]
     return "\n\n".join([*shown, provenance(records), *absent])
+
+
+def _of_studies_with(project: str, records: Sequence[Record]) -> list[Record]:
+    """The records of studies that have a row of the project or are ladders, and those of none."""
+    rows = {project, project + BASELINE}
+    studies = {r.get("study") for r in records if not r.get("study") or r["row"] in rows or step_number(r["row"])}
+    return [r for r in records if r.get("study") in studies]
 
 
 def write_tables(folder: Path, records: Sequence[Record], missing: Missing | None = None) -> None:

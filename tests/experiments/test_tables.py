@@ -96,6 +96,13 @@ def test_a_project_sees_its_rows_and_those_of_the_core():
     assert effects.rows[0][4] == "0.126"  # as among all
 
 
+def test_a_project_sees_no_study_that_it_has_no_row_in():
+    elsewhere = [record("core", 1, 10.0, study="farm"), record("Q", 1, 9.0, study="farm")]
+    loose = [record("core", 1, 8.0, study="")]
+    assert tables.report([*RECORDS, *elsewhere, *loose], "P") == tables.report([*RECORDS, *loose], "P")
+    assert "farm" in tables.report([*RECORDS, *elsewhere], "Q")
+
+
 LADDER = [
     record(row, seed, score)
     for row, scores in {"10 c": (9.0, 12.0), "2 b": (5.0, 6.0), "1 a": (4.0, 6.0), "untrained": (1.0, 2.0)}.items()
