@@ -24,13 +24,16 @@ class NodePair(NamedTuple):
     first: int
     second: int
     height: float  # distance at which their sides merge
-    weight: float  # uncertainty times the pairs of photos that the answer changes
+    weight: float  # uncertainty times the photos that the answer moves
 
 
 def informative_pairs(
     tree: Dendrogram, feats: Tensor, threshold: float, count: int, constraints: Constraints | None = None
 ) -> list[NodePair]:
     """One pair for each of the merges whose answers would change most, the most informative first.
+
+    An answer moves the photos of the smaller side. Pairs of photos would count large groups that lie far apart first,
+    about which the answer is known: `tools/benchmark/README.md` has the figures.
 
     Args:
         tree: of `average_linkage` under the same constraints.
@@ -40,9 +43,9 @@ def informative_pairs(
         constraints: merges that these answer are left out.
     """
     sizes = np.concatenate([np.ones(tree.count, np.int64), tree.sizes])
-    changed = sizes[tree.children[:, 0]] * sizes[tree.children[:, 1]]
+    moved = sizes[tree.children].min(axis=1)
     chance = _same(tree.heights, threshold)
-    weight = changed * chance * (1 - chance)
+    weight = moved * chance * (1 - chance)
     found: list[NodePair] = []
     for m in np.argsort(-weight, kind="stable"):
         if len(found) == count:
