@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools/benchmark"))
+import known
 import measuring
+import photos
 import report
 import runs
 
@@ -95,3 +97,8 @@ def test_the_readmes_show_the_committed_results():
 def test_benchmark_runs_at_its_small_size(name):
     subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), "--size", "small", "--fresh"], check=True)
     assert measuring.read(measuring.results_file(FOLDER / f"{name}.py", "small"))
+
+
+@pytest.mark.parametrize("benchmark", [photos, known])
+def test_the_committed_lines_make_a_table(benchmark):
+    assert "| cattely" in benchmark.table(photos.read_lines(Path(benchmark.__file__).with_suffix(".jsonl")))

@@ -470,7 +470,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         numbers = ("ari", "precision", "recall", "groups", "stated", "false_known", "found")
         cells = [spread([result[key] for result in results if key in result]) for key in numbers]
         minutes = spread([result["seconds"] / 60 for result in results])
-        peak = max(result["peak_gib"] for result in results)
+        peak = max(result["peak_gib"] for result in results if "peak_gib" in result)
         rows.append([name, row, len(results), *cells, minutes, f"{peak:.1f}"])
     heads = ["set", "row", "seeds", "ARI", "pair precision", "pair recall", "groups", "stated precision"]
     return tabulate(rows, [*heads, "false known", "found", "minutes", "peak GiB"], tablefmt="github")
