@@ -254,7 +254,7 @@ def _warp(images: Tensor, matrices: Tensor) -> Tensor:
 def _flip_shift_scale(images: Tensor, flip: Tensor, offset: Tensor) -> Tensor:
     """Mirror the chosen images, give each the window that begins at its offset, black outside, and divide by 255."""
     if images.device.type != "cpu":
-        return _flip_and_shift_by_index(images, flip, offset).float().div_(255)
+        return _flip_shift_scale_by_index(images, flip, offset)
     from fastreid_uns.data import augment_kernels
     from fastreid_uns.utils.compiled import over_rows
 
@@ -263,21 +263,17 @@ def _flip_shift_scale(images: Tensor, flip: Tensor, offset: Tensor) -> Tensor:
     return torch.from_numpy(out)
 
 
-def _flip_and_shift_by_index(images: Tensor, flip: Tensor, offset: Tensor) -> Tensor:
-    """A fixed number of kernels for a batch of any size: what a GPU wants."""
+def _flip_shift_scale_by_index(images: Tensor, flip: Tensor, offset: Tensor) -> Tensor:
+    """A fixed number of kernels for a batch of any size: what a GPU wants. Black is what is divided by infinity."""
     flip, offset = to_device(flip, images.device), to_device(offset, images.device)
-    count, channels, height, width = images.shape
+    height, width = images.shape[2:]
     rows = torch.arange(height, device=images.device) + offset[:, :1]
     columns = torch.arange(width, device=images.device) + offset[:, 1:]
-    inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[:, None, None, :]
-    columns = torch.where(flip[:, None], width - 1 - columns, columns)
-    picked = images[
-        torch.arange(count, device=images.device)[:, None, None, None],
-        torch.arange(channels, device=images.device)[None, :, None, None],
-        rows.clamp(0, height - 1)[:, None, :, None],
-        columns.clamp(0, width - 1)[:, None, None, :],
-    ]
-    return picked * inside
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
+    columns = torch.where(flip[:, None], width - 1 - columns, columns).clamp(0, width - 1)
+    place = (rows.clamp(0, height - 1) * width)[:, :, None] + columns[:, None]
+    picked = images.flatten(2).gather(2, place.flatten(1)[:, None].expand(-1, images.shape[1], -1))
+    return picked.view(images.shape) / torch.where(inside, 255.0, torch.inf)[:, None]
 
 
 def _luma(images: Tensor) -> Tensor:

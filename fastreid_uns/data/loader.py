@@ -14,6 +14,7 @@ from fastreid_uns.data.samplers import Sampler
 from fastreid_uns.data.train_set import TrainSet
 from fastreid_uns.errors import InvalidState, InvalidValue
 from fastreid_uns.structures import Batch
+from fastreid_uns.utils.transfer import made_ahead
 
 
 class TrainLoader:
@@ -88,6 +89,9 @@ class TrainLoader:
         """
         if self._labels is None:
             raise InvalidState("train loader: no epoch was planned; call plan(epoch) after clustering.")
+        yield from made_ahead(self._batches(epoch, self._labels), self.device)
+
+    def _batches(self, epoch: int, labels: Tensor) -> Iterator[Batch]:
         table = self.train_set
         plan = list(self.sampler)
         for step, (batch, shown) in enumerate(zip(plan, self._shown(plan, epoch), strict=True)):
@@ -95,7 +99,7 @@ class TrainLoader:
             yield Batch(
                 views=tuple(self._view(number, pixels, epoch, step) for number, pixels in enumerate(shown)),
                 index=index,
-                labels=self._labels[index],
+                labels=labels[index],
                 cameras=table.cameras[index],
                 domains=table.domains[index],
                 most=self._most,

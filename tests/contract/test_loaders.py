@@ -96,3 +96,22 @@ def test_cpu_and_gpu_give_the_same_views(records):
         assert torch.equal(device.cpu(), host), name
         assert torch.equal(copied.cpu(), host), name
         torch.testing.assert_close(view(device, draws).cpu(), view(host, draws), rtol=0, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_batches_are_not_written_over_while_the_gpu_is_behind(records):
+    found = {}
+    for device in ("cpu", "cuda"):
+        sampler = ClusterSampler(40, 5, 0, 1, batch_size=8, num_instances=2)
+        train_set = TrainSet(CachedImageSet(ImageSet(records, SIZE), where="device", device=device))
+        train_set.pseudo = PseudoLabels(torch.arange(20) % 5 - 1, torch.zeros(4, 2))
+        loader = TrainLoader(train_set, sampler, [Augment()], seed=5, device=device)
+        loader.plan(0)
+        found[device] = []
+        for batch in loader.epoch(0):
+            if device == "cuda":
+                torch.cuda._sleep(20_000_000)  # cycles, about 10 ms
+            found[device].append(batch.views[0] + batch.labels[:, None, None, None])
+            del batch
+    assert len(found["cuda"]) == 40
+    assert torch.equal(torch.stack(found["cuda"]).cpu(), torch.stack(found["cpu"]))

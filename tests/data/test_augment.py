@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from scipy import ndimage, stats
 from torchvision.transforms import functional as reference
 
-from fastreid_uns.data.augment import Augment, _erase, _erase_by_masks, _flip_and_shift_by_index, _flip_shift_scale
+from fastreid_uns.data.augment import Augment, _erase, _erase_by_masks, _flip_shift_scale, _flip_shift_scale_by_index
 
 SIZE = (32, 16)
 NOTHING = {"flip": 0.0, "pad": 0, "erase": 0.0}
@@ -102,7 +102,7 @@ def test_both_ways_to_shift_are_equal(dtype, threads, monkeypatch):
     draws = Augment(pad=40).sample_parameters(96, SIZE, generator())
     given = images(96)[:, :, :, : SIZE[1] - 1].to(dtype)
     args = (given, draws["flip"], draws["shift"] - 40)
-    assert torch.equal(_flip_shift_scale(*args), _flip_and_shift_by_index(*args).float() / 255)
+    assert torch.equal(_flip_shift_scale(*args), _flip_shift_scale_by_index(*args))
 
 
 def test_both_ways_to_erase_are_equal():
