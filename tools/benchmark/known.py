@@ -9,8 +9,9 @@ sets the largest cosine to a photo of a known group from which a photo is called
 
     own scores      quantile over photos of the scores against other strict groups
     crossed         at least that of the scores by whitenings that have not seen the group
-    one more        the same, but one more individual may reach any score: what the product does, see
-                    `identify.least_known`
+    one more        the same, but one more individual may reach any score, see `identify.least_known`
+    product         what `identify` says: `one more`, but nobody is known unless 15 true answers about random pairs
+                    state that at least 80 of 100 are right
     best            the threshold that calls 5 % of the new individuals known, by true labels
 
 Lines that are there are not measured again.
@@ -33,10 +34,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from measuring import ROOT
-from photos import Photos, read_lines, spread
+from photos import Photos, audit, read_lines, spread
 
 SEEDS = range(5)
 SHARE = 0.05  # of photos of new individuals that may be called known
+NOBODY = 2.0  # threshold that no cosine reaches
 
 
 def main() -> None:
@@ -132,24 +134,34 @@ def measure(photos: Photos, truth: Any, seed: int) -> dict[str, Any]:
     inside = known & (draw.random(len(truth)) < 0.8)
     own, rest = np.flatnonzero(inside), np.flatnonzero(~inside)
     asked = SimpleNamespace(truth=truth[rest], old=known[rest], own=truth[own])
-    rules = judged_rules(features(photos, own, rest), asked)
-    return {"rules": rules, "photos": len(own), "asked": len(rest), "seconds": time.monotonic() - begin}
+    space = features(photos, own, rest)
+    stated = audit(space.grouping, truth[own], seed)["stated"]
+    rules = judged_rules(space, asked, stated)
+    found = {"photos": len(own), "asked": len(rest), "stated": stated, "seconds": time.monotonic() - begin}
+    return {"rules": rules, **found}
 
 
-def judged_rules(space: SimpleNamespace, asked: SimpleNamespace) -> dict[str, dict[str, float]]:
+def judged_rules(space: SimpleNamespace, asked: SimpleNamespace, stated: float) -> dict[str, dict[str, float]]:
+    """What follows from each rule.
+
+    Args:
+        stated: pair precision by the answers.
+    """
     import numpy as np
     import torch
 
+    from fastreid_uns.photos.audit import GOOD
     from fastreid_uns.photos.identify import fit_thresholds, least_known, left_out_scores
 
-    strict, number = torch.from_numpy(space.strict), space.individuals
+    strict, number = torch.from_numpy(space.strict), space.grouping.individuals
     tenths = np.random.default_rng(0).permutation(space.strict.max() + 1)[space.strict] % 10
     parts = [left_out_scores(space.views, strict, torch.from_numpy(tenths == tenth)) for tenth in range(10)]
     own, crossed = quantile(scores(space)), quantile(torch.cat(parts).numpy())
     known = fit_thresholds(torch.from_numpy(space.feats), strict, number).known
     one_more = max(known, least_known(space.views, strict, number))
     best = np.quantile(best_match(space)[1][~asked.old], 1 - SHARE)
-    thresholds = {"own scores": own, "crossed": max(own, crossed), "one more": one_more, "best": best}
+    thresholds = {"own scores": own, "crossed": max(own, crossed), "one more": one_more}
+    thresholds |= {"product": one_more if stated >= GOOD else NOBODY, "best": best}
     return {rule: judged(space, asked, float(threshold)) for rule, threshold in thresholds.items()}
 
 
@@ -167,7 +179,7 @@ def features(photos: Photos, own: Any, rest: Any) -> SimpleNamespace:
         queries=photos.more_features(rest).numpy(),
         groups=grouping.labels,
         strict=grouping.dendrogram.cut(STRICT),
-        individuals=grouping.individuals,
+        grouping=grouping,
     )
 
 
@@ -182,11 +194,11 @@ def scores(space: SimpleNamespace) -> Any:
 
 
 def quantile(found: Any) -> float:
-    """What a further score exceeds with a probability of `SHARE` at most; 2 where there are too few scores."""
+    """What a further score exceeds with a probability of `SHARE` at most; `NOBODY` where there are too few scores."""
     import numpy as np
 
     place = int(np.ceil((len(found) + 1) * (1 - SHARE)))
-    return 2.0 if place > len(found) else float(np.sort(found)[place - 1])
+    return NOBODY if place > len(found) else float(np.sort(found)[place - 1])
 
 
 def best_match(space: SimpleNamespace) -> tuple[Any, Any]:
