@@ -19,7 +19,8 @@ from fastreid_uns.photos.album import Album, read_album
 from fastreid_uns.photos.group import Grouping, Settings, cluster, features, for_count
 from fastreid_uns.photos.known import Known
 from fastreid_uns.photos.members import Member
-from fastreid_uns.photos.outcome import members_of, present_groups, write_outcome
+from fastreid_uns.photos.identify import Thresholds
+from fastreid_uns.photos.outcome import members_of, present_groups, thresholds_of, write_outcome
 from fastreid_uns.photos.road import finish
 from fastreid_uns.photos.store import PhotoRun
 from fastreid_uns.photos.teller import Teller
@@ -69,11 +70,18 @@ def add_photos(run: PhotoRun, folder: str | Path, teller: Teller | None = None, 
         scan = {key: run.about["scan"].get(key, 0) + count for key, count in album.facts.items()}
         about = {"audit": draw(members, known.settings.seed), "scan": scan}
         copy = bool(run.about.get("asked", {}).get("copy"))
-        least = known.index.thresholds["known"]
-        least = least if math.isfinite(least) else -math.inf  # there were too few photos to say
-        write_outcome(run, members, grouping, known.network, settings, constraints, copy=copy, about=about, least=least)
+        thresholds = _raised(thresholds_of(grouping, constraints=constraints), Thresholds(**known.index.thresholds))
+        write_outcome(
+            run, members, grouping, known.network, settings, constraints, copy=copy, about=about, thresholds=thresholds
+        )
         finish(run)
         return _counted(members[len(known.index) :], set(old.values()))
+
+
+def _raised(found: Thresholds, before: Thresholds) -> Thresholds:
+    """Those from which a photo is known, not below what they were; infinite ones had too few photos to say."""
+    known, doubtful = (old if math.isfinite(old) else -math.inf for old in (before.known, before.doubtful))
+    return found._replace(known=max(found.known, known), doubtful=max(found.doubtful, doubtful))
 
 
 def _leave_out_known(run: PhotoRun, album: Album, known: Known) -> None:

@@ -15,6 +15,8 @@ from fastreid_uns.photos.audit import GOOD
 FALSE_KNOWN = 0.05  # of photos of new individuals that may be called known
 FALSE_NEW = 0.05  # of photos of known individuals that may be called new
 STRICT = 0.65  # average distance up to which groups are merged before thresholds are set
+STRICTER = 0.4  # the same where the audit found less than `SURE`: what is merged wrongly looks most alike
+SURE = 0.9  # pair precision
 _FOLDS = 10  # parts of the groups; more of them cost time and leave out less
 _LEAST = 20  # scores from which a threshold can be taken
 
@@ -24,11 +26,22 @@ KINDS = ("known", "new", "unsure")
 class Thresholds(NamedTuple):
     """Of the largest cosine to a photo of a group of at least two.
 
-    A photo from `known` on is called known, one below `new` new; between them it is unsure.
+    A photo from `known` on is called known, one below `new` new; between them it is unsure. `doubtful` takes the place of
+    `known` where the groups are less pure.
     """
 
     known: float
     new: float
+    doubtful: float = -torch.inf
+
+    def known_at(self, precision: float | None) -> float:
+        """From where a photo is called known, by the pair precision that the audit found; None without an audit.
+
+        Below 0.8 it is infinite, because thresholds do not hold there, and from 0.9 on it is `known`.
+        """
+        if precision is None or precision < GOOD:
+            return torch.inf
+        return self.known if precision >= SURE else max(self.known, self.doubtful)
 
 
 class Identity(NamedTuple):
@@ -151,8 +164,7 @@ def identify(
         feats: (N, D) of known photos.
         groups: (N,) int64, from 0 or 1; only those of at least two photos can be recognised.
         thresholds: of `fit_thresholds`.
-        precision: pair precision that the audit found, None without one. Where it is below 0.8 no photo is called
-            known, because thresholds do not hold there.
+        precision: pair precision that the audit found, None without one; see `Thresholds.known_at`.
 
     Raises:
         InvalidValue: features of another length.
@@ -165,13 +177,13 @@ def identify(
     together = groups.bincount()[groups] > 1
     if not together.any():
         return [Identity("unsure", -1, 0.0)] * len(queries)
-    trusted = precision is not None and precision >= GOOD
+    known = thresholds.known_at(precision)
     found = []
     for rows in queries.split(2048):
         best = (rows @ feats[together].T).max(1)
         for score, at in zip(best.values.tolist(), best.indices, strict=True):
             kind = "new" if score < thresholds.new else "unsure"
-            if trusted and score >= thresholds.known:
+            if score >= known:
                 kind = "known"
             found.append(Identity(kind, int(groups[together][at]), score))
     return found

@@ -77,7 +77,7 @@ class Known:
             return f"{none} the groups were not checked; answer {plural(left, 'question')} with {review}"
         if precision < GOOD:
             return f"{none} too many pairs in the groups are different individuals; mend the groups with {review}"
-        if not math.isfinite(self.index.thresholds["known"]):
+        if not math.isfinite(Thresholds(**self.index.thresholds).known_at(precision)):
             return f"{none} the groups are too few to tell how alike different individuals are; add photos of others"
         return ""
 

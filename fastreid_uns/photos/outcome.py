@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastreid_uns.photos.decisions import Decisions, regrouped
 from fastreid_uns.photos.group import Grouping, Settings
-from fastreid_uns.photos.identify import STRICT, Thresholds, fit_thresholds
+from fastreid_uns.photos.identify import STRICT, STRICTER, Thresholds, fit_thresholds, least_known
 from fastreid_uns.photos.index import Index, weights_fingerprint
 from fastreid_uns.photos.informative import informative_pairs
 from fastreid_uns.photos.members import Member
@@ -84,7 +84,7 @@ def write_outcome(
     *,
     copy: bool,
     about: Mapping[str, Any],
-    least: float,
+    thresholds: Thresholds,
 ) -> None:
     """Write all that follows from a grouping but the report.
 
@@ -92,24 +92,37 @@ def write_outcome(
         members: rows of the photos, see `members_of`.
         copy: of the photos in groups/, not links.
         about: entries of run.json.
-        least: what the threshold `known` is raised to, see `identify.least_known`.
+        thresholds: of `identify`.
     """
     decided = len(Decisions(run.folder / "decisions.csv").rows())
     run.write_groups(members, decisions=decided, **about)
     names = [member.path for member in members]
     pairs = informative_pairs(grouping.dendrogram, grouping.feats, settings.threshold, QUESTIONS, constraints)
     run.save_questions([(names[pair.first], names[pair.second], pair.weight) for pair in pairs])
-    thresholds = fit_thresholds(grouping.feats, strict_groups(grouping, constraints), grouping.individuals)
-    thresholds = thresholds._replace(known=max(thresholds.known, least))
     index = index_of(network, grouping.feats, members, settings, thresholds)
     index.save(run.folder / "index.safetensors", overwrite=True)
     network.save(run.folder, run.version)
     run.link_groups(copy)
 
 
-def strict_groups(grouping: Grouping, constraints: Constraints) -> Tensor:
-    """(N,) groups with few wrong photos, for the thresholds of `identify`."""
-    return constraints.apply(torch.from_numpy(grouping.dendrogram.cut(STRICT)), grouping.feats)
+def thresholds_of(
+    grouping: Grouping, views: Tensor | None = None, constraints: Constraints | None = None
+) -> Thresholds:
+    """Thresholds of `identify` from strict groups, which hold few wrong photos.
+
+    Args:
+        views: of the photos, see `identify.least_known`; None leaves out what they tell.
+        constraints: answers that strict groups keep to as well.
+    """
+
+    def cut(distance: float) -> Thresholds:
+        groups = torch.from_numpy(grouping.dendrogram.cut(distance))
+        groups = groups if constraints is None else constraints.apply(groups, grouping.feats)
+        found = fit_thresholds(grouping.feats, groups, grouping.individuals)
+        least = found.known if views is None else least_known(views, groups, grouping.individuals)
+        return found._replace(known=max(found.known, least))
+
+    return cut(STRICT)._replace(doubtful=cut(STRICTER).known)
 
 
 def index_of(

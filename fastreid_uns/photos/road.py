@@ -22,11 +22,10 @@ from fastreid_uns.photos.album import Album, read_album
 from fastreid_uns.photos.cost import estimate
 from fastreid_uns.photos.decisions import Decisions
 from fastreid_uns.photos.group import Features, Settings, cluster, embed, for_count
-from fastreid_uns.photos.identify import least_known
 from fastreid_uns.photos.informative import meeting_heights, refitted_threshold
 from fastreid_uns.photos.local import LocalMatch
 from fastreid_uns.photos.network import Network, Origin, describe, start
-from fastreid_uns.photos.outcome import constraints_of, members_of, strict_groups, write_outcome
+from fastreid_uns.photos.outcome import constraints_of, members_of, thresholds_of, write_outcome
 from fastreid_uns.photos.report import write_report
 from fastreid_uns.photos.store import PhotoRun
 from fastreid_uns.photos.teller import Teller, plural
@@ -192,8 +191,10 @@ def _group(
         "commit": commit(Path(__file__).resolve().parents[2]),
     }
     with watch.step("write the groups"):
-        least = least_known(found.views, strict_groups(grouping, constraints), grouping.individuals)
-        write_outcome(run, members, grouping, network, settings, constraints, copy=asked.copy, about=about, least=least)
+        thresholds = thresholds_of(grouping, found.views, constraints)
+        write_outcome(
+            run, members, grouping, network, settings, constraints, copy=asked.copy, about=about, thresholds=thresholds
+        )
 
 
 def _given(photos: str | Path | None) -> str:

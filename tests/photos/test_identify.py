@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from fastreid_uns.modeling.whitening import MainDirections, ViewWhitening
+from fastreid_uns.photos.group import Settings, cluster, for_count
 from fastreid_uns.photos.identify import Thresholds, _rarely_reached, fit_thresholds, identify, least_known
+from fastreid_uns.photos.outcome import thresholds_of
 
 
 def individuals(count: int, photos: int, noise: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,6 +119,32 @@ def test_few_photos_are_pushed_apart_by_their_own_whitening_and_new_ones_are_not
         count += len(scores)
     assert naive / count > 0.9
     assert honest / count <= 0.05
+
+
+def test_less_pure_groups_have_a_threshold_of_their_own():
+    thresholds = Thresholds(known=0.6, new=0.2, doubtful=0.7)
+    assert [thresholds.known_at(precision) for precision in (None, 0.79)] == [torch.inf, torch.inf]
+    assert [thresholds.known_at(precision) for precision in (0.8, 0.89, 0.9, 1.0)] == [0.7, 0.7, 0.6, 0.6]
+    assert Thresholds(known=0.6, new=0.2).known_at(0.85) == 0.6  # of an index that was made before
+
+
+def test_stricter_groups_keep_the_promise_where_individuals_of_one_kind_share_a_group():
+    """Two of each kind are known, in one group; the third is new."""
+    by_known, by_doubtful = [], []
+    for seed in range(4):
+        draw = torch.Generator().manual_seed(seed)
+        kinds = F.normalize(torch.randn(20, 64, generator=draw)).repeat_interleave(3, 0)
+        middle = 0.85 * kinds + 0.53 * F.normalize(torch.randn(60, 64, generator=draw))
+        feats = F.normalize(middle).repeat_interleave(6, 0) + 0.06 * torch.randn(360, 64, generator=draw)
+        feats, old = F.normalize(feats), torch.arange(60).repeat_interleave(6) % 3 < 2
+        grouping = cluster(feats[old], for_count(Settings(), 240))
+        assert grouping.labels.max() < 20
+        thresholds = thresholds_of(grouping)
+        score = (feats[~old] @ feats[old].T).amax(1)
+        by_known.append(float((score >= thresholds.known).float().mean()))
+        by_doubtful.append(float((score >= thresholds.doubtful).float().mean()))
+    assert sum(by_known) / 4 > 0.9
+    assert sum(by_doubtful) / 4 <= 0.05
 
 
 def test_what_is_said():

@@ -13,13 +13,13 @@ from PIL import Image
 
 from fastreid_uns import group_photos
 from fastreid_uns.errors import InvalidState, InvalidValue, MissingFile
-from fastreid_uns.photos import embed, group, road
+from fastreid_uns.photos import embed, group, outcome, road
 from fastreid_uns.photos.adapt import Adaptation
-from fastreid_uns.photos.addition import _extended, add_photos
+from fastreid_uns.photos.addition import _extended, _raised, add_photos
 from fastreid_uns.photos.album import read_album
 from fastreid_uns.photos.decisions import Contradiction, Decisions
 from fastreid_uns.photos.group import Features, Settings
-from fastreid_uns.photos.identify import Identity
+from fastreid_uns.photos.identify import Identity, Thresholds
 from fastreid_uns.photos.index import Index
 from fastreid_uns.photos.known import Known, said
 from fastreid_uns.photos.local import LocalMatch
@@ -502,9 +502,16 @@ def test_photos_that_are_new_to_all_that_was_fitted_raise_the_threshold(tmp_path
     things = torch.eye(5).repeat_interleave(5, 0)
     monkeypatch.setattr(road, "embed", lambda *_, **__: Features(things, things[:, None]))
     for least, expected in ((-1.0, 0.0), (0.7, 0.7)):  # different things have a cosine of 0
-        monkeypatch.setattr(road, "least_known", lambda views, groups, individuals, least=least: least)
+        monkeypatch.setattr(outcome, "least_known", lambda views, groups, individuals, least=least: least)
         run = grouped(tmp_path / "photos", tmp_path / str(least), network)
         assert Index.load(run.folder / "index.safetensors").thresholds["known"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_added_photos_lower_no_threshold_from_which_one_is_known():
+    found = Thresholds(known=0.5, new=0.2, doubtful=0.6)
+    assert _raised(found, Thresholds(known=0.6, new=0.3, doubtful=0.5)) == (0.6, 0.2, 0.6)
+    assert _raised(found, Thresholds(known=float("inf"), new=0.3, doubtful=float("inf"))) == found
+    assert _raised(found, Thresholds(known=0.4, new=0.3, doubtful=0.7)) == (0.5, 0.2, 0.7)
 
 
 def test_why_no_photo_is_called_known_is_said(run):
@@ -515,11 +522,12 @@ def test_why_no_photo_is_called_known_is_said(run):
     assert "answer 1 question with" in known.caveat()
     run.update(audit={**audit, "answers": 15, "verified": True, "precision": 0.79})
     assert "different individuals; mend the groups" in known.caveat()
-    run.update(audit={**audit, "answers": 15, "verified": True, "precision": 0.8})
-    known.index.thresholds["known"] = 0.9
-    assert known.caveat() == ""
-    known.index.thresholds["known"] = float("inf")
-    assert "too few" in known.caveat()
+    for precision, decides, other in ((0.8, "doubtful", "known"), (0.9, "known", "doubtful")):
+        run.update(audit={**audit, "answers": 15, "verified": True, "precision": precision})
+        known.index.thresholds |= {decides: 0.9, other: 0.8}
+        assert known.caveat() == ""
+        known.index.thresholds[decides] = float("inf")
+        assert "too few" in known.caveat()
     assert said(Identity("unsure", 1, 0.5), "because") == {
         "answer": "unsure",
         "group": 1,

@@ -10,8 +10,8 @@ sets the largest cosine to a photo of a known group from which a photo is called
     own scores      quantile over photos of the scores against other strict groups
     crossed         at least that of the scores by whitenings that have not seen the group
     one more        the same, but one more individual may reach any score, see `identify.least_known`
-    product         what `identify` says: `one more`, but nobody is known unless 15 true answers about random pairs
-                    state that at least 80 of 100 are right
+    product         what `identify` says: `one more`, of stricter groups where 15 true answers about random pairs state
+                    that fewer than 90 of 100 are right, and nobody is known where they are fewer than 80
     best            the threshold that calls 5 % of the new individuals known, by true labels
 
 Lines that are there are not measured again.
@@ -150,18 +150,17 @@ def judged_rules(space: SimpleNamespace, asked: SimpleNamespace, stated: float) 
     import numpy as np
     import torch
 
-    from fastreid_uns.photos.audit import GOOD
-    from fastreid_uns.photos.identify import fit_thresholds, least_known, left_out_scores
+    from fastreid_uns.photos.identify import left_out_scores
+    from fastreid_uns.photos.outcome import thresholds_of
 
-    strict, number = torch.from_numpy(space.strict), space.grouping.individuals
+    strict = torch.from_numpy(space.strict)
     tenths = np.random.default_rng(0).permutation(space.strict.max() + 1)[space.strict] % 10
     parts = [left_out_scores(space.views, strict, torch.from_numpy(tenths == tenth)) for tenth in range(10)]
     own, crossed = quantile(scores(space)), quantile(torch.cat(parts).numpy())
-    known = fit_thresholds(torch.from_numpy(space.feats), strict, number).known
-    one_more = max(known, least_known(space.views, strict, number))
+    ours = thresholds_of(space.grouping, space.views)
     best = np.quantile(best_match(space)[1][~asked.old], 1 - SHARE)
-    thresholds = {"own scores": own, "crossed": max(own, crossed), "one more": one_more}
-    thresholds |= {"product": one_more if stated >= GOOD else NOBODY, "best": best}
+    thresholds = {"own scores": own, "crossed": max(own, crossed), "one more": ours.known}
+    thresholds |= {"product": min(ours.known_at(stated), NOBODY), "best": best}
     return {rule: judged(space, asked, float(threshold)) for rule, threshold in thresholds.items()}
 
 

@@ -400,7 +400,8 @@ def identified(photos: Photos, truth) -> dict[str, Any]:
     import torch
 
     from fastreid_uns.photos.group import for_count
-    from fastreid_uns.photos.identify import STRICT, fit_thresholds, identify, least_known
+    from fastreid_uns.photos.identify import STRICT, identify
+    from fastreid_uns.photos.outcome import thresholds_of
 
     draw = np.random.default_rng(photos.seed)
     individuals = draw.permutation(np.unique(truth))
@@ -411,9 +412,7 @@ def identified(photos: Photos, truth) -> dict[str, Any]:
     settings = for_count(photos.usual, int(inside.sum()))
     grouping = photos.cluster(feats, k1=settings.k1)
     groups, strict = grouping.labels, grouping.dendrogram.cut(STRICT)
-    thresholds = fit_thresholds(feats, torch.from_numpy(strict), grouping.individuals)
-    least = least_known(views, torch.from_numpy(strict), grouping.individuals)
-    thresholds = thresholds._replace(known=max(thresholds.known, least))
+    thresholds = thresholds_of(grouping, views)
     rest = np.flatnonzero(~inside)
     said = identify(photos.more_features(rest), feats, torch.from_numpy(groups), thresholds, precision=1.0)
     own = truth[inside]
