@@ -17,9 +17,9 @@ from torch import Tensor
 from fastreid_uns.errors import InvalidState
 from fastreid_uns.photos.album import Album, read_album
 from fastreid_uns.photos.group import Grouping, Settings, cluster, features, for_count
+from fastreid_uns.photos.identify import Thresholds
 from fastreid_uns.photos.known import Known
 from fastreid_uns.photos.members import Member
-from fastreid_uns.photos.identify import Thresholds
 from fastreid_uns.photos.outcome import members_of, present_groups, thresholds_of, write_outcome
 from fastreid_uns.photos.road import finish
 from fastreid_uns.photos.store import PhotoRun

@@ -26,8 +26,8 @@ KINDS = ("known", "new", "unsure")
 class Thresholds(NamedTuple):
     """Of the largest cosine to a photo of a group of at least two.
 
-    A photo from `known` on is called known, one below `new` new; between them it is unsure. `doubtful` takes the place of
-    `known` where the groups are less pure.
+    A photo from `known` on is called known, one below `new` new; between them it is unsure. Where the groups are less
+    pure, `doubtful` takes the place of `known`.
     """
 
     known: float
