@@ -45,10 +45,10 @@ LEAST = 5.0  # seconds that must be left for a part to begin
 PATIENCE = 4  # times as long as a GPU may a CPU take
 SINGLE = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}  # of parts that run side by side
 # forms that are prepared beside each other; what they hold at a time has to fit the card
-STEP_WAVES = (("ours", "extract", "plain", "deterministic"), ("ACFL", "float32"))
+STEP_WAVES = (("ours", "fed", "extract", "plain", "deterministic"), ("ACFL", "float32"))
 COMPILE_WAVES = (
-    ("compile", "compile:blocks", "compile:tuned", "extract:compile"),
-    ("ACFL:compile", "compile:graphs", "compile:max"),
+    ("compile", "fed:compile", "compile:blocks", "extract:compile"),
+    ("ACFL:compile", "compile:tuned", "compile:graphs", "compile:max"),
 )
 # seconds of a form; as long as one compiles, those of its wave that are ready wait, so the slow ones get less
 STEP_LIMITS = {"compile:tuned": 75, "compile": 110, "ACFL:compile": 110, "compile:max": 90}

@@ -1,19 +1,21 @@
 """Images a second of a training step and of extraction, on random pixels that are on the device already.
 
 Forms: `plain`, the loop of the papers' code in float32 (memory updated image by image, batches as they come); `ours`,
-the package with its defaults; `float32`, `deterministic` and `compile`, the same with one key changed; `extract`, the
-features of a trained network; any other is the folder of a project, whose `configs/market.yaml` is taken. A form with
-`:compile` has that key as well; `compile:NAME` is another way to compile, see `COMPILERS`.
+the package with its defaults; `float32`, `deterministic` and `compile`, the same with one key changed; `fed`, the same
+with batches that the loader makes of images on the device; `extract`, the features of a trained network; any other is
+the folder of a project, whose `configs/market.yaml` is taken. A form with `:compile` has that key as well;
+`compile:NAME` is another way to compile, see `COMPILERS`.
 
 Cases of a GPU prepare and compile beside each other and are measured one after the other.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import measuring
@@ -23,6 +25,7 @@ KEYS = {
     "float32": {"SOLVER.AMP": "none"},
     "deterministic": {"DETERMINISTIC": True},
     "compile": {"SOLVER.COMPILE": True},
+    "fed": {"DATALOADER.CACHE": "device"},
 }
 COMPILERS = {  # options of torch.compile; `blocks` compiles each residual block and the head, and equal blocks once
     "blocks": {},
@@ -30,15 +33,15 @@ COMPILERS = {  # options of torch.compile; `blocks` compiles each residual block
     "tuned": {"options": {"coordinate_descent_tuning": True}},
     "max": {"mode": "max-autotune-no-cudagraphs"},
 }
-CUDA_FORMS = ["plain", "ours", "float32", "deterministic", "extract", "ACFL", "compile"]
-CUDA_FORMS += [*(f"compile:{name}" for name in COMPILERS), "extract:compile", "ACFL:compile"]
+CUDA_FORMS = ["plain", "ours", "float32", "deterministic", "fed", "extract", "ACFL", "compile"]
+CUDA_FORMS += [*(f"compile:{name}" for name in COMPILERS), "fed:compile", "extract:compile", "ACFL:compile"]
 ROUND = 10  # steps of a GPU between two looks at the clock: it is given its work ahead, as in training
 
 
 def cases(size: str) -> list[measuring.Case]:
     if size == "small":
         small = {"device": "cpu", "backbone": "resnet18", "batch": 8, "size": [64, 32], "steps": 1}
-        return [{"form": form, **small} for form in ("plain", "ours", "deterministic", "extract")]
+        return [{"form": form, **small} for form in ("plain", "ours", "deterministic", "fed", "extract")]
     cpu = {"device": "cpu", "batch": 32, "size": [256, 128], "steps": 5}
     forms = [("resnet50", form) for form in ("plain", "ours", "float32", "deterministic", "compile", "extract", "ACFL")]
     forms += [("resnet18", form) for form in ("plain", "ours")]
@@ -200,17 +203,32 @@ def step_of(form: str, trainer: Any, images: Any) -> Callable[[], None]:
 
     if form == "plain":
         return plain_step(trainer, images)
-    if form.partition(":")[0] != "extract":
+    kind = form.partition(":")[0]
+    if kind != "extract":
         trainer.model.train()
-        return lambda: trainer.step(images)
+        batches = batches_of(trainer) if kind == "fed" else itertools.repeat(images)
+        return lambda: trainer.step(next(batches))
     pixels = (images.views[0] * 255).to(torch.uint8)
 
     def extract() -> None:
-        kind = trainer.device.type
-        with evaluation_mode(trainer.model), torch.autocast(kind, trainer.amp, enabled=trainer.amp is not None):
+        place = trainer.device.type
+        with evaluation_mode(trainer.model), torch.autocast(place, trainer.amp, enabled=trainer.amp is not None):
             trainer.model.extract(pixels)
 
     return extract
+
+
+def batches_of(trainer: Any) -> Iterator[Any]:
+    """The batches of one epoch after the other, as in training."""
+    import torch
+
+    from fastreid_uns.structures import PseudoLabels
+
+    loader, labels = trainer.train_loader, torch.arange(IMAGES) // PER_CLUSTER
+    loader.train_set.pseudo = PseudoLabels(labels, torch.zeros(IMAGES // PER_CLUSTER, 1))
+    for epoch in itertools.count():
+        loader.plan(epoch)
+        yield from loader.epoch(epoch)
 
 
 def _wait(device: str) -> None:
