@@ -15,8 +15,8 @@ from fastreid_uns.photos.audit import GOOD
 FALSE_KNOWN = 0.05  # of photos of new individuals that may be called known
 FALSE_NEW = 0.05  # of photos of known individuals that may be called new
 STRICT = 0.65  # average distance up to which groups are merged before thresholds are set
-STRICTER = 0.4  # the same where the audit found less than `SURE`: what is merged wrongly looks most alike
-SURE = 0.9  # pair precision
+SURE = 0.9  # pair precision from which strict groups are pure enough
+STRICTER = 0.4  # instead of `STRICT` below it: individuals that look alike share a group and are no strangers there
 _FOLDS = 10  # parts of the groups; more of them cost time and leave out less
 _LEAST = 20  # scores from which a threshold can be taken
 
