@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastreid_uns.errors import InvalidValue
+from fastreid_uns.modeling.depthwise import float32_gradients_of_depthwise
 from fastreid_uns.modeling.encoder import Encoder, build_encoder
 from fastreid_uns.modeling.losses import LossSet
 from fastreid_uns.modeling.memory import Memory
@@ -211,6 +212,7 @@ def build_model(cfg: Any, num_images: int) -> MetaArch:
     if cfg.MODEL.WEIGHTS:
         warn_of_other_input(cfg)
         load_weights(encoder, cfg.MODEL.WEIGHTS, head=cfg.MODEL.WEIGHTS_HEAD)
+    encoder.backbone = float32_gradients_of_depthwise(encoder.backbone)
     if cfg.MODEL.FREEZE_NORM:
         encoder.backbone = freeze_norm_statistics(encoder.backbone)
     if cfg.MODEL.DOMAIN_BN:
