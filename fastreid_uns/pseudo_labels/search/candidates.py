@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _SMALL = 8192  # images below which float32 takes less time than the choice
 _SIDE = 1024  # rows of a block: products of a pair of blocks fit into the cache
 _NOTED = 1024  # images to which a process notes the estimates for the limits
-_GROWTH = 2.0  # of the rounds done, after which processes tell each other their limits again
+_GROWTH = 2.0  # of the rounds done, after which processes join their lists again
 _MEASURED = 1 / 30  # of all pairs that 8 bits may leave to be measured; more take longer than products in float32
 _UNIT_ROUNDOFF = 2.0**-24  # of float32
 _SLACK = 2.0**-19  # of both squared lengths: float32 arithmetic around the product, and rounding of the true distance
@@ -88,12 +88,11 @@ def search_by_candidates(
         measured = 0
         for rounds in _stages(blocks.count):
             measured += blocks.show(offer, rounds)
-            if rounds.stop < blocks.count and k > first:
-                _tell_limits(limits, sq[:, first:], coarse.errors)
+            if sharing.ranks() > 1 and k > first:
+                _join(sq[:, first:], index[:, first:])
+                np.minimum(limits, sq[:, -1] + coarse.errors, out=limits)
     warn_of_clumps(sum(sharing.from_all(measured)), n)
-    if sharing.ranks() > 1:
-        far = np.maximum.reduce(sharing.from_all(far))
-        return *_joined(torch.from_numpy(sq), torch.from_numpy(index), first), torch.from_numpy(far)
+    far = np.maximum.reduce(sharing.from_all(far))
     return torch.from_numpy(sq), torch.from_numpy(index), torch.from_numpy(far)
 
 
@@ -153,7 +152,7 @@ def _limits(blocks: _Blocks, n: int, k: int) -> np.ndarray:
 
 
 def _stages(rounds: int) -> list[range]:
-    """All rounds, in parts if several processes have something to tell each other between them.
+    """All rounds, in parts if several processes are to join their lists between them.
 
     Limits fall as the logarithm of what was searched. Each part has as many rounds for each process.
     """
@@ -163,19 +162,15 @@ def _stages(rounds: int) -> list[range]:
     return [range(*ends_of) for ends_of in pairwise([*ends, rounds])]
 
 
-def _tell_limits(limits: np.ndarray, sq: np.ndarray, errors: np.ndarray) -> None:
-    """Lower the limits to what the k nearest others (N, k) leave that the processes have found together."""
-    lists = torch.cat(sharing.parts_of_own_rows(torch.from_numpy(sq)), 1)
-    last = np.concatenate(sharing.from_all(smallest(lists, sq.shape[1])[:, -1].numpy()))
-    np.minimum(limits, last + errors, out=limits)
+def _join(sq: np.ndarray, index: np.ndarray) -> None:
+    """Replace the lists (N, k) that each process has from its pairs by the nearest of all processes."""
+    from fastreid_uns.pseudo_labels.search import kernels
 
-
-def _joined(sq: Tensor, index: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Of lists (N, k) that each process has from its pairs, the nearest of all; `first` places are the image's own."""
-    lists = sharing.parts_of_own_rows(keys_of(sq, index))
-    others = smallest(torch.cat([part[:, first:] for part in lists], 1), sq.shape[1] - first)
-    keys = torch.cat(sharing.from_all(torch.cat([lists[0][:, :first], others], 1)))
-    return distance_of(keys), index_of(keys)
+    joined, *others = sharing.parts_of_own_rows(keys_of(torch.from_numpy(sq), torch.from_numpy(index)))
+    for keys in others:
+        kernels.join_lists(keys.numpy(), joined.numpy())
+    every = torch.cat(sharing.from_all(joined))
+    sq[:], index[:] = distance_of(every).numpy(), index_of(every).numpy()
 
 
 def warn_of_clumps(measured: int, n: int) -> None:

@@ -192,6 +192,23 @@ note_nearest = nnan_fastmath(note_nearest, "contract")
 
 
 @nnan_fastmath
+def join_lists(keys, joined):
+    """Put what is smaller in each row of `keys`, sorted, into the row of `joined`, sorted, unless it is there."""
+    last = joined.shape[1] - 1
+    for i in range(keys.shape[0]):
+        for key in keys[i]:
+            if key >= joined[i, last]:
+                break
+            at = last
+            while at > 0 and joined[i, at - 1] > key:
+                at -= 1
+            if at > 0 and joined[i, at - 1] == key:
+                continue
+            joined[i, at + 1 :] = joined[i, at:-1].copy()
+            joined[i, at] = key
+
+
+@nnan_fastmath
 def keep_farthest(products, norms, row0, col0, farthest):
     """Raise `farthest` to the largest squared distance of a block of float32 products, for its columns and its rows."""
     height, width = products.shape

@@ -175,6 +175,24 @@ def test_each_process_gets_as_many_pairs_of_blocks_and_of_each_block(blocks, wor
     assert np.max(met) - np.min(met) <= 2
 
 
+def test_joined_lists_are_the_smallest_of_both_without_doubles():
+    from fastreid_uns.pseudo_labels.search import kernels
+
+    draw = np.random.default_rng(0)
+    for length in (1, 2, 7):
+        shared = np.arange(5)
+        one, two = (
+            np.sort(
+                [draw.choice(np.r_[shared, draw.choice(900, 40, replace=False) + 5], length, False) for _ in range(50)]
+            )
+            for _ in range(2)
+        )
+        joined = one.copy()
+        kernels.join_lists(two, joined)
+        expected = [np.union1d(a, b)[:length] for a, b in zip(one, two, strict=True)]
+        assert np.array_equal(joined, expected)
+
+
 @pytest.mark.parametrize("search", ["8 bits", "float32"])
 def test_the_number_of_threads_does_not_show_and_is_left_as_it_was(search):
     feats, kept = random_feats(1500, 20), torch.get_num_threads()
