@@ -328,12 +328,12 @@ def memory_(session: Session) -> None:
 
 
 def whole_runs(session: Session) -> None:
-    """Epochs of whole runs at the size of Market-1501, compiled."""
+    """Epochs at the size of Market-1501: whole ones of the core, compiled, and short ones of the projects."""
     if session.size == "small":
         found = [runs.case("core", "small", session.device, epochs=2, period=1)]
     else:
         found = [runs.case("core", "market1501", session.device, epochs=4, compile=True, period=2)]
-        found += [runs.case(project, "market1501", session.device, epochs=2, compile=True) for project in PROJECTS]
+        found += [runs.of_project(project, session.device) for project in runs.PROJECTS]
     for case in found:
         if not session.only or case["run"] in session.only:
             session.measure("runs", case, 200)
