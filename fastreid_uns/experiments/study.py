@@ -12,9 +12,11 @@ import json
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fastreid_uns.config import load_config
 from fastreid_uns.config.yaml_text import parse_yaml, read_text
 from fastreid_uns.errors import InvalidValue, UnknownName
 from fastreid_uns.experiments.runs import Job
@@ -90,9 +92,9 @@ class Study:
     def trials(self, row: Row, score: Callable[[Setting], float | None]) -> list[Setting]:
         """The settings that a row tries: those drawn from its grid, then further ones beyond its ends.
 
-        A further one raises one key of the best setting so far to its next higher value; the keys take turns. So the
-        best value is not one at the end of the grid, unless higher ones do not pay. A setting that has been tried
-        costs no run.
+        A further one raises one key of the best setting so far, or what the row's config has where the setting leaves
+        it, to its next higher value; the keys take turns. So the best value is not one at the end of the grid, unless
+        higher ones do not pay. A setting that has been tried costs no run.
 
         Args:
             row: with a grid; one without tries nothing.
@@ -107,7 +109,10 @@ class Study:
             known = [found for found in scores if found is not None]
             if len(known) < len(settings):
                 break
-            setting = raised(settings[known.index(max(known))], key, higher[key])
+            best = settings[known.index(max(known))]
+            if not any(text.startswith(f"{key}=") for text in best):
+                best = (*best, f"{key}={_typed(own_value(row.config, how.overrides, key))}")
+            setting = raised(best, key, higher[key])
             if setting is not None and setting not in settings:
                 settings.append(setting)
         return settings
@@ -128,20 +133,25 @@ def raised(setting: Setting, key: str, values: Sequence[float]) -> Setting | Non
     """A setting with the next higher value of a key.
 
     Args:
-        setting: one that has the key, or none of its keys; in the latter case None is returned, because nobody has
-            chosen a value to start from.
+        setting: has the key.
         key: to raise.
         values: of the key, ascending.
 
     Returns:
-        None also if there is no higher value.
+        None if there is no higher value.
     """
-    found = [i for i, text in enumerate(setting) if text.startswith(f"{key}=")]
-    if not found:
-        return None
-    (i,) = found
+    (i,) = [i for i, text in enumerate(setting) if text.startswith(f"{key}=")]
     higher = [value for value in values if value > float(setting[i].partition("=")[2])]
     return (*setting[:i], f"{key}={_typed(higher[0])}", *setting[i + 1 :]) if higher else None
+
+
+@cache
+def own_value(config: str, overrides: tuple[str, ...], key: str) -> Any:
+    """What a config of the checkout has for a key, after what a study changes in it."""
+    value: Any = load_config(ROOT / config, overrides)
+    for name in key.split("."):
+        value = value[name]
+    return value
 
 
 def drawn(grid: Grid, count: int, seed: int) -> list[Setting]:
