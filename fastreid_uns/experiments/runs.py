@@ -158,10 +158,15 @@ def _results(trainer: DefaultTrainer, kind: str) -> dict[str, dict[str, float]]:
 
 
 def attempt(job: Job, folder: Path) -> dict[str, Any]:
-    """The record of a run, or one with an `error` in the place of `results`: one failure must not end the others."""
+    """The record of a run, or one with an `error` in the place of `results`: one failure must not end the others.
+
+    Memory that is not enough says more about what runs beside it than about the run, which counts as `lost`.
+    """
     try:
         return run(job, folder)
     except Exception as error:  # whatever a project raises
-        return {**job._asdict(), "error": f"{type(error).__name__}: {error}"}
+        lost = {"lost": True} if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else {}
+        return {**job._asdict(), "error": f"{type(error).__name__}: {error}", **lost}
     finally:
         gc.collect()  # trainer and hooks refer to each other; the next run of this process needs their memory
+        torch.cuda.empty_cache()  # and so do those of other processes

@@ -2,7 +2,10 @@
 
 import os
 
-from fastreid_uns.experiments import workers
+import pytest
+import torch
+
+from fastreid_uns.experiments import runs, workers
 from fastreid_uns.experiments.runs import Job
 from fastreid_uns.experiments.workers import completed
 
@@ -34,3 +37,16 @@ def dying(job: Job, folder: os.PathLike) -> dict:
     if job.config == "dies":
         os._exit(1)
     return {**job._asdict(), "results": {}}
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"), [(torch.OutOfMemoryError("full"), True), (MemoryError(), True), (ValueError("a loss"), False)]
+)
+def test_a_run_without_memory_is_lost_and_not_the_worst(error, lost, tmp_path, monkeypatch):
+    def failing(job, folder):
+        raise error
+
+    monkeypatch.setattr(runs, "run", failing)
+    record = runs.attempt(Job("configs/quickstart.yaml", "untrained", 1), tmp_path)
+    assert record["error"] == f"{type(error).__name__}: {error}"
+    assert record.get("lost", False) is lost
