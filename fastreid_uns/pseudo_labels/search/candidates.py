@@ -37,6 +37,7 @@ _MEASURED = 1 / 30  # of all pairs that 8 bits may leave to be measured; more ta
 _UNIT_ROUNDOFF = 2.0**-24  # of float32
 _SLACK = 2.0**-19  # of both squared lengths: float32 arithmetic around the product, and rounding of the true distance
 _LONGEST = 2**31 // 127**2  # numbers in a row whose product fits into 32 bits
+_SAMPLED = 16  # images of a sample whose products with all are held at a time
 _MANY = 4096  # measured pairs for each image of which the log tells
 _FASTER = 1.5  # times as fast as float32 must products of 8 bits be
 
@@ -169,7 +170,7 @@ def _join(sq: np.ndarray, index: np.ndarray) -> None:
     joined, *others = sharing.parts_of_own_rows(keys_of(torch.from_numpy(sq), torch.from_numpy(index)))
     for keys in others:
         kernels.join_lists(keys.numpy(), joined.numpy())
-    every = torch.cat(sharing.from_all(joined))
+    every = torch.from_numpy(np.concatenate(sharing.from_all(joined.numpy())))
     sq[:], index[:] = distance_of(every).numpy(), index_of(every).numpy()
 
 
@@ -308,7 +309,7 @@ class CoarseFeatures:
         some = np.unique(np.linspace(0, n - 1, min(n, sample)).astype(np.int64)).tolist()
         every, counts = self.part(slice(None)), []
         own = np.array(sharing.dealt(some), np.int64)
-        for few in np.array_split(own, min(8, len(own)) or 1):
+        for few in np.array_split(own, math.ceil(len(own) / _SAMPLED) or 1):
             products = self.product(self.part(few), every, self.memory(len(few) * n))
             sq = self.norms[few, None] + self.norms - 2 * self.scales[few, None] * self.scales * products
             limits = np.partition(sq, k - 1, axis=1)[:, k - 1] + self.errors[few]
