@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 class DepthwiseConv2d(nn.Conv2d):
     """A depthwise convolution whose gradients are computed in float32 under bfloat16 autocast on a CPU.
 
-    Nothing else differs, neither the output nor the names in the `state_dict`. In bfloat16 these gradients are not
-    vectorised where the kernel is larger than 3 or the stride larger than 1: for 128 x 672 maps of 8 x 8 and a kernel
-    of 5 one core of an AMD EPYC takes 181 ms for them, in float32 56 ms.
+    Nothing else differs, neither the output nor the names in the `state_dict`. Those of bfloat16 are slow where the
+    kernel is larger than 3 or the stride larger than 1: for 128 x 672 maps of 8 x 8 and a kernel of 5 one core of an
+    AMD EPYC takes 181 ms for them, in float32 56 ms.
 
     Args:
         conv: the layer to replace; its parameters are taken over, not copied.
@@ -68,6 +68,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """(B, C, h, w) → those of x, in its precision, and of weight and bias, in float32."""
         x, weight = ctx.saved_tensors
         channels = len(weight)
         of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(

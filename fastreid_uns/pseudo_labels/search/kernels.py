@@ -193,7 +193,7 @@ note_nearest = nnan_fastmath(note_nearest, "contract")
 
 @nnan_fastmath
 def join_lists(keys, joined):
-    """Put what is smaller in each row of `keys`, sorted, into the row of `joined`, sorted, unless it is there."""
+    """Keep in `joined` (N, k) the k smallest numbers of its rows and those of `keys`, once each; rows ascend."""
     last = joined.shape[1] - 1
     for i in range(keys.shape[0]):
         for key in keys[i]:
