@@ -182,7 +182,9 @@ class Index:
         """
         file = Path(file)
         if not file.is_file():
-            raise MissingFile(f"{file}: no index was found. `fastreid-uns group` and `fastreid-uns search build` write one.")
+            raise MissingFile(
+                f"{file}: no index was found. `fastreid-uns group` and `fastreid-uns search build` write one."
+            )
         try:
             with safe_open(file, framework="pt") as content:
                 text = json.loads((content.metadata() or {})["index"])
