@@ -56,8 +56,10 @@ class GhostBatchNorm(_BatchNorm):
     def pieces(self, x: Tensor) -> list[Tensor]:
         """Normalised groups, in order; their rows together are those of `x`."""
         batch, group = len(x), self.group or len(x)
+        if batch == group:
+            return [super().forward(x)]
         if batch % group == 0:
-            if torch.compiler.is_compiling() and batch > group:
+            if torch.compiler.is_compiling():
                 return [self._together(x, group)]
             first, *rest = x.split(group)
             return [

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastreid_uns.modeling.norm import (
     DomainBatchNorm,
@@ -35,6 +36,18 @@ def a_norm(channels: int = 5, flat: bool = False) -> nn.Module:
             value.uniform_(0.5, 1.5)
         norm.running_var.uniform_(0.5, 2.0)
     return norm
+
+
+class Operations(TorchDispatchMode):
+    """Names of all operations, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def slow_groups(norm: nn.Module, x: torch.Tensor, group: int) -> tuple[torch.Tensor, nn.Module]:
@@ -116,6 +129,16 @@ def test_evaluation_is_plain_batch_norm_of_any_size() -> None:
     norm = a_norm().eval()
     x = torch.randn(7, 5, 3, 2, dtype=torch.float64)
     torch.testing.assert_close(GhostBatchNorm(norm, 4)(x), norm(x))
+
+
+def test_one_group_takes_the_operations_of_a_plain_layer() -> None:
+    plain = a_norm()
+    counted = []
+    for norm in (plain, ghost_batch_norm(copy.deepcopy(plain), 12)):
+        with Operations() as operations:
+            norm(torch.randn(12, 5, 3, 7, dtype=torch.float64, requires_grad=True)).sum().backward()
+        counted.append(operations.names)
+    assert counted[1] == counted[0]
 
 
 def test_zero_leaves_plain_layers() -> None:
