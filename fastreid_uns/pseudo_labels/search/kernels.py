@@ -193,19 +193,23 @@ note_nearest = nnan_fastmath(note_nearest, "contract")
 
 @nnan_fastmath
 def join_lists(keys, joined):
-    """Keep in `joined` (N, k) the k smallest numbers of its rows and those of `keys`, once each; rows ascend."""
-    last = joined.shape[1] - 1
-    for i in range(keys.shape[0]):
-        for key in keys[i]:
-            if key >= joined[i, last]:
-                break
-            at = last
-            while at > 0 and joined[i, at - 1] > key:
-                at -= 1
-            if at > 0 and joined[i, at - 1] == key:
-                continue
-            joined[i, at + 1 :] = joined[i, at:-1].copy()
-            joined[i, at] = key
+    """Keep in `joined` (N, k) the k smallest numbers of its rows and those of `keys`, once each; all rows ascend."""
+    k = joined.shape[1]
+    merged = np.empty(k, joined.dtype)
+    for i in range(joined.shape[0]):
+        theirs, own = keys[i], joined[i]
+        if theirs[0] >= own[k - 1]:
+            continue
+        x = y = 0
+        for at in range(k):
+            if theirs[x] < own[y]:
+                merged[at] = theirs[x]
+                x += 1
+            else:
+                merged[at] = own[y]
+                x += theirs[x] == own[y]
+                y += 1
+        own[:] = merged
 
 
 @nnan_fastmath
