@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,17 @@ def test_a_command_that_fails_leaves_no_record(session, monkeypatch):
     )
     assert not session.measure("feeding", {"form": "host"}, 60)
     assert not (session.out / "feeding.json").exists()
+
+
+@pytest.mark.parametrize(("gpus", "forms"), [(0, {"cuda"}), (1, {"cuda", "cuda:ivf:16"}), (None, {"cuda"})])
+def test_faiss_is_measured_on_a_gpu_where_it_finds_one(session, monkeypatch, gpus, forms):
+    faiss = types.SimpleNamespace(StandardGpuResources=None, get_num_gpus=lambda: gpus)
+    monkeypatch.setitem(sys.modules, "faiss", None if gpus is None else faiss)
+    session.device, session.size, measured = "cuda", "full", []
+    monkeypatch.setattr(session, "measure", lambda name, case, limit: measured.append((name, case)))
+    gpu.labels(session)
+    assert {case["form"] for _, case in measured} == forms
+    assert {(name, case["device"]) for name, case in measured} == {("pseudo_labels", "cuda")}
 
 
 def test_an_unknown_phase_is_named(capsys, tmp_path):

@@ -303,10 +303,21 @@ def by_waves(session: Session, waves: Iterable[tuple[str, ...]]) -> None:
 
 
 def labels(session: Session) -> None:
-    """The pseudo-label stage."""
-    forms = ["cuda"] if session.device == "cuda" else ["exact"]
+    """The pseudo-label stage, also by faiss where it was built for GPUs."""
+    forms = ["exact"] if session.device == "cpu" else ["cuda", "cuda:ivf:16"] if faiss_for_gpus() else ["cuda"]
     for case in pseudo_labels.cases(session.size, [], forms):
         session.measure("pseudo_labels", case, 120)
+
+
+def faiss_for_gpus() -> bool:
+    """Whether a faiss is installed that finds a GPU."""
+    from fastreid_uns.pseudo_labels.search.approximate import on_gpu
+
+    try:
+        import faiss
+    except ImportError:
+        return False
+    return on_gpu(faiss)
 
 
 def eval_(session: Session) -> None:

@@ -6,9 +6,10 @@
 A size is N or NxD; D is 2,048 up to 100,000 images and 256 above. Forms: `dense`, whole N x N matrices as in the
 textbook, up to 40,000 images; `float32`, the search by products in float32, up to 200,000; `exact`, what the generator
 does unless told otherwise: products in 8 bits where they are faster; `ranks:W`, the same by W processes of one thread
-each, 1 and 2 of them up to 40,000; `ivf:EFFORT` and `hnsw:EFFORT`, by faiss; `cuda`, the features on a GPU. Labels are
-compared with those of the dense form, or of an exact one where there is none; up to 50,000 images those of a GPU are
-compared with what its CPU finds, and the neighbours of some images at any number.
+each, 1 and 2 of them up to 40,000; `ivf:EFFORT` and `hnsw:EFFORT`, by faiss; `cuda`, the features on a GPU;
+`cuda:ivf:EFFORT`, by faiss on that GPU, if it was built for GPUs (extra `ann-gpu`). Labels are compared with those of
+the dense form, or of an exact one where there is none; up to 50,000 images those of a GPU are compared with what its
+CPU finds, and the neighbours of some images at any number.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def search_of(form: str) -> Callable:
     from fastreid_uns.pseudo_labels.search.candidates import search_by_candidates
     from fastreid_uns.pseudo_labels.search.exact import nearest_neighbours
 
-    kind, _, effort = form.partition(":")
+    kind, _, effort = form.removeprefix("cuda:").partition(":")
     if kind in ("ivf", "hnsw"):
         return partial(approximate_neighbours, search=kind, effort=int(effort or 64))
     if kind == "float32":
@@ -110,7 +111,7 @@ def cases(size: str, sizes: list[str], forms: list[str]) -> list[measuring.Case]
             "images": n,
             "dim": d,
             "form": form,
-            "device": "cuda" if form == "cuda" else "cpu",
+            "device": "cuda" if form.startswith("cuda") else "cpu",
             **({"gib": 12.0 * n * n / 2**30} if form == "dense" else {}),
         }
         for n, d in map(size_of, sizes or SIZES[size])
@@ -161,6 +162,7 @@ def measure(images: int, dim: int, form: str, device: str, gib: float = 0) -> di
         result["int8"] = candidates._chosen(feats, K1).int8
     if device == "cuda":
         result["device_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if form == "cuda":
         result |= checked_search(feats)
     np.save(labels_file(images, dim, form), labels)
     return result | agreement(labels, images, dim, form)

@@ -82,7 +82,7 @@ def _found_by_faiss(rows: np.ndarray, k: int, search: str, effort: int, device: 
     else:
         lists = max(1, min(round(4 * n**0.5), n // 39))
         index = faiss.IndexIVFFlat(faiss.IndexFlatL2(d), d, lists)
-        if device.type == "cuda" and _on_gpu(faiss) and max(k, min(effort, lists)) <= _LISTS_ON_GPU:
+        if device.type == "cuda" and on_gpu(faiss) and max(k, min(effort, lists)) <= _LISTS_ON_GPU:
             resources = faiss.StandardGpuResources()  # as long as the index is used
             index = faiss.index_cpu_to_gpu(resources, device.index or 0, index)
         index.nprobe = min(effort, lists)
@@ -91,6 +91,6 @@ def _found_by_faiss(rows: np.ndarray, k: int, search: str, effort: int, device: 
     return index.search(rows, k)[1]
 
 
-def _on_gpu(faiss: Any) -> bool:
+def on_gpu(faiss: Any) -> bool:
     """Whether this faiss was built for GPUs, and finds one."""
     return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
