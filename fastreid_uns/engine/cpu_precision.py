@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 import zlib
 from collections.abc import Callable, Iterable
 from functools import cache, partial
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from fastreid_uns.modeling.backbones.base import feature_map
 from fastreid_uns.utils.atomic import replacing
 from fastreid_uns.utils.environment import processor
+from fastreid_uns.utils.timing import least_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ PROBES = 40  # of the small convolution that goes wrong where it does
 @cache
 def faster_precision() -> torch.dtype | None:
     """bfloat16 if it is sound and faster on this CPU, else None; measured once for each machine and kept in a file."""
-    return _remembered("", lambda: is_sound() and _is_faster([partial(_pass, shape) for shape in SHAPES], ROUNDS))
+    return _remembered("", lambda: is_sound() and _is_faster(map(_convolution, SHAPES), ROUNDS))
 
 
 @torch.no_grad()
@@ -48,10 +48,10 @@ def faster_inference(network: nn.Module, images: Tensor) -> torch.dtype | None:
     """
 
     def is_better() -> bool:
-        expected = _inference(network, images, None)[0]
+        expected = _inference(network, images, None)
         if not all(_is_near(network, images[:number], expected[:number]) for number in range(1, len(images) + 1)):
             return False
-        return _is_faster([lambda dtype: _inference(network, images, dtype)[1]], INFERENCE_ROUNDS)
+        return _is_faster([partial(_inference, network, images)], INFERENCE_ROUNDS)
 
     shapes = [tuple(images.shape), *(tuple(value.shape) for value in network.parameters())]
     return _remembered(f", inference {zlib.crc32(repr(shapes).encode()):08x}", is_better)
@@ -74,29 +74,21 @@ def _is_near(network: nn.Module, images: Tensor, expected: Tensor) -> bool:
     """Whether bfloat16 beside freed memory that held NaN gives the output of float32 but for rounding."""
     freed = [torch.full((2**16,), torch.nan, dtype=torch.bfloat16) for _ in range(8)]
     del freed
-    found = _inference(network, images, torch.bfloat16)[0]
+    found = _inference(network, images, torch.bfloat16)
     return bool((found - expected).norm() < NEAR * expected.norm())  # False for NaN
 
 
-def _is_faster(passes: Iterable[Callable[[torch.dtype | None], float]], rounds: int) -> bool:
-    """Whether bfloat16 takes less seconds than float32 for all passes together, each at the best of its rounds.
-
-    The two take turns, so that other work on the machine slows both.
-    """
-    best = {None: 0.0, torch.bfloat16: 0.0}
-    for seconds in passes:
-        turns = [[seconds(dtype) for dtype in best] for _ in range(rounds)]
-        for dtype, times in zip(best, zip(*turns, strict=True), strict=True):
-            best[dtype] += min(times)
-    return best[None] > FASTER * best[torch.bfloat16]
+def _is_faster(passes: Iterable[Callable[[torch.dtype | None], object]], rounds: int) -> bool:
+    """Whether bfloat16 takes less seconds than float32 for all passes together, each at the best of its rounds."""
+    seconds = [least_seconds(partial(run, None), partial(run, torch.bfloat16), rounds=rounds) for run in passes]
+    float32, bfloat16 = map(sum, zip(*seconds, strict=True))
+    return float32 > FASTER * bfloat16
 
 
-def _inference(network: nn.Module, images: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, float]:
-    """Output in float32, and seconds."""
-    begin = time.perf_counter()
+def _inference(network: nn.Module, images: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Output in float32."""
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-        made = network(images)
-    return feature_map(made).float(), time.perf_counter() - begin
+        return feature_map(network(images)).float()
 
 
 @torch.no_grad()
@@ -116,14 +108,16 @@ def is_sound() -> bool:
     return True
 
 
-def _pass(shape: tuple[int, ...], dtype: torch.dtype | None) -> float:
-    """Seconds of a forward and a backward pass through a convolution of a ResNet."""
+def _convolution(shape: tuple[int, ...]) -> Callable[[torch.dtype | None], None]:
+    """A forward and a backward pass through a convolution of a ResNet, in the precision that is given."""
     images = torch.zeros(shape).to(memory_format=torch.channels_last).requires_grad_()
     weight = torch.zeros(shape[1], shape[1], 3, 3).requires_grad_()
-    begin = time.perf_counter()
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-        F.conv2d(images, weight, padding=1).sum().backward()
-    return time.perf_counter() - begin
+
+    def run(dtype: torch.dtype | None) -> None:
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            F.conv2d(images, weight, padding=1).sum().backward()
+
+    return run
 
 
 def _file() -> Path:

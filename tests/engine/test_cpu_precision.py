@@ -1,6 +1,5 @@
 """The precision of a CPU is that which was measured, once, and a run keeps the one that it began in."""
 
-import itertools
 import json
 import time
 
@@ -21,7 +20,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     cpu_precision.faster_precision.cache_clear()
     yield lambda float32, bfloat16, sound=True: (
-        monkeypatch.setattr(cpu_precision, "_pass", lambda shape, dtype: float32 if dtype is None else bfloat16),
+        monkeypatch.setattr(cpu_precision, "least_seconds", lambda *actions, rounds: [float32, bfloat16]),
         monkeypatch.setattr(cpu_precision, "is_sound", lambda: sound),
         cpu_precision.faster_precision.cache_clear(),
     )
@@ -63,29 +62,20 @@ class Halved(nn.Conv2d):
 
 
 @pytest.mark.parametrize(("seconds", "wrong", "chosen"), [(0.02, 0, torch.bfloat16), (0, 0, None), (0.02, 3, None)])
-def test_inference_is_measured_on_the_network_itself(machine, monkeypatch, seconds, wrong, chosen):
+def test_inference_is_measured_on_the_network_itself(machine, seconds, wrong, chosen):
     network = Halved(3, 4, 3).requires_grad_(False)
     network.seconds, network.wrong = seconds, wrong
     if not seconds:
-        monkeypatch.setattr(cpu_precision, "_inference", lambda *a: (torch.ones(len(a[1])), 1.0))
+        machine(1.0, 1.0)
     images = torch.rand(4, 3, 8, 8)
     assert cpu_precision.faster_inference(network, images) is chosen
     network.seconds, network.wrong = (0.02, 0) if chosen is None else (0, 0)
     assert cpu_precision.faster_inference(network, images) is chosen  # it is remembered
 
 
-@pytest.mark.parametrize("busy_first", [True, False])
-def test_other_work_on_the_machine_slows_both(machine, monkeypatch, busy_first):
-    machine(2.0, 1.0)
-    count = itertools.count()
-    busy = lambda: ((next(count) // 12) % 2 == 0) == busy_first  # noqa: E731
-    seconds = lambda shape, dtype: (2.0 if dtype is None else 1.0) * (10 if busy() else 1)  # noqa: E731
-    monkeypatch.setattr(cpu_precision, "_pass", seconds)
-    assert cpu_precision.faster_precision() is torch.bfloat16
-
-
-def test_seconds_of_a_real_convolution():
-    assert 0 < cpu_precision._pass(cpu_precision.SHAPES[0], None) < 60
+def test_real_convolutions_can_be_timed(monkeypatch):
+    monkeypatch.setattr(cpu_precision, "FASTER", 0)
+    assert cpu_precision._is_faster(map(cpu_precision._convolution, cpu_precision.SHAPES), 1)
 
 
 def test_a_resumed_run_keeps_its_precision(machine, tiny):

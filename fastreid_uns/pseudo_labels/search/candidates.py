@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from fastreid_uns.pseudo_labels.search.keys import distance_of, index_of, keys_of, smallest
 from fastreid_uns.utils import sharing
+from fastreid_uns.utils.timing import least_seconds
 
 if TYPE_CHECKING:
     from fastreid_uns.utils.compiled import Workers
@@ -335,13 +335,5 @@ def int8_pays(d: int, threads: int, size: int = 512) -> bool:
     except (RuntimeError, NotImplementedError):  # this build of torch has no such product
         return False
     exact = rows.float()
-    return _seconds(torch.mm, exact) > _FASTER * _seconds(torch._int_mm, rows)
-
-
-def _seconds(multiply: Callable[[Tensor, Tensor], Tensor], rows: Tensor, times: int = 4) -> float:
-    spent = []
-    for _ in range(times):
-        start = time.perf_counter()
-        multiply(rows, rows.T)
-        spent.append(time.perf_counter() - start)
-    return min(spent)
+    float32, int8 = least_seconds(lambda: exact @ exact.T, lambda: torch._int_mm(rows, rows.T), rounds=8)
+    return float32 > _FASTER * int8
