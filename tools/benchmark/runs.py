@@ -58,7 +58,7 @@ SMALLER = {  # on a CPU
     "MODEL.GHOST_BATCH": 32,
     "PSEUDO_LABELS.MIN_SAMPLES": 2,
 }
-PROJECTS = ("ACFL", "SpCL", "ASCL", "ICL", "TMP", "ICE", "PPLR")
+PROJECTS = sorted(path.parents[1].name for path in ROOT.glob("projects/*/configs/market.yaml"))
 
 
 def cases(size: str) -> list[measuring.Case]:
