@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastreid_uns.pseudo_labels.search.keys import distance_of, index_of, keys_of, smallest
+from fastreid_uns.pseudo_labels.search.keys import distance_of, index_of, keys_of
 from fastreid_uns.utils import sharing
 from fastreid_uns.utils.timing import least_seconds
 
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _SMALL = 8192  # images below which float32 takes less time than the choice
 _SIDE = 1024  # rows of a block: products of a pair of blocks fit into the cache
 _NOTED = 1024  # images to which a process notes the estimates for the limits
+_CLASSES = 4  # for each neighbour, into which these images are divided
 _GROWTH = 2.0  # of the rounds done, after which processes join their lists again
 _MEASURED = 1 / 30  # of all pairs that 8 bits may leave to be measured; more take longer than products in float32
 _UNIT_ROUNDOFF = 2.0**-24  # of float32
@@ -134,21 +135,23 @@ class _Blocks:
 def _limits(blocks: _Blocks, n: int, k: int) -> np.ndarray:
     """(N,) estimates above which no image is one of the k nearest others: from the estimates to some of all images.
 
-    The k-th of them is the true distance of k images at least, give or take the bound. Without these limits, most of
-    the pairs that are measured would be those that each image meets first.
+    These are divided into classes, of which the least estimates are kept; the k-th of them is the true distance of k
+    images at least, give or take the bound. Without these limits, most of the pairs that are measured would be those
+    that each image meets first.
     """
     from fastreid_uns.pseudo_labels.search import kernels
 
     coarse = blocks.coarse
-    nearest = np.full((n, k), np.inf, np.float32)
+    least = np.full((n, 64 * math.ceil(_CLASSES * k / 64)), np.inf, np.float32)
 
     def note(products: np.ndarray, row0: int, col0: int) -> int:
-        kernels.note_nearest(products, row0, col0, coarse.scales, coarse.norms, nearest, blocks.groups)
+        kernels.note_least(products, row0, col0, coarse.scales, coarse.norms, least, blocks.groups)
         return 0
 
     blocks.show(note, range(min(blocks.count, math.ceil(_NOTED / blocks.side) * sharing.ranks())))
-    lists = torch.cat(sharing.parts_of_own_rows(torch.from_numpy(nearest)), 1)
-    last = np.concatenate(sharing.from_all(smallest(lists, k)[:, -1].numpy()))
+    lists = torch.cat(sharing.parts_of_own_rows(torch.from_numpy(least)), 1).numpy()
+    lists.partition(k - 1, axis=1)
+    last = np.concatenate(sharing.from_all(lists[:, k - 1].copy()))
     return np.nextafter(last + 2 * coarse.errors, np.float32(np.inf))
 
 

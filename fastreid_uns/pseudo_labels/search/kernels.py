@@ -142,53 +142,33 @@ def offer_to_each_other(products, row0, col0, scales, norms, errors, feats, limi
 offer_to_each_other = nnan_fastmath(offer_to_each_other, "contract")
 
 
-@nnan_fastmath
-def _note(nearest, i, distance):
-    """Put a distance where it belongs."""
-    at = nearest.shape[1] - 1
-    while at > 0 and nearest[i, at - 1] > distance:
-        nearest[i, at] = nearest[i, at - 1]
-        at -= 1
-    nearest[i, at] = distance
+def note_least(products, row0, col0, scales, norms, least, groups):
+    """Lower `least` (N, C), the least estimate of an image to those of a class: the places modulo C in their blocks.
 
-
-def note_nearest(products, row0, col0, scales, norms, nearest, groups):
-    """Keep the least estimates of each image, from two blocks as in `offer_to_each_other`; nothing is measured."""
+    The two blocks are as in `offer_to_each_other`; nothing is measured.
+    """
     height, width = products.shape
-    last = nearest.shape[1] - 1
-    scale, norm = scales[col0 : col0 + width], norms[col0 : col0 + width]
-    spare = norm - nearest[col0 : col0 + width, last]
+    classes = least.shape[1]
+    parted = len(groups) > 0
+    below = np.full((classes, width), np.inf, np.float32)  # of the columns
+    scale, norm, group = scales[col0 : col0 + width], norms[col0 : col0 + width], groups[col0 : col0 + width]
     for r in range(height):
         i = row0 + r
-        own, twice, limit, line = norms[i], np.float32(2) * scales[i], nearest[i, last], products[r]
-        begin = r // _CHUNK * _CHUNK if row0 == col0 else 0
-        for c0 in range(begin, width, _CHUNK):
-            if c0 + _CHUNK <= width:
-                products_c, scale_c = line[c0 : c0 + _CHUNK], scale[c0 : c0 + _CHUNK]
-                norm_c, spare_c = norm[c0 : c0 + _CHUNK], spare[c0 : c0 + _CHUNK]
-                hit = np.int32(0)
-                for c in range(_CHUNK):
-                    nearness = twice * (scale_c[c] * np.float32(products_c[c])) - own
-                    hit |= np.int32(nearness >= min(norm_c[c] - limit, spare_c[c]))
-                if not hit:
-                    continue
-            for c in range(c0, min(c0 + _CHUNK, width)):
-                j = col0 + c
-                nearness = twice * (scale[c] * np.float32(line[c])) - own
-                if nearness < min(norm[c] - limit, spare[c]) or (row0 == col0 and j <= i):
-                    continue
-                if len(groups) > 0 and groups[i] == groups[j]:
-                    continue
-                distance = norm[c] - nearness
-                if distance < limit:
-                    _note(nearest, i, distance)
-                    limit = nearest[i, last]
-                if distance < nearest[j, last]:
-                    _note(nearest, j, distance)
-                    spare[c] = norm[c] - nearest[j, last]
+        own, twice, line = norms[i], np.float32(2) * scales[i], products[r]
+        beside, under = least[i], below[r % classes]
+        for c0 in range(0, width, classes):
+            for c in range(c0, min(c0 + classes, width)):
+                estimate = own + norm[c] - twice * (scale[c] * np.float32(line[c]))
+                if col0 + c == i or (parted and groups[i] == group[c]):
+                    estimate = np.float32(np.inf)
+                beside[c - c0] = min(beside[c - c0], estimate)
+                under[c] = min(under[c], estimate)
+    for c in range(width):
+        for place in range(classes):
+            least[col0 + c, place] = min(least[col0 + c, place], below[place, c])
 
 
-note_nearest = nnan_fastmath(note_nearest, "contract")
+note_least = nnan_fastmath(note_least, "contract")
 
 
 @nnan_fastmath

@@ -20,6 +20,7 @@ from fastreid_uns.pseudo_labels.search.candidates import CoarseFeatures, search_
 from fastreid_uns.pseudo_labels.search.exact import nearest_neighbours, nearest_of_others, neighbours_and_farthest
 from fastreid_uns.pseudo_labels.search.gpu import RoundedFeatures, pair_distances, search_by_rows, triton_works
 from fastreid_uns.utils import sharing
+from fastreid_uns.utils.compiled import Workers
 from fastreid_uns.utils.precision import full_precision
 
 SEARCHES = {
@@ -143,6 +144,20 @@ def test_a_collapse_to_few_points_is_told(caplog, monkeypatch):
     points = random_feats(2, 16).repeat_interleave(300, 0)
     nearest_neighbours(points + 1e-6 * random_feats(600, 16), 5)
     assert re.search(r"600 images are so near each other that 1[45]\d of them were measured for each", caplog.text)
+
+
+@pytest.mark.parametrize("side", [64, 250, 700])
+@pytest.mark.parametrize("groups", [np.zeros(0, np.int64), np.arange(700) % 3], ids=["all", "other groups"])
+def test_limits_hold_the_nearest_and_little_more(groups, side):
+    feats, k = random_feats(700, 24), 5
+    coarse = CoarseFeatures(feats, int8=True)
+    with Workers() as workers:
+        limits = candidates._limits(candidates._Blocks(coarse, groups, workers, side), 700, k)
+    sq = torch.cdist(feats.double(), feats.double()).square().numpy()
+    sq[np.arange(700) == np.arange(700)[:, None] if not len(groups) else groups == groups[:, None]] = np.inf
+    sq.sort(axis=1)
+    assert (sq[:, k - 1] <= limits - coarse.errors).all()
+    assert (limits <= sq[:, 2 * k] + 3 * coarse.errors).mean() > 0.95
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 8, 13])
