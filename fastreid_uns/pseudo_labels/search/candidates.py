@@ -142,7 +142,7 @@ def _limits(blocks: _Blocks, n: int, k: int) -> np.ndarray:
     from fastreid_uns.pseudo_labels.search import kernels
 
     coarse = blocks.coarse
-    least = np.full((n, 64 * math.ceil(_CLASSES * k / 64)), np.inf, np.float32)
+    least = np.full((n, max(k, min(64 * math.ceil(_CLASSES * k / 64), _NOTED))), np.inf, np.float32)
 
     def note(products: np.ndarray, row0: int, col0: int) -> int:
         kernels.note_least(products, row0, col0, coarse.scales, coarse.norms, least, blocks.groups)
