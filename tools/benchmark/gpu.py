@@ -366,7 +366,7 @@ PHASES = {
     "eval": Phase(eval_, 60),
     "feed": Phase(feed, 120),
     "memory": Phase(memory_, 150),
-    "runs": Phase(whole_runs, 300),
+    "runs": Phase(whole_runs, 400),
     "compile": Phase(compile_, 400),
 }
 
