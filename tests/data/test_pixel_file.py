@@ -299,6 +299,7 @@ for where in ("disk", "host"):
     assert list(images.check()) == [0, 1]
     images.keep(range(2, 9))
     assert torch.equal(next(images.stream([range(7)], "cpu")), expected)
+dist.destroy_process_group()
 """
 
 
