@@ -79,7 +79,7 @@ def _is_near(network: nn.Module, images: Tensor, expected: Tensor) -> bool:
 
 
 def _is_faster(passes: Iterable[Callable[[torch.dtype | None], object]], rounds: int) -> bool:
-    """Whether bfloat16 takes less seconds than float32 for all passes together, each at the best of its rounds."""
+    """Whether bfloat16 takes fewer seconds than float32 for all passes together, each at the best of its rounds."""
     seconds = [least_seconds(partial(run, None), partial(run, torch.bfloat16), rounds=rounds) for run in passes]
     float32, bfloat16 = map(sum, zip(*seconds, strict=True))
     return float32 > FASTER * bfloat16

@@ -304,7 +304,9 @@ def by_waves(session: Session, waves: Iterable[tuple[str, ...]]) -> None:
 
 def labels(session: Session) -> None:
     """The pseudo-label stage, also by faiss where it was built for GPUs."""
-    forms = ["exact"] if session.device == "cpu" else ["cuda", "cuda:ivf:16"] if faiss_for_gpus() else ["cuda"]
+    forms = ["exact"]
+    if session.device == "cuda":
+        forms = ["cuda", *(["cuda:ivf:16"] if faiss_for_gpus() else [])]
     for case in pseudo_labels.cases(session.size, [], forms):
         session.measure("pseudo_labels", case, 120)
 

@@ -154,7 +154,8 @@ def test_limits_hold_the_nearest_and_little_more(groups, side):
     with Workers() as workers:
         limits = candidates._limits(candidates._Blocks(coarse, groups, workers, side), 700, k)
     sq = torch.cdist(feats.double(), feats.double()).square().numpy()
-    sq[np.arange(700) == np.arange(700)[:, None] if not len(groups) else groups == groups[:, None]] = np.inf
+    apart = groups if len(groups) else np.arange(700)
+    sq[apart == apart[:, None]] = np.inf
     sq.sort(axis=1)
     assert (sq[:, k - 1] <= limits - coarse.errors).all()
     assert (limits <= sq[:, 2 * k] + 3 * coarse.errors).mean() > 0.95
