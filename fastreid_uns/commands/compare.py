@@ -100,7 +100,7 @@ def run_all(options: argparse.Namespace) -> int:
     until = time.monotonic() + 60 * options.minutes
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.results or options.output / "runs.jsonl"
-    records = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    records = read_records(file) if file.is_file() else []
     failed = 0 if options.table_only else _run_missing(options, records, file, until)
     records, missing = _of_studies(options.study_file, records) if options.studies is not None else (records, {})
     print(report(records, missing=missing))
@@ -109,6 +109,27 @@ def run_all(options: argparse.Namespace) -> int:
     if options.into:
         write_reports(options.into, records, missing)
     return 1 if failed else 0
+
+
+def read_records(file: Path) -> list[dict]:
+    """The runs of a file, one on each line.
+
+    Raises:
+        ValueError: a line is no record of a run, such as one that was cut off.
+    """
+    records = []
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not record.keys() >= {"config", "kind", "seed"}:
+            raise InvalidValue(
+                f"{file}, line {number} is no record of a run; JSON with config, kind and seed is expected. Remove the "
+                f"line if it was cut off; its run is then made again."
+            )
+        records.append(record)
+    return records
 
 
 def _of_studies(file: Path, records: Sequence[dict]) -> tuple[list[dict], dict[str, list[str]]]:

@@ -113,6 +113,16 @@ def test_the_guide_and_each_project_show_the_committed_results(name):
         assert shown.strip() == tables.report(records, project, missing), file
 
 
+@pytest.mark.parametrize("line", ['{"config": "a.yaml", "ki', "text", "[1]", '{"seed": 1}', "\udcff"])
+def test_a_line_that_is_no_run_is_named(tmp_path, capsys, line):
+    file = tmp_path / "runs.jsonl"
+    whole = json.dumps(record("configs/omniglot.yaml", "untrained", 1, 3.0))
+    file.write_text(f"{whole}\n{line}\n", errors="surrogateescape")
+    options = ["--studies", "--table-only", "--results", str(file), "--output", str(tmp_path)]
+    assert compare.main(options) == 2
+    assert f"{file}, line 2 is no record of a run" in capsys.readouterr().err
+
+
 def test_runs_once_and_outlives_a_run_that_fails(tiny, tmp_path):
     overrides = [value for value in tiny if not value.startswith("OUTPUT_DIR")]
     command = [sys.executable, "tools/compare.py", "configs/quickstart.yaml", "configs/absent.yaml", "--seeds", "1"]
